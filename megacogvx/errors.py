@@ -1,0 +1,25 @@
+"""The typed errors that a user's mistake raises.
+
+Every message names the values, the rule that they break and a way out. A broken promise of our own code is an
+`assert` with shapes, never one of these.
+"""
+
+
+class MegacogvxError(Exception):
+    """Base of every error below; `megacogvx` prints its text without a traceback and exits with status 2."""
+
+
+class ConfigError(MegacogvxError):
+    """A setting is unknown, out of range, or contradicts another one."""
+
+
+class DataError(MegacogvxError):
+    """A video, caption file, dataset or record can't be read, or doesn't hold what its index says."""
+
+
+class CheckpointError(MegacogvxError):
+    """A checkpoint is missing, half written, damaged or of another model."""
+
+
+class LaunchError(MegacogvxError):
+    """The program was started with too few processes, or without what its layout needs."""

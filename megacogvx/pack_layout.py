@@ -1,0 +1,293 @@
+"""PackLayout: which tokens of a pack belong to which sample, and which of them a rank holds.
+
+The transformer sees one sequence that holds several samples, each `text tokens, then video tokens (t, h, w)`
+(multi-resolution frame pack, CogVideoX paper section 3.1 and figure 6). Data makes the layout, parallel cuts it,
+models read it. Also here: counting tokens, and patchify / unpatchify between latents and rows of patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from megacogvx.errors import ConfigError, DataError
+
+Triple = tuple[int, int, int]
+PADDING_ID = -1
+
+
+@dataclass(frozen=True)
+class PackSample:
+    """One sample's place in a pack.
+
+    Attributes:
+        sample_id: the 64-bit key of the index; `PADDING_ID` for the padding.
+        text_length: text tokens.
+        grid: video tokens along (t, h, w), after patching; t counts repeated frames.
+        repeated_frames: copies of the first latent frame put in front, so that the temporal patch divides the frames.
+        origin, step: rotary position of grid cell (i, j, k) is `origin + step * (i, j, k)`, in patches.
+    """
+
+    sample_id: int
+    text_length: int
+    grid: Triple
+    repeated_frames: int = 0
+    origin: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    step: tuple[float, float, float] = (1.0, 1.0, 1.0)
+
+    @property
+    def video_length(self) -> int:
+        """Video tokens."""
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+    @property
+    def length(self) -> int:
+        """Text and video tokens."""
+        return self.text_length + self.video_length
+
+
+@dataclass(frozen=True)
+class RowSlice:
+    """Consecutive rows of one sample (its text tokens, or its patches in (t, h, w) order) that a rank holds."""
+
+    sample: int  # place in PackLayout.samples
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class LocalPack:
+    """The tokens of a pack that one rank holds, and what they are.
+
+    Attributes:
+        context_tokens: positions that this context rank holds together with its tensor ranks; attention's share.
+        tokens: positions that this very rank holds (equal to `context_tokens` without sequence parallelism).
+        video_index, text_index: int64 tensors, places within `tokens` that are video / text.
+        video_slices, text_slices: the same rows, by sample.
+        modulation_rows: int64 `[S_local]`, row of each token in a modulation table `[M * 2, ...]`: 2 m for video,
+            2 m + 1 for text.
+        repeated: int64 `[V_local]`, how many latent frames at the front of each video row are repetitions.
+    """
+
+    context_tokens: range
+    tokens: range
+    video_index: torch.Tensor
+    text_index: torch.Tensor
+    video_slices: tuple[RowSlice, ...]
+    text_slices: tuple[RowSlice, ...]
+    modulation_rows: torch.Tensor
+    repeated: torch.Tensor
+
+
+@dataclass(frozen=True)
+class PackLayout:
+    """The sample table and boundaries of one pack.
+
+    Attributes:
+        samples: the samples in order; the last one is the padding (text of zeros, no video; its length may be 0).
+        patch: latent cells per token along (t, h, w): (q, p, p).
+    """
+
+    samples: tuple[PackSample, ...]
+    patch: Triple
+    _cache: dict[tuple, object] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def num_samples(self) -> int:
+        """M: the samples, the padding among them."""
+        return len(self.samples)
+
+    @cached_property
+    def boundaries(self) -> tuple[int, ...]:
+        """First token of each sample, then the length of the pack: M + 1 host integers."""
+        ends = [0]
+        for sample in self.samples:
+            ends.append(ends[-1] + sample.length)
+        return tuple(ends)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the pack, the padding among them."""
+        return self.boundaries[-1]
+
+    @property
+    def used_tokens(self) -> int:
+        """Tokens that belong to real samples."""
+        return self.boundaries[-2]
+
+    def sample_table(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Return int32 `[M, 5]`: first token, text tokens, grid t, h, w (columns of the op `qk_norm_rope`)."""
+        rows = [(start, s.text_length, *s.grid) for start, s in zip(self.boundaries, self.samples, strict=False)]
+        return self._on_device("table", device, lambda: torch.tensor(rows, dtype=torch.int32))
+
+    def rope_grid(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Return fp32 `[M, 6]`: rotary origin t, h, w, then step t, h, w (op `qk_norm_rope`)."""
+        rows = [(*s.origin, *s.step) for s in self.samples]
+        return self._on_device("rope", device, lambda: torch.tensor(rows, dtype=torch.float32))
+
+    def local(
+        self, tensor: tuple[int, int] = (0, 1), context: tuple[int, int] = (0, 1), device: torch.device | str = "cpu"
+    ) -> LocalPack:
+        """Return the share of one rank: an even cut by position, context ranks outer, tensor ranks inner.
+
+        Args:
+            tensor, context: (rank, size) of the rank in its tensor and context groups.
+            device: where the index tensors go; made once per device.
+
+        Raises:
+            ConfigError: the pack's tokens don't divide by the ranks.
+        """
+        name = ("local", tensor, context, str(device))
+        if name not in self._cache:
+            self._cache[name] = self._cut(tensor, context, torch.device(device))
+        return self._cache[name]  # type: ignore[return-value]
+
+    def _on_device(self, name: str, device: torch.device | str, make) -> torch.Tensor:  # type: ignore[no-untyped-def]
+        key = (name, str(device))
+        if key not in self._cache:
+            self._cache[key] = make().to(device)
+        return self._cache[key]  # type: ignore[return-value]
+
+    def _cut(self, tensor: tuple[int, int], context: tuple[int, int], device: torch.device) -> LocalPack:
+        ranks = tensor[1] * context[1]
+        if self.num_tokens % ranks:
+            raise ConfigError(
+                f"a pack of {self.num_tokens} tokens cannot be cut over {tensor[1]} tensor x {context[1]} context "
+                f"ranks; pad it to {padded_length(self.num_tokens, ranks)} tokens"
+            )
+        share = self.num_tokens // ranks
+        context_start = context[0] * tensor[1] * share
+        start = context_start + tensor[0] * share
+        tokens = range(start, start + share)
+        video: list[RowSlice] = []
+        text: list[RowSlice] = []
+        rows = torch.empty(share, dtype=torch.int64)
+        repeated: list[torch.Tensor] = []
+        for m, (first, sample) in enumerate(zip(self.boundaries, self.samples, strict=False)):
+            middle = first + sample.text_length
+            for begin, end, slices, kind in (
+                (first, middle, text, 1),
+                (middle, first + sample.length, video, 0),
+            ):
+                low, high = max(begin, tokens.start), min(end, tokens.stop)
+                if low >= high:
+                    continue
+                slices.append(RowSlice(m, low - begin, high - begin))
+                rows[low - start : high - start] = 2 * m + kind
+                if kind == 0:
+                    frame_rows = sample.grid[1] * sample.grid[2]
+                    place = torch.arange(low - begin, high - begin)
+                    repeated.append(torch.where(place < frame_rows, sample.repeated_frames, 0))
+        is_text = rows % 2 == 1
+        return LocalPack(
+            context_tokens=range(context_start, context_start + tensor[1] * share),
+            tokens=tokens,
+            video_index=torch.nonzero(~is_text).flatten().to(device),
+            text_index=torch.nonzero(is_text).flatten().to(device),
+            video_slices=tuple(video),
+            text_slices=tuple(text),
+            modulation_rows=rows.to(device),
+            repeated=(torch.cat(repeated) if repeated else torch.empty(0, dtype=torch.int64)).to(device),
+        )
+
+
+def build_layout(
+    samples: Sequence[PackSample], patch: Triple, num_tokens: int | None = None, multiple: int = 1
+) -> PackLayout:
+    """Return the layout of `samples` in order, with the padding as one more sample at the end.
+
+    Args:
+        samples: the real samples; at least one.
+        patch: (q, p, p).
+        num_tokens: length of the pack; without it the next multiple of `multiple`.
+        multiple: what the length must divide by (tensor ranks x context ranks).
+
+    Raises:
+        DataError: there is no sample, or the samples hold more than `num_tokens` tokens.
+        ConfigError: `num_tokens` doesn't divide by `multiple`.
+    """
+    if not samples:
+        raise DataError("a pack needs at least one sample")
+    used = sum(sample.length for sample in samples)
+    total = padded_length(used, multiple) if num_tokens is None else num_tokens
+    if total < used:
+        raise DataError(f"{len(samples)} samples hold {used} tokens, more than the pack's {total}")
+    if total % multiple:
+        raise ConfigError(
+            f"a pack of {total} tokens doesn't divide by {multiple} ranks; "
+            f"sizes that work: {total // multiple * multiple}, {padded_length(total, multiple)}"
+        )
+    padding = PackSample(PADDING_ID, total - used, (0, 0, 0))
+    return PackLayout((*samples, padding), patch)
+
+
+def padded_length(tokens: int, multiple: int) -> int:
+    """Return the next multiple of `multiple` that holds `tokens`."""
+    return -(-tokens // multiple) * multiple
+
+
+def repeated_frames(frames: int, q: int) -> int:
+    """Return how many copies of the first latent frame make `frames` divide by the temporal patch q (section 2.2)."""
+    return (q - frames % q) % q
+
+
+def grid_of(frames: int, height: int, width: int, patch: Triple) -> Triple:
+    """Return tokens along (t, h, w) of latents of this size, repeated frames counted.
+
+    Raises:
+        DataError: height or width doesn't divide by the patch.
+    """
+    q, ph, pw = patch
+    if frames < 1 or height % ph or width % pw or not height or not width:
+        raise DataError(
+            f"latents of {frames} x {height} x {width} (T, H, W) don't fit the patch {patch}; the nearest size that "
+            f"does: {max(1, frames)} x {max(ph, height // ph * ph)} x {max(pw, width // pw * pw)}"
+        )
+    return (frames + repeated_frames(frames, q)) // q, height // ph, width // pw
+
+
+def tokens_of(frames: int, height: int, width: int, text_length: int, patch: Triple) -> int:
+    """Return the tokens of one sample; the only place that counts them."""
+    t, h, w = grid_of(frames, height, width, patch)
+    return text_length + t * h * w
+
+
+def place_sample(sample_id: int, frames: int, height: int, width: int, text_length: int, patch: Triple) -> PackSample:
+    """Return the `PackSample` of latents of this size, rotary positions counted from 0 in steps of 1."""
+    return PackSample(sample_id, text_length, grid_of(frames, height, width, patch), repeated_frames(frames, patch[0]))
+
+
+def patchify(latents_TCHW: torch.Tensor, patch: Triple) -> torch.Tensor:
+    """Cut latents into rows, one per token, in (t, h, w) order; the first frame is repeated where q asks for it.
+
+    Args:
+        latents_TCHW: `[T, C, H, W]`.
+        patch: (q, p, p).
+
+    Returns:
+        `[t * h * w, P]` with P = C * q * p * p in (c, q, p, p) order, the order of the published weights.
+    """
+    frames, channels, height, width = latents_TCHW.shape
+    q, ph, pw = patch
+    t, h, w = grid_of(frames, height, width, patch)
+    copies = repeated_frames(frames, q)
+    if copies:
+        latents_TCHW = torch.cat([latents_TCHW[:1].expand(copies, -1, -1, -1), latents_TCHW])
+    cells = latents_TCHW.reshape(t, q, channels, h, ph, w, pw)
+    return cells.permute(0, 3, 5, 2, 1, 4, 6).reshape(t * h * w, channels * q * ph * pw)
+
+
+def unpatchify(rows_VP: torch.Tensor, grid: Triple, patch: Triple, repeated: int = 0) -> torch.Tensor:
+    """Put rows back together: the inverse of `patchify`, repeated frames dropped.
+
+    Returns:
+        `[T, C, H, W]`.
+    """
+    t, h, w = grid
+    q, ph, pw = patch
+    channels = rows_VP.shape[1] // (q * ph * pw)
+    cells = rows_VP.reshape(t, h, w, channels, q, ph, pw).permute(0, 4, 3, 1, 5, 2, 6)
+    return cells.reshape(t * q, channels, h * ph, w * pw)[repeated:]

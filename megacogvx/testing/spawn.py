@@ -1,0 +1,233 @@
+"""Tests on several ranks: `on_ranks(2, ...)` turns a function of process groups into an ordinary pytest test.
+
+A plain `pytest` starts the processes itself, on gloo, once for all tests of a file with the same number of ranks,
+because importing megatron-core takes seconds in each. Under `torchrun -m pytest` the tests run in the processes that
+are there, on whatever device there is, and those for another number of ranks are skipped.
+
+    @on_ranks(2, {"tensor_parallel_size": 2}, {"context_parallel_size": 2})
+    def test_something(groups, folder): ...
+
+Each process loads the file by its path, so the file must not run anything when it is imported. A test that fails or
+hangs takes its processes with it; the others of the file get new ones.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import functools
+import importlib.util
+import inspect
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CASE_SECONDS = 120.0  # a test that takes longer hangs
+START_SECONDS = 180.0  # for all processes to import megatron-core on a busy machine
+LINES_SHOWN = 40  # of the output of each rank, when something went wrong
+
+Layout = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One test on one layout."""
+
+    function: Callable[..., None]
+    layout: Layout
+
+    @property
+    def name(self) -> str:
+        """How parent and workers call this case."""
+        return f"{self.function.__name__}[{layout_name(self.layout)}]"
+
+
+_cases: dict[tuple[str, int], list[Case]] = {}  # by (file, ranks), in the order of the file
+_outcomes: dict[tuple[str, int], dict[str, str]] = {}  # the same: {case name: "" or what went wrong}
+
+
+def on_ranks(world_size: int, *layouts: Layout) -> Callable[[Callable[..., None]], Any]:
+    """Run a test on `world_size` ranks, once for each layout.
+
+    Args:
+        world_size: number of processes.
+        layouts: fields of `ParallelConfig`; without any, all ranks are data parallel.
+
+    The test takes `groups`, the process groups of the layout, and may take `folder`, an empty folder that is the same
+    on all ranks.
+    """
+    import pytest
+
+    chosen = list(layouts) or [{}]
+
+    def decorate(function: Callable[..., None]) -> Any:
+        file = inspect.getsourcefile(function)
+        assert file is not None
+        cases = [Case(function, layout) for layout in chosen]
+        _cases.setdefault((file, world_size), []).extend(cases)
+
+        @functools.wraps(function)
+        def test(case: Case) -> None:
+            if "WORLD_SIZE" not in os.environ:
+                problem = _outcome(file, world_size, case)
+                assert not problem, problem
+            elif int(os.environ["WORLD_SIZE"]) != world_size:
+                pytest.skip(f"needs {world_size} ranks")
+            else:
+                _run_case(case)
+
+        del test.__wrapped__  # pytest would ask the original for its arguments
+        return pytest.mark.parametrize("case", cases, ids=[layout_name(case.layout) for case in cases])(test)
+
+    return decorate
+
+
+def layout_name(layout: Layout) -> str:
+    """Return a short name such as "tp2-cp2"; "dp" when no size is given."""
+    short = {"tensor_parallel_size": "tp", "context_parallel_size": "cp"}
+    return "-".join(f"{short.get(name, name + '=')}{value}" for name, value in layout.items()) or "dp"
+
+
+# In the process that runs pytest
+
+
+def _outcome(file: str, world_size: int, case: Case) -> str:
+    """Return what went wrong in `case`, or ""; the first question about a file and size runs all its cases."""
+    place = (file, world_size)
+    if place not in _outcomes:
+        _outcomes[place] = {}
+        names = [case.name for case in _cases[place]]
+        while names:
+            _outcomes[place].update(_launch(file, world_size, names))
+            names = [name for name in names if name not in _outcomes[place]]
+    return _outcomes[place][case.name]
+
+
+def _launch(file: str, world_size: int, names: list[str]) -> dict[str, str]:
+    """Run cases in new processes, in order; return the outcomes up to and including the first failure."""
+    folder = Path(tempfile.mkdtemp(prefix="megacogvx-ranks-"))
+    try:
+        port = _free_port()
+        processes = [_start(file, names, rank, world_size, port, folder) for rank in range(world_size)]
+        late = _wait(processes, START_SECONDS + CASE_SECONDS * len(names))
+        passed = min((_passed(folder, rank) for rank in range(world_size)), key=len)
+        outcomes = dict.fromkeys(passed, "")
+        if len(passed) < len(names):
+            outcomes[names[len(passed)]] = _explain(folder, processes, late)
+        return outcomes
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start(file: str, names: list[str], rank: int, world_size: int, port: int, folder: Path) -> subprocess.Popen[bytes]:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    environment = {
+        **os.environ,
+        **{name: str(value) for name, value in place.items()},
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+    command = [sys.executable, "-m", "megacogvx.testing.spawn", file, str(folder), *names]
+    with (folder / f"output-{rank}").open("wb") as output:
+        return subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+
+
+def _wait(processes: list[subprocess.Popen[bytes]], seconds: float) -> bool:
+    """Wait for all, or until one fails or time is up, and end the rest; return whether time was up."""
+    end = time.monotonic() + seconds
+    try:
+        while time.monotonic() < end:
+            codes = [process.poll() for process in processes]
+            if all(code == 0 for code in codes):
+                return False
+            if any(code not in (None, 0) for code in codes):
+                time.sleep(1.0)  # let the others write why they fail, too
+                return False
+            time.sleep(0.05)
+        return True
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def _passed(folder: Path, rank: int) -> list[str]:
+    file = folder / f"passed-{rank}"
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def _explain(folder: Path, processes: list[subprocess.Popen[bytes]], late: bool) -> str:
+    parts = ["time is up"] if late else []
+    for rank, process in enumerate(processes):
+        lines = (folder / f"output-{rank}").read_text(errors="replace").splitlines()
+        shown = "\n".join(lines[-LINES_SHOWN:])
+        parts.append(f"--- rank {rank}, exit status {process.returncode}:\n{shown}")
+    return "\n".join(parts)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+# In each rank
+
+
+def _run_case(case: Case, device: str = "auto") -> None:
+    """Make the process groups of the case's layout, run it, take them down."""
+    from megacogvx.parallel import groups as parallel_groups
+    from megacogvx.parallel.config import ParallelConfig
+
+    groups = parallel_groups.initialize(ParallelConfig(**{"device": device, "timeout_minutes": 2.0, **case.layout}))
+    folder = None
+    if "folder" in inspect.signature(case.function).parameters:
+        folder = Path(parallel_groups.broadcast_json(tempfile.mkdtemp(prefix="megacogvx-case-"), groups))
+    try:
+        case.function(groups, folder) if folder else case.function(groups)
+        parallel_groups.barrier(groups)
+    finally:
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
+        parallel_groups.shutdown(stay_connected=True)
+
+
+def _work(file: str, folder: Path, names: list[str]) -> None:
+    """Run the cases in order; leave at the first that fails, since the other ranks may wait for this one in vain."""
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    faulthandler.dump_traceback_later(START_SECONDS, exit=True)
+    spec.loader.exec_module(module)
+    # The decorator registered the cases under the path that this process sees, which is the one it was given.
+    cases = {case.name: case for case in _cases[(file, int(os.environ["WORLD_SIZE"]))]}
+    for name in names:
+        faulthandler.dump_traceback_later(CASE_SECONDS, exit=True)
+        try:
+            _run_case(cases[name], device="cpu")
+        except BaseException:  # torch's CheckpointException is no Exception
+            print(f"in {name}:")
+            traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)
+        with (folder / f"passed-{os.environ['RANK']}").open("a") as passed:
+            print(name, file=passed)
+
+
+if __name__ == "__main__":
+    # `python -m` runs this file under another name than the one tests import it by; the cases are in the latter.
+    from megacogvx.testing import spawn
+
+    spawn._work(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])
