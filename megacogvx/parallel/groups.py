@@ -1,0 +1,281 @@
+"""Launch environment and process groups, made once.
+
+Tensor ranks are neighbours (they talk most), then context ranks, then data ranks; megatron-core's default order.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from megacogvx import log
+from megacogvx.errors import LaunchError
+from megacogvx.parallel.config import ParallelConfig
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+logger = log.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class LaunchEnvironment:
+    """Where this process stands among those that were started together."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+
+@dataclass(frozen=True)
+class ParallelGroups:
+    """The process groups of a run and this rank's place in them.
+
+    Attributes:
+        collection: every group that megatron-core asks for; passed on as `pg_collection`.
+        device: where this rank's tensors live.
+        tensor, context, data: (rank, size) along each axis.
+        rank, world_size: among all processes.
+    """
+
+    collection: ProcessGroupCollection
+    device: torch.device
+    tensor: tuple[int, int]
+    context: tuple[int, int]
+    data: tuple[int, int]
+    rank: int
+    world_size: int
+
+    @property
+    def tensor_group(self) -> dist.ProcessGroup:
+        """Ranks that share each linear layer, and under sequence parallelism the tokens."""
+        return self.collection.tp
+
+    @property
+    def context_group(self) -> dist.ProcessGroup:
+        """Ranks that share the tokens of one pack."""
+        return self.collection.cp
+
+    @property
+    def data_group(self) -> dist.ProcessGroup:
+        """Ranks that hold the same shard of the model and tokens, each with packs of its own."""
+        return self.collection.dp
+
+    @property
+    def data_context_group(self) -> dist.ProcessGroup:
+        """Ranks over which gradients and loss sums are added: data x context."""
+        return self.collection.dp_cp
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that writes the run's files."""
+        return self.rank == 0
+
+    @property
+    def coordinates(self) -> str:
+        """This rank's place for log lines: "dp0 cp0 tp1"."""
+        return f"dp{self.data[0]} cp{self.context[0]} tp{self.tensor[0]}"
+
+
+def launch_environment() -> LaunchEnvironment:
+    """Read which process of how many this is: torchrun's variables, else those of a Slurm step, else one process.
+
+    Raises:
+        LaunchError: only some of torchrun's variables are set.
+    """
+    if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        missing = [name for name in names if name not in os.environ]
+        if missing:
+            raise LaunchError(f"{', '.join(missing)} not set, though RANK or WORLD_SIZE is; start with torchrun")
+        return LaunchEnvironment(*(int(os.environ[name]) for name in names))
+    # Only a step that srun started has SLURM_STEP_NUM_TASKS; SLURM_NTASKS is set in the batch script as well, which
+    # is one process.
+    if "SLURM_STEP_NUM_TASKS" in os.environ and "SLURM_PROCID" in os.environ:
+        tasks = _tasks_per_node(os.environ["SLURM_STEP_TASKS_PER_NODE"])
+        return LaunchEnvironment(
+            rank=int(os.environ["SLURM_PROCID"]),
+            world_size=int(os.environ["SLURM_STEP_NUM_TASKS"]),
+            local_rank=int(os.environ["SLURM_LOCALID"]),
+            local_world_size=tasks[int(os.environ["SLURM_NODEID"])],
+        )
+    return LaunchEnvironment(0, 1, 0, 1)
+
+
+def initialize(config: ParallelConfig, seed: int = 0) -> ParallelGroups:
+    """Make the process groups of the run; call it once, before any model.
+
+    One process that no launcher started becomes a world of one, without opening a port.
+
+    Args:
+        config: sizes of the axes.
+        seed: seeds megatron-core's generators (dropout and recompute read them); draws of this project don't.
+
+    Raises:
+        LaunchError: too few processes, sizes that don't divide, no GPU for `parallel.device=cuda`, or the other
+            processes can't be reached. The first three are raised before any group exists.
+    """
+    environment = launch_environment()
+    check_world_size(config, environment.world_size)
+    device = choose_device(config, environment)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        _start(environment, device, timedelta(minutes=config.timeout_minutes))
+    groups = _make_groups(config, environment, device, seed)
+    log.set_rank(groups.rank, groups.coordinates)
+    logger.info(
+        "%d process(es) on %s: tensor %d x context %d x data %d",
+        groups.world_size, device.type, groups.tensor[1], groups.context[1], groups.data[1],
+    )  # fmt: skip
+    return groups
+
+
+def check_world_size(config: ParallelConfig, world_size: int) -> None:
+    """Check that `world_size` processes hold a whole number of replicas.
+
+    Raises:
+        LaunchError: they don't; names the sizes and the nearest number of processes that works.
+    """
+    replica = config.replica_size
+    if world_size % replica == 0:
+        return
+    sizes = (
+        f"parallel.tensor_parallel_size={config.tensor_parallel_size} x "
+        f"parallel.context_parallel_size={config.context_parallel_size} = {replica} processes per replica"
+    )
+    if world_size < replica:
+        raise LaunchError(f"{sizes}, but {world_size} started; start at least {replica}, or lower a size")
+    near = world_size // replica * replica
+    raise LaunchError(f"{sizes} don't divide the {world_size} started; start {near} or {near + replica}")
+
+
+def choose_device(config: ParallelConfig, environment: LaunchEnvironment) -> torch.device:
+    """Return this rank's device by `parallel.device`.
+
+    Raises:
+        LaunchError: "cuda" is asked for and this machine has fewer GPUs than local processes.
+    """
+    gpus = torch.cuda.device_count() if config.device != "cpu" and torch.cuda.is_available() else 0
+    if gpus >= environment.local_world_size:
+        return torch.device("cuda", environment.local_rank)
+    if config.device == "cuda":
+        raise LaunchError(
+            f"parallel.device=cuda needs one GPU per process, but this machine has {gpus} for "
+            f"{environment.local_world_size}; start fewer processes or set parallel.device=cpu"
+        )
+    return torch.device("cpu")
+
+
+def shutdown(*, stay_connected: bool = False) -> None:
+    """Take the process groups down; a no-op when there are none.
+
+    Args:
+        stay_connected: keep the group of all processes, for another `initialize` with other sizes. A launcher's
+            rendezvous serves once: processes that disconnected can't meet again.
+    """
+    if not dist.is_initialized():
+        return
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if not stay_connected:
+        dist.destroy_process_group()
+    log.set_rank(0, "")
+
+
+def barrier(groups: ParallelGroups) -> None:
+    """Wait until every rank has come here."""
+    dist.barrier(device_ids=[groups.device.index] if groups.device.type == "cuda" else None)
+
+
+def gather_json(value: Any, groups: ParallelGroups) -> list[Any]:
+    """Return every rank's `value`, by rank, on every rank; they travel as JSON, never as pickles."""
+    text = torch.tensor(bytearray(json.dumps(value).encode()), dtype=torch.uint8, device=groups.device)
+    size = torch.tensor([text.numel()], device=groups.device)
+    sizes = size.new_empty(groups.world_size)
+    dist.all_gather_into_tensor(sizes, size)
+    longest = int(sizes.max())
+    texts = text.new_empty(groups.world_size * longest)
+    dist.all_gather_into_tensor(texts, torch.nn.functional.pad(text, (0, longest - text.numel())))
+    rows = texts.reshape(groups.world_size, longest).cpu()
+    return [json.loads(bytes(row[:length].tolist())) for row, length in zip(rows, sizes.tolist(), strict=True)]
+
+
+def broadcast_json(value: Any, groups: ParallelGroups) -> Any:
+    """Return rank 0's `value` on every rank; it travels as JSON, never as a pickle."""
+    return gather_json(value if groups.is_first else None, groups)[0]
+
+
+def any_rank(condition: bool, groups: ParallelGroups) -> bool:
+    """Return whether `condition` holds on any rank; every rank gets the same answer."""
+    flag = torch.tensor([condition], dtype=torch.int32, device=groups.device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def _tasks_per_node(text: str) -> list[int]:
+    """Expand Slurm's "4(x2),3" to [4, 4, 3]."""
+    parts = (re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in text.split(","))
+    return [int(part[1]) for part in parts if part for _ in range(int(part[2] or 1))]
+
+
+def _start(environment: LaunchEnvironment, device: torch.device, timeout: timedelta) -> None:
+    """Start the default process group: NCCL between GPUs, else gloo."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    place: dict[str, Any] = {"rank": environment.rank, "world_size": environment.world_size, "timeout": timeout}
+    if device.type == "cuda":
+        place["device_id"] = device
+    if environment.world_size == 1 and "MASTER_PORT" not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), **place)
+        return
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise LaunchError(
+            f"{' and '.join(missing)} not set: {environment.world_size} processes need the first one's address and "
+            "a free port; start with torchrun, or export them in the Slurm script"
+        )
+    try:
+        dist.init_process_group(backend, init_method="env://", **place)
+    except dist.DistError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise LaunchError(f"rank {environment.rank} can't join the others at {where}: {error}") from error
+
+
+def _make_groups(
+    config: ParallelConfig, environment: LaunchEnvironment, device: torch.device, seed: int
+) -> ParallelGroups:
+    from megacogvx.parallel import cpu, fused_adam
+
+    cpu.enable_cpu(device)
+    fused_adam.install()
+    from megatron.core import parallel_state, tensor_parallel
+
+    assert not parallel_state.is_initialized(), "process groups exist already; call shutdown() first"
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor_parallel_size,
+        context_parallel_size=config.context_parallel_size,
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=config.timeout_minutes,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    collection = ProcessGroupCollection.use_mpu_process_groups()
+    return ParallelGroups(
+        collection=collection,
+        device=device,
+        tensor=(collection.tp.rank(), collection.tp.size()),
+        context=(collection.cp.rank(), collection.cp.size()),
+        data=(collection.dp.rank(), collection.dp.size()),
+        rank=environment.rank,
+        world_size=environment.world_size,
+    )

@@ -1,0 +1,89 @@
+"""Our settings -> the config object that megatron-core wants."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer import TransformerConfig
+
+from megacogvx.errors import ConfigError
+from megacogvx.parallel.config import ParallelConfig
+from megacogvx.parallel.groups import ParallelGroups
+
+
+def core_config(
+    *,
+    hidden_size: int,
+    num_layers: int,
+    num_attention_heads: int,
+    ffn_hidden_size: int,
+    parallel: ParallelConfig,
+    groups: ParallelGroups,
+    dtype: torch.dtype,
+    norm_eps: float,
+) -> TransformerConfig:
+    """Return megatron-core's settings for a transformer.
+
+    Args:
+        hidden_size: width of the tokens.
+        num_layers: blocks.
+        num_attention_heads: heads over all ranks.
+        ffn_hidden_size: inner width of the MLP.
+        parallel: config section `parallel`.
+        groups: process groups.
+        dtype: of the weights; `torch.float32` or `torch.bfloat16`.
+        norm_eps: of the layer norms.
+
+    Raises:
+        ConfigError: the heads don't divide by tensor x context ranks.
+    """
+    ranks = parallel.replica_size
+    if num_attention_heads % ranks:
+        works = [number for number in range(1, num_attention_heads + 1) if num_attention_heads % number == 0]
+        raise ConfigError(
+            f"model.num_attention_heads={num_attention_heads} cannot be split over "
+            f"parallel.tensor_parallel_size={parallel.tensor_parallel_size} x "
+            f"parallel.context_parallel_size={parallel.context_parallel_size} = {ranks}; "
+            f"products that work: {', '.join(map(str, works))}"
+        )
+    full = parallel.recompute == "full"
+    return TransformerConfig(
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_attention_heads=num_attention_heads,
+        ffn_hidden_size=ffn_hidden_size,
+        layernorm_epsilon=norm_eps,
+        tensor_model_parallel_size=groups.tensor[1],
+        sequence_parallel=groups.tensor[1] > 1,
+        context_parallel_size=groups.context[1],
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        calculate_per_token_loss=True,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        # Weights come from initialize_weights alone: allocated here, on the host, then moved.
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        # Needs a CUDA extension of Apex; the sums in fp32 of the gradient buffers don't.
+        gradient_accumulation_fusion=False,
+        recompute_granularity="full" if full else None,
+        recompute_method="uniform" if full else None,
+        recompute_num_layers=1 if full else None,
+        cuda_graph_scope=[],
+    )
+
+
+def plain_core_config(parallel: ParallelConfig, groups: ParallelGroups, dtype: torch.dtype) -> TransformerConfig:
+    """Return megatron-core's settings for a model without attention.
+
+    Data parallelism, optimizer and schedule read them; the sizes of a transformer in them mean nothing.
+    """
+    return core_config(
+        hidden_size=parallel.replica_size,
+        num_layers=1,
+        num_attention_heads=parallel.replica_size,
+        ffn_hidden_size=parallel.replica_size,
+        parallel=parallel,
+        groups=groups,
+        dtype=dtype,
+        norm_eps=1e-5,
+    )

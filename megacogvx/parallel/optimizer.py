@@ -1,0 +1,185 @@
+"""The distributed optimizer: AdamW whose states lie on the data ranks, with its schedule and gradient clipping."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, ParamKey, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer_config import ParamPredicate
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
+
+from megacogvx.errors import ConfigError
+from megacogvx.parallel.groups import ParallelGroups
+
+
+def build_optimizer(
+    model: DistributedDataParallel,
+    groups: ParallelGroups,
+    *,
+    lr: float,
+    total_steps: int,
+    min_lr: float = 0.0,
+    warmup_steps: int = 0,
+    decay: Literal["cosine", "linear", "constant"] = "cosine",
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    clip_grad: float = 1.0,
+) -> Optimizer:
+    """Make the optimizer of a wrapped model: AdamW with fp32 states and, for bf16 weights, fp32 master weights.
+
+    Biases and one-dimensional parameters (norms) are left out of weight decay.
+
+    Args:
+        model: from `data_parallel.wrap`.
+        groups: process groups.
+        lr: learning rate at the end of the warmup.
+        total_steps: optimizer steps of the whole run, where the decay ends.
+        min_lr: learning rate at the end of the decay; "constant" doesn't read it.
+        warmup_steps: steps over which the rate rises linearly; step 0 has lr / warmup_steps.
+        decay: shape of the way from `lr` to `min_lr`.
+        betas: decay of the first and second moment per step.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled, multiplied by the learning rate.
+        clip_grad: largest L2 norm of the whole gradient; 0 turns clipping off.
+
+    Raises:
+        ConfigError: the warmup is as long as the run, or a rate is negative or above `lr`.
+    """
+    if not 0 <= warmup_steps < total_steps:
+        raise ConfigError(f"warmup_steps={warmup_steps} must be less than total_steps={total_steps}, and at least 0")
+    if not 0 <= min_lr <= lr:
+        raise ConfigError(f"min_lr={min_lr} must lie between 0 and lr={lr}")
+    dtype = next(model.module.parameters()).dtype
+    settings = OptimizerConfig(
+        optimizer="adam",
+        lr=lr,
+        min_lr=min_lr,
+        weight_decay=weight_decay,
+        adam_beta1=betas[0],
+        adam_beta2=betas[1],
+        adam_eps=eps,
+        clip_grad=clip_grad,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        use_distributed_optimizer=True,
+    )
+    no_decay = ParamKey(name="*.bias", predicate=ParamPredicate("one dimension", lambda parameter: parameter.ndim == 1))
+    inner = get_megatron_optimizer(
+        settings,
+        [model],
+        config_overrides={no_decay: ParamGroupOverride(wd_mult=0.0)},
+        use_gloo_process_groups=False,
+        pg_collection=groups.collection,
+    )
+    # The exclusions act through this scheduler alone; without it weight decay would reach every parameter.
+    scheduler = OptimizerParamScheduler(
+        inner,
+        init_lr=0.0,
+        max_lr=lr,
+        min_lr=min_lr,
+        lr_warmup_steps=warmup_steps,
+        lr_decay_steps=total_steps,
+        lr_decay_style=decay,
+        start_wd=weight_decay,
+        end_wd=weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+    return Optimizer(model, inner, scheduler)
+
+
+class Optimizer:
+    """megatron-core's distributed optimizer and its schedule, as a training loop uses them.
+
+    A step is `zero_grad`, `schedule(step)`, forward and backward, `step`.
+    """
+
+    def __init__(
+        self, model: DistributedDataParallel, inner: ChainedOptimizer, scheduler: OptimizerParamScheduler
+    ) -> None:
+        self.model = model
+        self.inner = inner
+        self.scheduler = scheduler
+        self._allocate_moments()
+        self._settings = [_settings(group) for group in inner.param_groups]
+        self.schedule(0)
+
+    def _allocate_moments(self) -> None:
+        """Make the moments now: a run that is too large fails at once, and step 0 can be saved like any other."""
+        self.inner.load_state_dict(self.inner.state_dict())  # allocates, as before loading, and fills nothing in
+        for moments in self.inner.optimizer.state.values():
+            for moment in moments.values():
+                moment.zero_()
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next step."""
+        return float(self.inner.param_groups[0]["lr"])
+
+    def schedule(self, step: int) -> float:
+        """Set learning rate and weight decay of optimizer step `step` (from 0); a function of the step alone.
+
+        Returns:
+            the learning rate.
+        """
+        # The scheduler counts steps done, and its first rate is 0: ask it for the end of this step.
+        self.scheduler.num_steps = step + 1
+        self.scheduler.step(0)
+        return self.lr
+
+    def zero_grad(self) -> None:
+        """Clear the gradient buffers and the gradients of the master weights."""
+        self.model.zero_grad_buffer()
+        self.inner.zero_grad()
+
+    @torch.no_grad()
+    def step(self) -> tuple[bool, float]:
+        """Clip the gradients, take one step and hand the new weights to all data ranks.
+
+        Returns:
+            (taken, norm): the L2 norm of the whole gradient before clipping. If it is not finite the step isn't taken
+            and weights and states stay as they were; all ranks agree, since they see the same norm.
+        """
+        if self.inner.prepare_grads():
+            return False, math.nan
+        norm = float(self.inner.get_grad_norm())
+        if not math.isfinite(norm):
+            return False, norm
+        limit = self.inner.config.clip_grad
+        if limit > 0:
+            clip_grad_by_total_norm_fp32(self.inner.get_parameters(), max_norm=limit, total_norm=norm)
+        return bool(self.inner.step_with_ready_grads()), norm
+
+    def reload_weights(self) -> None:
+        """Read the master weights from the model again, after its weights were set from elsewhere."""
+        self.inner.reload_model_params()
+
+    def sharded_state_dict(
+        self, model_state: dict[str, Any], metadata: dict[str, Any], *, is_loading: bool = False
+    ) -> dict[str, Any]:
+        """Return master weights, moments and step count as sharded tensors named after the model's.
+
+        Args:
+            model_state: the model's, from `sharded_state.sharded_state_dict`.
+            metadata: megatron-core's choice of format.
+            is_loading: make room for a checkpoint to be loaded instead of gathering the states.
+        """
+        result: dict[str, Any] = self.inner.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
+        return result
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what `sharded_state_dict` described. Rates, betas, eps and weight decay stay those of this run."""
+        self.inner.load_state_dict(state)
+        # The checkpoint brings back the settings of the run that wrote it, which would silently win over the config.
+        for group, settings in zip(self.inner.param_groups, self._settings, strict=True):
+            group.update(settings)
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    """What the config decides in a parameter group: all but the parameters and the steps taken."""
+    return {name: value for name, value in group.items() if name not in ("params", "step")}

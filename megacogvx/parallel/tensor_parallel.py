@@ -1,0 +1,183 @@
+"""Column and row linear over the tensor ranks, made the same way everywhere.
+
+Both are megatron-core's (Shoeybi et al. 2019, section 3; sequence parallelism: Korthikanti et al. 2022, section 4.2)
+with a forward that returns the result with its bias in it. Weights are allocated, never filled: every weight of this
+project is drawn in full and then cut.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from megatron.core.tensor_parallel import mappings
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer import TransformerConfig
+from torch import nn
+
+from megacogvx.errors import ConfigError
+from megacogvx.parallel.groups import ParallelGroups
+
+
+class ColumnLinear(ColumnParallelLinear):
+    """`y = x W^T + b`, the output features cut over the tensor ranks."""
+
+    def forward(self, x_SBD: torch.Tensor) -> torch.Tensor:
+        """Return this rank's output features for all tokens.
+
+        Args:
+            x_SBD: `[S, 1, D]`; under sequence parallelism this rank's share of the tokens, else all of them.
+
+        Returns:
+            `[S, 1, features / tensor ranks]`, of all tokens that the tensor ranks hold together.
+
+        Backward: the gradient of x is summed over the tensor ranks; under sequence parallelism each keeps its tokens.
+        """
+        return super().forward(x_SBD)[0]
+
+
+class RowLinear(RowParallelLinear):
+    """`y = x W^T + b`, the input features cut over the tensor ranks; the bias is added once, after the sum."""
+
+    def forward(self, x_SBD: torch.Tensor) -> torch.Tensor:
+        """Return the sum over the tensor ranks, plus the bias.
+
+        Args:
+            x_SBD: `[S, 1, features / tensor ranks]`, all tokens that the tensor ranks hold together.
+
+        Returns:
+            `[S, 1, D]`; under sequence parallelism this rank's share of the tokens, else all of them.
+
+        Backward: the gradient of x is gathered over tokens under sequence parallelism, else copied.
+        """
+        return super().forward(x_SBD)[0]
+
+
+class ModulationLinear(nn.Module):
+    """A projection of the conditioning: weight cut over the tensor ranks, output whole on each of them.
+
+    The conditioning is not a sequence, so it enters whole also under sequence parallelism. What reads the output is
+    cut by tokens then, so each rank's gradient of it is a partial sum: they are added, never averaged.
+
+    Args:
+        in_features, out_features: widths of the whole projection.
+        core: megatron-core's settings.
+        groups: process groups.
+    """
+
+    def __init__(self, in_features: int, out_features: int, core: TransformerConfig, groups: ParallelGroups) -> None:
+        super().__init__()
+        self.group = groups.tensor_group
+        self.sequence_parallel = core.sequence_parallel
+        whole = copy.copy(core)
+        whole.sequence_parallel = False
+        self.linear = column_linear(in_features, out_features, whole, groups)
+
+    def forward(self, x_ME: torch.Tensor) -> torch.Tensor:
+        """Return the projection, whole on every tensor rank.
+
+        Args:
+            x_ME: `[M, in_features]`, equal on the tensor ranks.
+
+        Returns:
+            `[M, out_features]`.
+
+        Backward: under sequence parallelism the gradients of the tensor ranks are summed, each keeping its features;
+            without it they are equal, and each cuts out its features.
+        """
+        y = self.linear(x_ME)
+        if self.sequence_parallel:
+            return mappings.all_gather_last_dim_from_tensor_parallel_region(y, group=self.group)
+        return mappings.gather_from_tensor_model_parallel_region(y, group=self.group)
+
+
+def column_linear(in_features: int, out_features: int, core: TransformerConfig, groups: ParallelGroups) -> ColumnLinear:
+    """Make a linear layer whose output features are cut over the tensor ranks.
+
+    Raises:
+        ConfigError: `out_features` doesn't divide by the tensor ranks.
+    """
+    _check_divides("out_features", out_features, groups)
+    layer = ColumnLinear(
+        in_features,
+        out_features,
+        config=core,
+        init_method=_never_called,
+        bias=True,
+        gather_output=False,
+        skip_bias_add=False,
+        tp_group=groups.tensor_group,
+    )
+    # megatron-core marks the weight while it initialises it, which is off here. Without the mark the gradient norm
+    # would count the shard of rank 0 alone, as if all ranks held the same.
+    set_tensor_model_parallel_attributes(layer.weight, True, 0, 1)
+    return layer
+
+
+def row_linear(in_features: int, out_features: int, core: TransformerConfig, groups: ParallelGroups) -> RowLinear:
+    """Make a linear layer whose input features are cut over the tensor ranks.
+
+    Raises:
+        ConfigError: `in_features` doesn't divide by the tensor ranks.
+    """
+    _check_divides("in_features", in_features, groups)
+    layer = RowLinear(
+        in_features,
+        out_features,
+        config=core,
+        init_method=_never_called,
+        bias=True,
+        input_is_parallel=True,
+        skip_bias_add=False,
+        tp_group=groups.tensor_group,
+    )
+    set_tensor_model_parallel_attributes(layer.weight, True, 1, 1)  # see column_linear
+    return layer
+
+
+def shard_of(full: torch.Tensor, parameter: torch.Tensor, groups: ParallelGroups) -> torch.Tensor:
+    """Return the part of a full tensor that this rank's `parameter` stands for (all of it if it isn't cut).
+
+    Args:
+        full: the tensor as one process would hold it.
+        parameter: this rank's parameter, which knows along which axis it is cut.
+        groups: process groups.
+    """
+    if not is_cut(parameter):
+        part = full
+    else:
+        rank, size = groups.tensor
+        part = full.chunk(size, dim=parameter.partition_dim)[rank]  # type: ignore[attr-defined]
+    assert part.shape == parameter.shape, f"{tuple(part.shape)} cut from {tuple(full.shape)}, not {parameter.shape}"
+    return part
+
+
+def full_shape(parameter: torch.Tensor, groups: ParallelGroups) -> tuple[int, ...]:
+    """Return the shape that one process would hold for this rank's `parameter`."""
+    shape = list(parameter.shape)
+    if is_cut(parameter):
+        shape[parameter.partition_dim] *= groups.tensor[1]  # type: ignore[attr-defined]
+    return tuple(shape)
+
+
+def is_cut(parameter: torch.Tensor) -> bool:
+    """Return whether the tensor ranks hold different parts of this parameter."""
+    return bool(getattr(parameter, "tensor_model_parallel", False))
+
+
+def _never_called(weight: torch.Tensor) -> None:
+    raise AssertionError("megatron-core's own initialisation is off")
+
+
+def _check_divides(name: str, features: int, groups: ParallelGroups) -> None:
+    size = groups.tensor[1]
+    if features % size:
+        works = [number for number in range(1, features + 1) if features % number == 0]
+        raise ConfigError(
+            f"{name}={features} cannot be split over parallel.tensor_parallel_size={size}; "
+            f"sizes that work: {', '.join(map(str, works))}"
+        )

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megacogvx.errors import ConfigError, LaunchError
+from megacogvx.parallel import groups as parallel_groups
+from megacogvx.parallel.config import ParallelConfig
+from megacogvx.parallel.groups import LaunchEnvironment, check_world_size, choose_device, launch_environment
+
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+SLURM = {
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_NUM_TASKS": "11",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2),3",
+}
+
+
+@pytest.fixture(autouse=True)
+def bare(monkeypatch):
+    for name in (*NAMES, *SLURM):
+        monkeypatch.delenv(name, raising=False)
+
+
+def set_all(monkeypatch, values):
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_nobody_launched_it():
+    assert launch_environment() == LaunchEnvironment(0, 1, 0, 1)
+
+
+def test_torchrun(monkeypatch):
+    set_all(monkeypatch, {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8", **SLURM})
+    assert launch_environment() == LaunchEnvironment(9, 16, 1, 8)
+    monkeypatch.delenv("LOCAL_RANK")
+    with pytest.raises(LaunchError, match="LOCAL_RANK"):
+        launch_environment()
+
+
+def test_slurm(monkeypatch):
+    set_all(monkeypatch, SLURM)
+    assert launch_environment() == LaunchEnvironment(5, 11, 1, 4)
+    monkeypatch.setenv("SLURM_NODEID", "2")
+    assert launch_environment().local_world_size == 3
+    with pytest.raises(LaunchError, match="MASTER_ADDR"):
+        parallel_groups.initialize(ParallelConfig(device="cpu"))
+
+
+def test_a_slurm_batch_script_is_one_process(monkeypatch):
+    set_all(monkeypatch, {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"})
+    assert launch_environment().world_size == 1
+
+
+@pytest.mark.parametrize(("world_size", "message"), [(3, "start at least 4"), (6, "start 4 or 8")])
+def test_sizes_that_do_not_fit_name_ones_that_do(world_size, message):
+    config = ParallelConfig(tensor_parallel_size=2, context_parallel_size=2)
+    check_world_size(config, 8)
+    with pytest.raises(LaunchError, match=message) as caught:
+        check_world_size(config, world_size)
+    assert "parallel.tensor_parallel_size=2" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "local", "expected"),
+    [
+        ("auto", 4, 4, "cuda:1"),
+        ("auto", 3, 4, "cpu"),
+        ("cpu", 8, 4, "cpu"),
+        ("cuda", 8, 4, "cuda:1"),
+        ("auto", 0, 1, "cpu"),
+    ],
+)
+def test_device(monkeypatch, device, gpus, local, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    chosen = choose_device(ParallelConfig(device=device), LaunchEnvironment(1, local, 1, local))
+    assert chosen == torch.device(expected)
+
+
+def test_cuda_without_enough_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(LaunchError, match="has 0 for 2"):
+        choose_device(ParallelConfig(device="cuda"), LaunchEnvironment(0, 2, 0, 2))
+
+
+def test_one_process_needs_no_launcher_and_can_start_again():
+    for _ in range(2):
+        groups = parallel_groups.initialize(ParallelConfig(device="cpu"))
+        assert (groups.tensor, groups.context, groups.data) == ((0, 1), (0, 1), (0, 1))
+        assert groups.coordinates == "dp0 cp0 tp0"
+        assert groups.is_first
+        assert parallel_groups.gather_json({"a": [1.5, "ä"]}, groups) == [{"a": [1.5, "ä"]}]
+        parallel_groups.barrier(groups)
+        with pytest.raises(AssertionError, match="shutdown"):
+            parallel_groups.initialize(ParallelConfig(device="cpu"))
+        parallel_groups.shutdown()
+    parallel_groups.shutdown()
+    with pytest.raises(LaunchError, match="1 started"):
+        parallel_groups.initialize(ParallelConfig(tensor_parallel_size=2))
+    assert not torch.distributed.is_initialized()
+
+
+def test_sizes_that_do_not_divide_the_model_are_named():
+    from megacogvx.parallel.megatron import core_config, plain_core_config
+    from megacogvx.parallel.tensor_parallel import column_linear, row_linear
+
+    config = ParallelConfig(device="cpu", recompute="full")
+    groups = parallel_groups.initialize(config)
+    try:
+        core = plain_core_config(config, groups, torch.bfloat16)
+        assert core.bf16
+        assert core.calculate_per_token_loss
+        assert core.recompute_granularity == "full"
+        two = ParallelConfig(context_parallel_size=2)
+        sizes = {"hidden_size": 6, "num_layers": 1, "num_attention_heads": 3, "ffn_hidden_size": 8, "norm_eps": 1e-5}
+        with pytest.raises(ConfigError, match=r"num_attention_heads=3 .* products that work: 1, 3"):
+            core_config(parallel=two, groups=groups, dtype=torch.float32, **sizes)
+        cut = parallel_groups.ParallelGroups(**{**vars(groups), "tensor": (0, 4)})
+        for make in (column_linear, row_linear):
+            with pytest.raises(ConfigError, match=r"features=6 cannot be split .* 1, 2, 3, 6"):
+                make(6, 6, core, cut)
+    finally:
+        parallel_groups.shutdown()
