@@ -1,0 +1,215 @@
+"""Saving and loading a run: sharded over the ranks, from any (tensor, context, data) sizes to any others.
+
+The tensors go through megatron-core's `dist_checkpointing`: each is saved under its global name, a part by each rank
+that holds one, and read back in whatever parts the loading ranks hold. megatron-core keeps two small files of its own
+as pickles; nothing is unpickled before the manifest's checksums have been found right.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.dist_checkpointing.strategies.torch import (
+    TorchDistLoadShardedStrategy,
+    TorchDistSaveShardedStrategy,
+)
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megacogvx.checkpoint import directory as folders
+from megacogvx.checkpoint.directory import CheckpointDirectory, FileEntry
+from megacogvx.errors import CheckpointError
+from megacogvx.log import get_logger
+from megacogvx.parallel.data_parallel import unwrap
+from megacogvx.parallel.groups import ParallelGroups, broadcast_json, gather_json
+from megacogvx.parallel.optimizer import Optimizer
+from megacogvx.parallel.sharded_state import sharded_state_dict
+
+STATE = "state.json"
+WRITER_THREADS = 1  # files that each rank writes at a time
+# By global parameter, the one format of optimizer states that can change the tensor-parallel size.
+FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+# megatron-core reads through a function of torch that has been renamed.
+warnings.filterwarnings("ignore", message=".*`?load_state_dict`? is deprecated", category=FutureWarning)
+
+Result = TypeVar("Result")
+logger = get_logger(__name__)
+
+
+def save(
+    directory: CheckpointDirectory,
+    step: int,
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    extra: Mapping[str, Any],
+    groups: ParallelGroups,
+    *,
+    texts: Mapping[str, str] | None = None,
+) -> Path:
+    """Write the checkpoint of `step`; every rank calls it, and it is complete on disk when this returns.
+
+    Args:
+        directory: the run's checkpoints, on a file system that all ranks share.
+        step: optimizer steps done.
+        model: the model, wrapped or not.
+        optimizer: None keeps the weights alone.
+        extra: what else a restart needs, as JSON values; rank 0's counts.
+        groups: process groups.
+        texts: files to put beside, `{name: text}`, such as the config; rank 0's count.
+
+    Returns:
+        the checkpoint's folder.
+
+    Raises:
+        CheckpointError: the disk is full or not writable, on any rank; all ranks raise it.
+    """
+    check_writer()
+    partial = Path(broadcast_json(_together(groups, lambda: _begin(directory, step, groups)), groups))
+    _together(groups, lambda: _save_tensors(partial, model, optimizer, groups))
+    if groups.is_first:
+        texts = {**(texts or {}), STATE: json.dumps(extra, indent=1)}
+    _together(groups, lambda: _write_texts(partial, texts or {}) if groups.is_first else None)
+    names = broadcast_json(folders.files_of(partial) if groups.is_first else None, groups)
+    sealed = _together(groups, lambda: {name: vars(folders.seal(partial, name)) for name in _share(names, groups)})
+    entries = {name: FileEntry(**entry) for part in gather_json(sealed, groups) for name, entry in part.items()}
+    _together(groups, lambda: directory.commit(step, entries) if groups.is_first else None)
+    path = directory.path(step)
+    total = sum(entry.size for entry in entries.values())
+    logger.info("saved %s: %d files, %.1f MB", path, len(entries), total / 1e6)
+    return path
+
+
+def load(path: Path, model: nn.Module, optimizer: Optimizer | None, groups: ParallelGroups) -> dict[str, Any]:
+    """Load a checkpoint into `model` and `optimizer`, whatever layout wrote it; every rank calls it.
+
+    Args:
+        path: the checkpoint's folder.
+        model: the model, wrapped or not; its weights are overwritten.
+        optimizer: None loads the weights alone. An optimizer that exists already and isn't loaded must
+            `reload_weights()` afterwards.
+        groups: process groups.
+
+    Returns:
+        what `save` got as `extra`.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, incomplete, damaged, or of another model; all ranks raise it, and
+            name the file or the tensor. Before any tensor is read, except for errors of the disk.
+    """
+    path = Path(path)
+    _, entries = _together(groups, lambda: folders.read_manifest(path))
+    if groups.is_first:
+        logger.info("loading %s: checking %d files", path, len(entries))
+    _together(groups, lambda: folders.verify(path, _share(sorted(entries), groups)))
+    extra: dict[str, Any] = _together(groups, lambda: json.loads((path / STATE).read_text()))
+    _together(groups, lambda: _load_tensors(path, model, optimizer, groups))
+    return extra
+
+
+def check_writer() -> None:
+    """Check that what megatron-core's writer needs is there.
+
+    Raises:
+        CheckpointError: psutil can't be imported; without it the writer's process dies and the ranks wait for ever.
+    """
+    if importlib.util.find_spec("psutil") is None:
+        raise CheckpointError(
+            "saving a checkpoint needs the package psutil, which is not installed; pip install psutil"
+        )
+
+
+def _begin(directory: CheckpointDirectory, step: int, groups: ParallelGroups) -> str | None:
+    return str(directory.begin(step)) if groups.is_first else None
+
+
+def _write_texts(path: Path, texts: Mapping[str, str]) -> None:
+    for name, text in texts.items():
+        (path / name).write_text(text)
+
+
+def _save_tensors(path: Path, model: nn.Module, optimizer: Optimizer | None, groups: ParallelGroups) -> None:
+    writer = FullyParallelSaveStrategyWrapper(
+        TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=WRITER_THREADS), groups.data_context_group, True
+    )
+    state = _state(model, optimizer, groups, is_loading=False)
+    dist_checkpointing.save(state, str(path), writer, content_metadata=FORMAT)
+
+
+def _load_tensors(path: Path, model: nn.Module, optimizer: Optimizer | None, groups: ParallelGroups) -> None:
+    state = _state(model, optimizer, groups, is_loading=True)
+    _check_tensors(path, state)
+    reader = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), groups.data_context_group)
+    loaded = dist_checkpointing.load(state, str(path), reader)
+    unwrap(model).load_state_dict({name.removeprefix("model."): value for name, value in loaded["model"].items()})
+    if optimizer is not None:
+        optimizer.load_state_dict(loaded["optimizer"])
+
+
+def _state(
+    model: nn.Module, optimizer: Optimizer | None, groups: ParallelGroups, *, is_loading: bool
+) -> dict[str, Any]:
+    """Return the sharded tensors of everything that is kept, under the names of one process."""
+    model_state = sharded_state_dict(unwrap(model), groups, prefix="model.")
+    state: dict[str, Any] = {"model": model_state}
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(model_state, FORMAT, is_loading=is_loading)
+    return state
+
+
+def _check_tensors(path: Path, state: dict[str, Any]) -> None:
+    """Check that the checkpoint holds every tensor that `state` asks for, in the same global shape."""
+    there = {
+        key: tuple(tensor.global_shape) for key, tensor in dist_checkpointing.load_tensors_metadata(str(path)).items()
+    }
+    asked = {tensor.key: tuple(tensor.global_shape) for tensor in _tensors(state)}
+    problems = [
+        f"{key} is {there.get(key, 'not there')} in the checkpoint and {shape} in the model"
+        for key, shape in sorted(asked.items())
+        if there.get(key) != shape
+    ]
+    problems += [
+        f"{key} is {there[key]} in the checkpoint and not there in the model"
+        for key in sorted(there)
+        if key.startswith("model.") and key not in asked
+    ]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise CheckpointError(f"{path} is of another model: {'; '.join(problems[:3])}{more}")
+
+
+def _tensors(state: Any) -> list[dist_checkpointing.ShardedTensor]:
+    if isinstance(state, dict):
+        return [tensor for value in state.values() for tensor in _tensors(value)]
+    return [state] if isinstance(state, dist_checkpointing.ShardedTensor) else []
+
+
+def _share(names: list[str], groups: ParallelGroups) -> list[str]:
+    """Return this rank's share of the files, to hash and sync."""
+    return names[groups.rank :: groups.world_size]
+
+
+def _together(groups: ParallelGroups, act: Callable[[], Result]) -> Result:
+    """Return `act()`; if it fails on any rank, raise `CheckpointError` with the first such rank's message on all."""
+    result, problem = None, None
+    try:
+        result = act()
+    except CheckpointError as error:
+        problem = str(error)
+    except (Exception, CheckpointException) as error:  # torch's own is a BaseException
+        logger.debug("checkpoint", exc_info=True)
+        problem = f"{type(error).__name__}: {error}"
+    problems = [text for text in gather_json(problem, groups) if text]
+    if problems:
+        raise CheckpointError(problems[0])
+    return result  # type: ignore[return-value]
