@@ -1,0 +1,52 @@
+"""Group normalisation of a clip: mean and variance over the channels of a group, all frames and all positions.
+
+The statistics run over time, so all frames that are encoded or decoded together share them; this op is the only
+place that computes them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megacogvx_kernels.checks import require_floating, require_shape
+from megacogvx_kernels.group_norm_moments import reference
+
+__all__ = ["group_norm_moments"]
+
+
+def group_norm_moments(
+    x_BCTHW: torch.Tensor,
+    weight_C: torch.Tensor,
+    bias_C: torch.Tensor,
+    groups: int,
+    eps: float,
+    activation: bool = False,
+) -> torch.Tensor:
+    """Normalise groups of channels over (C / groups, T, H, W), scale and shift, and optionally apply SiLU.
+
+    Args:
+        x_BCTHW: `[B, C, T, H, W]`, floating; moments are taken in fp32 or better.
+        weight_C, bias_C: `[C]`.
+        groups: groups of consecutive channels; divides C.
+        eps: added to the variance, > 0: a constant clip gives `bias_C`, never NaN.
+        activation: y * sigmoid(y) at the end.
+
+    Returns:
+        `[B, C, T, H, W]`, dtype of x.
+
+    Raises:
+        TypeError: x is not floating.
+        ValueError: a shape, `groups` or `eps` is none of the above.
+    """
+    require_floating("x_BCTHW", x_BCTHW)
+    require_shape("x_BCTHW", x_BCTHW, (None,) * 5)
+    if not x_BCTHW.numel():
+        raise ValueError(f"x_BCTHW has the shape {tuple(x_BCTHW.shape)}; moments need at least one value")
+    channels = x_BCTHW.shape[1]
+    require_shape("weight_C", weight_C, (channels,))
+    require_shape("bias_C", bias_C, (channels,))
+    if groups < 1 or channels % groups:
+        raise ValueError(f"groups={groups} must divide the {channels} channels of x_BCTHW")
+    if eps <= 0:
+        raise ValueError(f"eps={eps} must be greater than 0")
+    return reference.group_norm_moments(x_BCTHW, weight_C, bias_C, groups, eps, activation)
