@@ -1,0 +1,75 @@
+"""Full attention over text and video of each sample, with QK-norm and 3D-RoPE (paper section 2.2)."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer import TransformerConfig
+from torch import nn
+
+from megacogvx.models.transformer.config import CogVideoXConfig
+from megacogvx.pack_layout import LocalPack, PackLayout
+from megacogvx.parallel.context_parallel import heads_to_tokens, tokens_to_heads
+from megacogvx.parallel.groups import ParallelGroups
+from megacogvx.parallel.sequence_parallel import sum_gradient_over_tensor_ranks
+from megacogvx.parallel.tensor_parallel import column_linear, row_linear
+from megacogvx_kernels.packed_attention import packed_attention
+from megacogvx_kernels.qk_norm_rope import qk_norm_rope
+
+
+class JointAttention(nn.Module):
+    """One attention for both modalities; tensor ranks hold heads, context ranks exchange tokens for heads.
+
+    `qkv` is laid out per head, q then k then v, so that a cut by rows is a cut by heads.
+    """
+
+    def __init__(self, config: CogVideoXConfig, core: TransformerConfig, groups: ParallelGroups) -> None:
+        super().__init__()
+        self.config, self.groups = config, groups
+        width, dtype = config.attention_head_dim, core.params_dtype
+        self.qkv = column_linear(config.hidden_size, 3 * config.hidden_size, core, groups)
+        self.q_norm = nn.LayerNorm(width, config.qk_norm_eps, dtype=dtype)
+        self.k_norm = nn.LayerNorm(width, config.qk_norm_eps, dtype=dtype)
+        self.out = row_linear(config.hidden_size, config.hidden_size, core, groups)
+        # every tensor rank sees only its heads
+        sum_gradient_over_tensor_ranks(self.q_norm, self.k_norm, core=core)
+
+    def forward(self, hidden_S1D: torch.Tensor, layout: PackLayout, local: LocalPack) -> torch.Tensor:
+        """Return the attention's output for this rank's tokens.
+
+        Args:
+            hidden_S1D: `[S_local, 1, D]`; at the right S are all tokens of the pack, t tensor and c context ranks.
+            layout, local: the pack and this rank's share.
+        """
+        context_group = self.groups.context_group
+        # fmt: off
+        qkv_SN3K = self._by_head(self.qkv(hidden_S1D))                               # [S/c, N/t, 3, K]
+        q_SNK, k_SNK = self._norm_and_rotate(qkv_SN3K, layout, local)                # [S/c, N/t, K] each
+        v_SNK = qkv_SN3K[:, :, 2]                                                    # [S/c, N/t, K]
+        q_SNK, k_SNK, v_SNK = (                                                      # [S, N/(t c), K] each
+            tokens_to_heads(x_SNK, context_group) for x_SNK in (q_SNK, k_SNK, v_SNK)
+        )
+        out_SNK = packed_attention(q_SNK, k_SNK, v_SNK, layout.boundaries[:-1])      # [S, N/(t c), K]
+        out_SNK = heads_to_tokens(out_SNK, context_group)                            # [S/c, N/t, K]
+        return self.out(out_SNK.flatten(1)[:, None])                                 # [S/(t c), 1, D]
+        # fmt: on
+
+    def _by_head(self, qkv_S1X: torch.Tensor) -> torch.Tensor:
+        return qkv_S1X.squeeze(1).unflatten(-1, (-1, 3, self.config.attention_head_dim))
+
+    def _norm_and_rotate(
+        self, qkv_SN3K: torch.Tensor, layout: PackLayout, local: LocalPack
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return qk_norm_rope(
+            qkv_SN3K,
+            self.q_norm.weight,
+            self.q_norm.bias,
+            self.k_norm.weight,
+            self.k_norm.bias,
+            layout.sample_table(qkv_SN3K.device),
+            layout.rope_grid(qkv_SN3K.device),
+            local.context_tokens.start,
+            eps=self.config.qk_norm_eps,
+            axes=self.config.rope_axes,
+            theta=self.config.rope_theta,
+            rotate=self.config.use_rotary_positional_embeddings,
+        )

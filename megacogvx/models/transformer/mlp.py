@@ -1,0 +1,25 @@
+"""The feed-forward half of a block."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer import TransformerConfig
+from torch import nn
+
+from megacogvx.models.transformer.config import CogVideoXConfig
+from megacogvx.parallel.groups import ParallelGroups
+from megacogvx.parallel.tensor_parallel import column_linear, row_linear
+
+
+class MLP(nn.Module):
+    """D -> 4 D -> D with the tanh form of GELU; both modalities share it."""
+
+    def __init__(self, config: CogVideoXConfig, core: TransformerConfig, groups: ParallelGroups) -> None:
+        super().__init__()
+        self.fc1 = column_linear(config.hidden_size, config.ffn_hidden_size, core, groups)
+        self.fc2 = row_linear(config.ffn_hidden_size, config.hidden_size, core, groups)
+
+    def forward(self, hidden_S1D: torch.Tensor) -> torch.Tensor:
+        """Return `[S_local, 1, D]`."""
+        return self.fc2(F.gelu(self.fc1(hidden_S1D), approximate="tanh"))

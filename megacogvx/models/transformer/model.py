@@ -1,0 +1,124 @@
+"""The whole transformer: rows of patches in, velocity rows out, for the tokens of a pack that one rank holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer import TransformerConfig
+from torch import nn
+
+from megacogvx.models.transformer.block import CogVideoXBlock
+from megacogvx.models.transformer.config import CogVideoXConfig
+from megacogvx.models.transformer.embedding import PackEmbedding, TimeEmbedding
+from megacogvx.models.transformer.head import PackHead
+from megacogvx.models.transformer.rope import place_on_rope_grid
+from megacogvx.pack_layout import LocalPack, PackLayout
+from megacogvx.parallel.config import ParallelConfig
+from megacogvx.parallel.groups import ParallelGroups
+from megacogvx.parallel.megatron import core_config
+from megacogvx.parallel.recompute import recompute, recomputes
+from megacogvx.parallel.sharded_state import sharded_state_dict
+
+
+def transformer_core(
+    config: CogVideoXConfig, parallel: ParallelConfig, groups: ParallelGroups, dtype: torch.dtype
+) -> TransformerConfig:
+    """Return megatron-core's settings for this transformer.
+
+    Raises:
+        ConfigError: the heads don't divide by tensor x context ranks.
+    """
+    return core_config(
+        hidden_size=config.hidden_size,
+        num_layers=config.num_layers,
+        num_attention_heads=config.num_attention_heads,
+        ffn_hidden_size=config.ffn_hidden_size,
+        parallel=parallel,
+        groups=groups,
+        dtype=dtype,
+        norm_eps=config.norm_eps,
+    )
+
+
+class CogVideoXTransformer(nn.Module):
+    """Expert-AdaLN diffusion transformer over packs (CogVideoX paper section 2.2, figure 3).
+
+    Weights are allocated and not filled; `initialize_weights` or a checkpoint does that. Built under
+    `torch.device("meta")` nothing is allocated either.
+
+    Args:
+        config: section `model`.
+        core: megatron-core's settings (`transformer_core`); parameters have `core.params_dtype`.
+        groups: process groups.
+    """
+
+    def __init__(self, config: CogVideoXConfig, core: TransformerConfig, groups: ParallelGroups) -> None:
+        super().__init__()
+        self.config, self.core, self.groups = config, core, groups
+        self.time = TimeEmbedding(config, core)
+        self.embedding = PackEmbedding(config, core)
+        self.blocks = nn.ModuleList(CogVideoXBlock(config, core, groups) for _ in range(config.num_layers))
+        self.head = PackHead(config, core, groups)
+
+    def forward(
+        self, video_VP: torch.Tensor, text_LE: torch.Tensor, timesteps_M: torch.Tensor, layout: PackLayout
+    ) -> torch.Tensor:
+        """Predict the velocity of this rank's video rows.
+
+        Args:
+            video_VP: noisy rows `[V_local, P]`, P = in_channels * q * p * p in (c, q, p, p) order, of the tokens
+                `layout.local(groups.tensor, groups.context).video_index`, in the parameters' dtype.
+            text_LE: text embeddings `[L_local, E]` of its `text_index`; zeros for the padding.
+            timesteps_M: int64 `[M]`, 0 .. 999, of every sample of the pack; 0 for the padding.
+            layout: the pack, the same on every rank.
+
+        Returns:
+            `[V_local, P]` with P = out_channels * q * p * p.
+
+        Raises:
+            DataError: a sample doesn't fit the learned position table, where there is one.
+            ConfigError: the pack's tokens don't divide by the ranks.
+        """
+        local = layout.local(self.groups.tensor, self.groups.context, video_VP.device)
+        self._check(video_VP, text_LE, timesteps_M, layout, local)
+        # fmt: off
+        condition_ME = self.time(timesteps_M)                                   # [M, time_embed_dim], once
+        hidden_S1D = self.embedding(video_VP, text_LE, layout, local)           # [S_local, 1, D]
+        for block in self.blocks:
+            inputs = (hidden_S1D, condition_ME, layout, local)
+            hidden_S1D = recompute(block, *inputs) if recomputes(self.core) else block(*inputs)
+        return self.head(hidden_S1D, condition_ME, local)                       # [V_local, P]
+        # fmt: on
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """Return every parameter and buffer as megatron-core's `ShardedTensor`, under its global name.
+
+        Rows of `attention.qkv` are laid out by heads and every other cut is a plain one, so a checkpoint of any number
+        of tensor ranks loads into any other.
+
+        Args:
+            prefix: put before each name.
+            sharded_offsets: cuts that the caller has made already; this model has none.
+            metadata: megatron-core's; not read.
+        """
+        assert not sharded_offsets, f"{sharded_offsets}: the blocks are not cut over pipeline stages"
+        return sharded_state_dict(self, self.groups, prefix)
+
+    def _check(
+        self,
+        video_VP: torch.Tensor,
+        text_LE: torch.Tensor,
+        timesteps_M: torch.Tensor,
+        layout: PackLayout,
+        local: LocalPack,
+    ) -> None:
+        config = self.config
+        assert layout.patch == config.patch, f"a pack of patch {layout.patch} for a model of patch {config.patch}"
+        placed = config.rope_grid == "slice" or place_on_rope_grid(layout, config) is layout
+        assert placed, f"model.rope_grid={config.rope_grid}: pass layouts through place_on_rope_grid first"
+        assert video_VP.shape == (len(local.video_index), config.row_size_in), tuple(video_VP.shape)
+        assert text_LE.shape == (len(local.text_index), config.text_embed_dim), tuple(text_LE.shape)
+        assert timesteps_M.shape == (layout.num_samples,), f"{tuple(timesteps_M.shape)}, not ({layout.num_samples},)"

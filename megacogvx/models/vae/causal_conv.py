@@ -1,0 +1,34 @@
+"""The causal 3D convolution: a frame sees itself and the frames before it (CogVideoX paper, section 2.1)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from megacogvx.models.vae.frames import FrameSpan
+from megacogvx_kernels.causal_halo import causal_halo
+
+
+class CausalConv3d(nn.Conv3d):
+    """A 3 x 3 convolution in space, zeros around, over the last `kernel_frames` frames."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_frames: int) -> None:
+        """Make the convolution; `kernel_frames` is 3, or 1 for a model that codes every frame by itself."""
+        super().__init__(in_channels, out_channels, (kernel_frames, 3, 3), padding=(0, 1, 1))
+        self.halo_frames = kernel_frames - 1
+
+    def forward(self, x_BCTHW: torch.Tensor, frames: FrameSpan) -> torch.Tensor:  # type: ignore[override]
+        """Return `[B, out_channels, T, H, W]`."""
+        halos = frames.halos if self.halo_frames else None
+        padded_BCTHW = causal_halo(x_BCTHW, self.halo_frames, halos.previous() if halos else None)
+        if halos:
+            halos.keep(padded_BCTHW, self.halo_frames)
+        return F.conv3d(padded_BCTHW, self.weight, self.bias, padding=self.padding)
+
+
+def conv_frames(conv: nn.Conv2d, x_BCTHW: torch.Tensor) -> torch.Tensor:
+    """Apply a 2D convolution to every frame."""
+    batch, channels, frames, height, width = x_BCTHW.shape
+    y = conv(x_BCTHW.transpose(1, 2).reshape(batch * frames, channels, height, width))
+    return y.reshape(batch, frames, *y.shape[1:]).transpose(1, 2)

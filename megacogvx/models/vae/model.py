@@ -1,0 +1,138 @@
+"""CogVideoXVAE: pixels to latents and back, whole clips or chunk by chunk (CogVideoX paper, section 2.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from megacogvx.models.vae import gaussian
+from megacogvx.models.vae.config import VAEConfig
+from megacogvx.models.vae.decoder import Decoder
+from megacogvx.models.vae.encoder import Encoder
+from megacogvx.models.vae.frames import FrameSpan, HaloStream, chunks
+
+Halos = list[torch.Tensor]
+
+
+class Reconstruction(NamedTuple):
+    """What a training step compares: the decoded `video_BCTHW` and the `moments_B2CTHW` it was decoded from."""
+
+    video_BCTHW: torch.Tensor
+    moments_B2CTHW: torch.Tensor
+
+
+class CogVideoXVAE(nn.Module):
+    """The 3D causal variational autoencoder.
+
+    Norm statistics run over the frames that are coded together, so a clip coded in chunks differs from the whole one
+    (by tens of percent beyond one chunk). Train on whole clips; the released pipelines infer by chunks of 8 frames.
+    """
+
+    def __init__(self, config: VAEConfig) -> None:
+        """Make encoder and decoder; weights are drawn by `initialize.initialize_weights` or loaded."""
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    def forward(self, video_BCTHW: torch.Tensor, noise_BCTHW: torch.Tensor | None = None) -> Reconstruction:
+        """Encode a whole training clip, draw latents from the posterior and decode them.
+
+        Args:
+            video_BCTHW: `[B, 3, T, H, W]` in [-1, 1]; T is 1 or 2 r k + 1 for a temporal compression of r.
+            noise_BCTHW: N(0, 1) in the shape of the latents (`config.latent_shape`); None decodes the means.
+
+        Raises:
+            DataError: the clip's shape doesn't fit.
+        """
+        self.config.check_clip(video_BCTHW.shape)
+        moments = self.encode(video_BCTHW)
+        latents = gaussian.mode(moments) if noise_BCTHW is None else gaussian.sample(moments, noise_BCTHW)
+        return Reconstruction(self.decode(latents), moments)
+
+    def encode(self, video_BCTHW: torch.Tensor, frames_per_chunk: int | None = None) -> torch.Tensor:
+        """Encode pixels to moments.
+
+        Args:
+            video_BCTHW: `[B, 3, T, H, W]` in [-1, 1], H and W multiples of the spatial compression.
+            frames_per_chunk: None codes the clip as one; 8 is what the released pipelines do (a remainder goes into
+                the first chunk).
+
+        Returns:
+            `[B, 2 C, T', H', W']`: means, then log variances (`gaussian.split`).
+
+        Raises:
+            DataError: the video's shape doesn't fit.
+            ConfigError: chunks of this size don't stand for whole latent frames.
+        """
+        self.config.check_video(video_BCTHW.shape)
+        if frames_per_chunk is None:
+            return self.encode_chunk(video_BCTHW, None)[0]
+        self.config.check_chunk(frames_per_chunk=frames_per_chunk)
+        return _by_chunks(self.encode_chunk, video_BCTHW, frames_per_chunk)
+
+    def decode(self, latents_BCTHW: torch.Tensor, latents_per_chunk: int | None = None) -> torch.Tensor:
+        """Decode latents (not scaled by `scaling_factor`) to pixels.
+
+        Args:
+            latents_BCTHW: `[B, C, T', H', W']`.
+            latents_per_chunk: None codes the clip as one; 2 is what the released pipelines do.
+
+        Returns:
+            `[B, 3, T, H, W]`, about [-1, 1], not clamped.
+
+        Raises:
+            DataError: the latents' shape doesn't fit.
+            ConfigError: `latents_per_chunk` is odd.
+        """
+        self.config.check_latents(latents_BCTHW.shape)
+        if latents_per_chunk is None:
+            return self.decode_chunk(latents_BCTHW, None)[0]
+        self.config.check_chunk(latents_per_chunk=latents_per_chunk)
+        return _by_chunks(self.decode_chunk, latents_BCTHW, latents_per_chunk)
+
+    def encode_chunk(self, video_BCTHW: torch.Tensor, halos: Halos | None) -> tuple[torch.Tensor, Halos | None]:
+        """Encode the next chunk of a clip.
+
+        Args:
+            video_BCTHW: the chunk, or a whole clip.
+            halos: what this function returned for the chunk before; empty for the first one; None for a whole clip,
+                after which nothing comes.
+
+        Returns:
+            moments_B2CTHW and the halos for the next chunk (None for a whole clip).
+        """
+        return self._run(self.encoder, video_BCTHW, halos)
+
+    def decode_chunk(self, latents_BCTHW: torch.Tensor, halos: Halos | None) -> tuple[torch.Tensor, Halos | None]:
+        """Decode the next chunk of a clip; `halos` as in `encode_chunk`."""
+        return self._run(self.decoder, latents_BCTHW, halos)
+
+    def _run(self, coder: nn.Module, x_BCTHW: torch.Tensor, halos: Halos | None) -> tuple[torch.Tensor, Halos | None]:
+        if self.config.temporal_kernel_size == 1:
+            return _each_frame(coder, x_BCTHW), halos
+        stream = None if halos is None else HaloStream(halos)
+        y_BCTHW = coder(x_BCTHW, FrameSpan(x_BCTHW.shape[2], stream))
+        return y_BCTHW, stream.after if stream else None
+
+
+def _by_chunks(
+    code: Callable[[torch.Tensor, Halos], tuple[torch.Tensor, Halos | None]], x_BCTHW: torch.Tensor, size: int
+) -> torch.Tensor:
+    halos: Halos = []
+    parts = []
+    for chunk in chunks(x_BCTHW.shape[2], size):
+        part, after = code(x_BCTHW[:, :, chunk.start : chunk.stop], halos)
+        halos = after or []
+        parts.append(part)
+    return torch.cat(parts, dim=2)
+
+
+def _each_frame(coder: nn.Module, x_BCTHW: torch.Tensor) -> torch.Tensor:
+    """Code every frame as a clip of its own: a 2D model, norm statistics included."""
+    batch, frames = x_BCTHW.shape[0], x_BCTHW.shape[2]
+    y = coder(x_BCTHW.transpose(1, 2).flatten(0, 1).unsqueeze(2), FrameSpan(1))
+    return y.squeeze(2).unflatten(0, (batch, frames)).transpose(1, 2)

@@ -1,0 +1,174 @@
+"""CogVideoXVAE equals diffusers' AutoencoderKLCogVideoX with the same random weights."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from diffusers import AutoencoderKLCogVideoX
+
+from megacogvx.config import build_config
+from megacogvx.models.vae import CogVideoXVAE, VAEConfig, gaussian, initialize_weights
+from megacogvx.testing.tolerance import assert_all_close, assert_close
+
+OUTPUT_BOUND, GRADIENT_BOUND = 1e-5, 1e-4
+WHOLE_CLIP = 10**6
+SMALL = {"block_out_channels": (8, 16, 16, 24), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4}
+
+PUBLISHED_NAMES = [  # ours -> published, applied in order
+    (r"^(encoder)\.stages\.(\d+)\.blocks", r"\1.down_blocks.\2.resnets"),
+    (r"^(encoder)\.stages\.(\d+)\.downsample", r"\1.down_blocks.\2.downsamplers.0"),
+    (r"^(decoder)\.stages\.(\d+)\.blocks", r"\1.up_blocks.\2.resnets"),
+    (r"^(decoder)\.stages\.(\d+)\.upsample", r"\1.up_blocks.\2.upsamplers.0"),
+    (r"\.middle\.(\d+)", r".mid_block.resnets.\1"),
+    (r"\.(conv_in|conv_out|conv1|conv2|conv_y|conv_b)\.", r".\1.conv."),
+    (r"^(decoder\..*norm(?:1|2|_out))\.(weight|bias)$", r"\1.norm_layer.\2"),
+]
+
+
+def published_name(name: str) -> str:
+    for pattern, replacement in PUBLISHED_NAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def pair(chunked: bool = False, **settings) -> tuple[CogVideoXVAE, AutoencoderKLCogVideoX]:
+    """Our model and diffusers' with the same weights, norms and biases random too."""
+    config = build_config(VAEConfig, {**SMALL, **settings})
+    ours = CogVideoXVAE(config)
+    initialize_weights(ours, seed=3)
+    generator = torch.Generator().manual_seed(5)
+    for parameter in ours.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    stages = len(config.block_out_channels)
+    theirs = AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * stages,
+        up_block_types=("CogVideoXUpBlock3D",) * stages,
+        block_out_channels=config.block_out_channels,
+        latent_channels=config.latent_channels,
+        layers_per_block=config.layers_per_block,
+        norm_num_groups=config.norm_num_groups,
+        temporal_compression_ratio=config.temporal_compression_ratio,
+    )
+    theirs.load_state_dict({published_name(name): value for name, value in ours.state_dict().items()})
+    if not chunked:
+        theirs.num_sample_frames_batch_size = theirs.num_latent_frames_batch_size = WHOLE_CLIP
+    return ours, theirs
+
+
+def video(frames: int, height: int = 16, width: int = 24, batch: int = 2) -> torch.Tensor:
+    """A moving picture with structure in time, so that frames differ and neighbours resemble each other."""
+    generator = torch.Generator().manual_seed(frames)
+    still = torch.randn(batch, 3, 1, height, width, generator=generator)
+    steps = 0.3 * torch.randn(batch, 3, frames, height, width, generator=generator)
+    return (still + steps.cumsum(2)).tanh()
+
+
+@pytest.mark.parametrize("frames", [*range(1, 18), 25])
+def test_whole_clip_equals_diffusers(frames: int) -> None:
+    ours, theirs = pair()
+    clip = video(frames)
+    with torch.no_grad():
+        moments, expected = ours.encode(clip), theirs._encode(clip)
+        assert_close(moments, expected, OUTPUT_BOUND, "moments")
+        latents = gaussian.mode(expected)
+        assert_close(ours.decode(latents), theirs.decode(latents).sample, OUTPUT_BOUND, "pixels")
+
+
+def test_chunks_of_one_latent_frame_equal_diffusers() -> None:
+    """The halo of a convolution then reaches back over several chunks."""
+    ours, theirs = pair(chunked=True)
+    theirs.num_sample_frames_batch_size = 4
+    with torch.no_grad():
+        for frames in (9, 12):
+            moments = ours.encode(video(frames), frames_per_chunk=4)
+            assert_close(moments, theirs._encode(video(frames)), OUTPUT_BOUND, f"moments of {frames} frames")
+
+
+@pytest.mark.parametrize("frames", [1, 4, 8, 9, 12, 16, 17, 22, 25, 33])
+def test_chunks_equal_the_published_default(frames: int) -> None:
+    ours, theirs = pair(chunked=True)
+    clip = video(frames)
+    with torch.no_grad():
+        moments, expected = ours.encode(clip, frames_per_chunk=8), theirs._encode(clip)
+        assert_close(moments, expected, OUTPUT_BOUND, "moments")
+        latents = gaussian.mode(expected)
+        assert_close(ours.decode(latents, latents_per_chunk=2), theirs.decode(latents).sample, OUTPUT_BOUND, "pixels")
+
+
+@pytest.mark.parametrize("frames", [1, 9, 12, 17])
+def test_gradients_equal_diffusers(frames: int) -> None:
+    ours, theirs = pair()
+    clip, expected_clip = video(frames).requires_grad_(), video(frames).requires_grad_()
+    noise = torch.randn(2, *ours.config.latent_shape(frames, 16, 24), generator=torch.Generator().manual_seed(1))
+
+    moments = ours.encode(clip)
+    pixels = ours.decode(gaussian.sample(moments, noise))
+    (pixels.square().mean() + 0.1 * gaussian.kl(moments).mean()).backward()
+
+    posterior = theirs.encode(expected_clip).latent_dist
+    expected = theirs.decode(posterior.mean + posterior.std * noise).sample
+    kl = 0.5 * (posterior.mean.square() + posterior.var - 1.0 - posterior.logvar)
+    (expected.square().mean() + 0.1 * kl.mean()).backward()
+
+    assert_close(pixels, expected, OUTPUT_BOUND, "pixels")
+    actual = {published_name(name): parameter.grad for name, parameter in ours.named_parameters()}
+    reference = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    assert_all_close(actual, reference, GRADIENT_BOUND)
+    assert_close(clip.grad, expected_clip.grad, GRADIENT_BOUND, "video")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temporal_compression_ratio": 1},
+        {"temporal_compression_ratio": 2},
+        {"temporal_compression_ratio": 8},
+        {"temporal_compression_ratio": 8, "block_out_channels": (8, 8, 16, 16, 24)},
+        {"layers_per_block": 2, "norm_num_groups": 8},
+    ],
+    ids=lambda settings: "-".join(f"{value}" for value in settings.values()),
+)
+@pytest.mark.parametrize("frames", [1, 16, 17])
+def test_other_compressions_equal_diffusers(settings: dict, frames: int) -> None:
+    ours, theirs = pair(**settings)
+    clip = video(frames, height=32, width=16, batch=1)
+    with torch.no_grad():
+        moments, expected = ours.encode(clip), theirs._encode(clip)
+        assert_close(moments, expected, OUTPUT_BOUND, "moments")
+        latents = gaussian.mode(expected)
+        assert_close(ours.decode(latents), theirs.decode(latents).sample, OUTPUT_BOUND, "pixels")
+
+
+def test_frames_by_themselves_equal_diffusers_on_single_frames() -> None:
+    """A 2D model is the 3D one on one frame, whose repeats see the kernel's sum over time."""
+    config = build_config(VAEConfig, {**SMALL, "temporal_compression_ratio": 1, "temporal_kernel_size": 1})
+    flat = CogVideoXVAE(config)
+    initialize_weights(flat, seed=3)
+    _, theirs = pair(temporal_compression_ratio=1)
+    weights = {published_name(name): value for name, value in flat.state_dict().items()}
+    for name, value in theirs.state_dict().items():
+        if weights[name].shape != value.shape:
+            weights[name] = torch.cat([0.25 * weights[name], -0.5 * weights[name], 1.25 * weights[name]], dim=2)
+    theirs.load_state_dict(weights)
+    clip = video(3)
+    with torch.no_grad():
+        moments = flat.encode(clip)
+        frames = [theirs._encode(clip[:, :, t : t + 1]) for t in range(3)]
+        assert_close(moments, torch.cat(frames, dim=2), OUTPUT_BOUND, "moments")
+        latents = gaussian.mode(moments)
+        pixels = [theirs.decode(latents[:, :, t : t + 1]).sample for t in range(3)]
+        assert_close(flat.decode(latents), torch.cat(pixels, dim=2), OUTPUT_BOUND, "pixels")
+        assert_close(flat.decode(latents, latents_per_chunk=2), torch.cat(pixels, dim=2), OUTPUT_BOUND, "chunked")
+
+
+def test_released_size_has_the_published_parameters() -> None:
+    with torch.device("meta"):
+        ours = CogVideoXVAE(VAEConfig())
+        theirs = AutoencoderKLCogVideoX()
+    count = {part: sum(p.numel() for p in getattr(ours, part).parameters()) for part in ("encoder", "decoder")}
+    assert count == {"encoder": 92_215_456, "decoder": 123_368_451}
+    assert sum(count.values()) == 215_583_907
+    shapes = {published_name(name): value.shape for name, value in ours.state_dict().items()}
+    assert shapes == {name: value.shape for name, value in theirs.state_dict().items()}

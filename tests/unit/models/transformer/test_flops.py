@@ -1,0 +1,81 @@
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from megacogvx.models.transformer import CogVideoXConfig, CogVideoXTransformer, initialize_weights, transformer_core
+from megacogvx.models.transformer.flops import cost_coefficients, forward_flops, sample_flops, training_flops
+from megacogvx.pack_layout import build_layout, place_sample
+from megacogvx.parallel.config import ParallelConfig
+from megacogvx.parallel.groups import initialize, shutdown
+
+TINY = CogVideoXConfig(preset="tiny", num_layers=2)
+OFFSET = CogVideoXConfig(preset="tiny", num_layers=1, patch_size_t=2, in_channels=8, ofs_embed_dim=128)
+
+
+@pytest.fixture(scope="module")
+def groups():
+    yield initialize(ParallelConfig(device="cpu"))
+    shutdown()
+
+
+def _layout(config, multiple):
+    sizes = ((2, 8, 8, 16), (1, 4, 6, 3), (4, 8, 4, 7))
+    return build_layout(
+        [place_sample(i, *size, config.patch) for i, size in enumerate(sizes)], config.patch, multiple=multiple
+    )
+
+
+def _counted(config, layout, groups, backward=False):
+    model = CogVideoXTransformer(config, transformer_core(config, ParallelConfig(), groups, torch.float32), groups)
+    initialize_weights(model, 0)
+    local = layout.local()
+    video = torch.ones(len(local.video_index), config.row_size_in, requires_grad=True)
+    text = torch.ones(len(local.text_index), config.text_embed_dim, requires_grad=True)
+    timesteps = torch.zeros(layout.num_samples, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        rows = model(video, text, timesteps, layout)
+        if backward:
+            rows.sum().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("multiple", [1, 64])
+def test_forward_equals_what_torch_counts(multiple, groups):
+    layout = _layout(TINY, multiple)
+    assert forward_flops(TINY, layout, padding=True) == _counted(TINY, layout, groups)
+
+
+def test_padding_costs_and_is_no_model_flops():
+    short, padded = _layout(TINY, 1), _layout(TINY, 64)
+    assert forward_flops(TINY, padded) == forward_flops(TINY, short)
+    assert forward_flops(TINY, padded, padding=True) > forward_flops(TINY, short, padding=True)
+    assert forward_flops(TINY, short, padding=True) - forward_flops(TINY, short) == sample_flops(TINY)
+
+
+def test_other_patches_and_the_offset_are_counted(groups):
+    layout = _layout(OFFSET, 32)
+    assert forward_flops(OFFSET, layout, padding=True) == _counted(OFFSET, layout, groups)
+
+
+def test_training_is_three_times_the_forward(groups):
+    layout = _layout(TINY, 64)
+    # The condition's first layer has no gradient to hand on: its input is the timestep's code.
+    spared = 2 * TINY.hidden_size * TINY.time_embed_dim * layout.num_samples
+    assert training_flops(TINY, layout, padding=True) - spared == _counted(TINY, layout, groups, backward=True)
+
+
+def test_cost_coefficients_predict_a_sample_from_its_length():
+    config = CogVideoXConfig(preset="cogvideox_5b")
+    a, b = cost_coefficients(config)
+    for frames, height, width in ((13, 32, 48), (13, 60, 90), (41, 96, 170)):
+        layout = build_layout([place_sample(0, frames, height, width, 226, config.patch)], config.patch)
+        tokens = layout.num_tokens
+        assert a * tokens + b * tokens**2 == pytest.approx(training_flops(config, layout), rel=0.01)
+
+
+def test_one_sample_of_the_published_size():
+    config = CogVideoXConfig(preset="cogvideox_5b")
+    layout = build_layout([place_sample(0, 13, 60, 90, 226, config.patch)], config.patch)
+    assert layout.num_tokens == 17776
+    assert training_flops(config, layout) == pytest.approx(1.0e15, rel=0.02)

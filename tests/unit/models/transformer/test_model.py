@@ -1,0 +1,165 @@
+import pytest
+import torch
+
+from megacogvx import draws
+from megacogvx.models.transformer import CogVideoXConfig, CogVideoXTransformer, transformer_core
+from megacogvx.pack_layout import build_layout, place_sample
+from megacogvx.parallel.config import ParallelConfig
+from megacogvx.parallel.groups import initialize, shutdown
+from megacogvx.testing.tolerance import assert_all_close, assert_close
+
+CONFIG = CogVideoXConfig(preset="tiny", num_layers=2, num_attention_heads=2, attention_head_dim=16, in_channels=4)
+SINCOS = CONFIG.model_copy(update={"use_rotary_positional_embeddings": False})
+SIZES = ((2, 8, 8, 5), (1, 4, 6, 3), (3, 6, 4, 1))
+TIMESTEPS = (999, 500, 0)
+
+
+@pytest.fixture(scope="module")
+def groups():
+    yield initialize(ParallelConfig(device="cpu"))
+    shutdown()
+
+
+def _model(groups, config=CONFIG, dtype=torch.float32, recompute="none"):
+    core = transformer_core(config, ParallelConfig(recompute=recompute), groups, dtype)
+    model = CogVideoXTransformer(config, core, groups)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale = 0.3 if parameter.dim() == 1 else parameter.shape[1] ** -0.5
+            is_norm = "norm" in name and name.endswith("weight")
+            parameter.copy_(draws.normal(tuple(parameter.shape), 0, name) * scale + float(is_norm))
+    return model
+
+
+def _sample(place):
+    """Rows and text of one sample, the same in every pack."""
+    size = SIZES[place]
+    sample = place_sample(place, *size, CONFIG.patch)
+    video = draws.normal((sample.video_length, CONFIG.row_size_in), 1, "video", place)
+    return sample, video, draws.normal((sample.text_length, CONFIG.text_embed_dim), 1, "text", place)
+
+
+def _run(model, places, multiple=64, padding_text=0.0, change=None, dtype=torch.float32):
+    """Return the rows of each sample of a pack of `places`; `change(place, video, text)` may edit its inputs."""
+    samples, videos, texts = zip(*(_sample(place) for place in places), strict=True)
+    if change is not None:
+        videos, texts = zip(*(change(*entry) for entry in zip(places, videos, texts, strict=True)), strict=True)
+    layout = build_layout(samples, CONFIG.patch, multiple=multiple)
+    padding = torch.full((layout.samples[-1].length, CONFIG.text_embed_dim), padding_text)
+    timesteps = torch.tensor([*(TIMESTEPS[place] for place in places), 0])
+    rows = model(torch.cat(videos).to(dtype), torch.cat([*texts, padding]).to(dtype), timesteps, layout)
+    return rows.split([sample.video_length for sample in samples])
+
+
+@pytest.mark.parametrize("config", [CONFIG, SINCOS], ids=["rotary", "sincos"])
+def test_a_pack_equals_its_samples_one_by_one(config, groups):
+    model = _model(groups, config)
+    together = _run(model, (0, 1, 2))
+    for place, rows in enumerate(together):
+        (alone,) = _run(model, (place,), multiple=1)
+        assert_close(rows, alone, 1e-6, f"sample {place}")
+
+
+def test_the_place_in_the_pack_does_not_matter(groups):
+    model = _model(groups)
+    there, back = _run(model, (0, 1, 2)), _run(model, (2, 0, 1))
+    for place, moved in ((0, 1), (1, 2), (2, 0)):
+        assert_close(back[moved], there[place], 1e-6, f"sample {place}")
+
+
+def test_one_sample_leaves_the_others_bit_identical(groups):
+    model = _model(groups)
+    before = _run(model, (0, 1, 2))
+    after = _run(model, (0, 1, 2), change=lambda p, v, t: (v + 1, t - 1) if p == 1 else (v, t))
+    assert torch.equal(before[0], after[0])
+    assert torch.equal(before[2], after[2])
+    assert not torch.allclose(before[1], after[1], atol=1e-2)
+
+
+def test_padding_influences_nothing(groups):
+    model = _model(groups)
+    before, after = _run(model, (0, 1)), _run(model, (0, 1), padding_text=1e6)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    gradients = []
+    for text in (0.0, 1e6):
+        model.zero_grad()
+        sum(rows.sum() for rows in _run(model, (0, 1), padding_text=text)).backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
+def test_every_parameter_gets_a_gradient(groups):
+    model = _model(groups)
+    sum((rows * rows).sum() for rows in _run(model, (0, 1, 2))).backward()
+    assert not [name for name, parameter in model.named_parameters() if not parameter.grad.any()]
+
+
+def test_the_condition_is_made_once_a_forward_and_the_tables_once_a_sample(groups):
+    model, calls = _model(groups), []
+    for name, module in model.named_modules():
+        if name == "time" or name.endswith("modulation"):
+            module.register_forward_hook(lambda _, __, table, name=name: calls.append((name, tuple(table.shape))))
+    _run(model, (0, 1, 2))
+    samples, width = 4, CONFIG.hidden_size  # the padding is one of them
+    assert calls[0] == ("time", (samples, CONFIG.time_embed_dim))
+    assert [shape for name, shape in calls if name.startswith("blocks")] == [(2 * samples, 3, width)] * 4
+    assert calls[-1] == ("head.modulation", (samples, 2, width))
+    assert len(calls) == 6
+
+
+def test_full_recompute_gives_the_same_numbers(groups):
+    results = []
+    for recompute in ("none", "full"):
+        model = _model(groups, recompute=recompute)
+        rows = torch.cat(_run(model, (0, 1, 2)))
+        (rows * rows).sum().backward()
+        results.append((rows, {name: parameter.grad for name, parameter in model.named_parameters()}))
+    (rows, gradients), (again, gradients_again) = results
+    assert torch.equal(rows, again)
+    # Each block sums its share of the condition's gradient before it is added to the others', so only the order of
+    # that sum differs.
+    condition = {name for name in gradients if name.startswith("time.")}
+    assert all(torch.equal(gradients[name], gradients_again[name]) for name in gradients.keys() - condition)
+    assert_all_close(
+        {name: gradients_again[name] for name in condition}, {name: gradients[name] for name in condition}, 1e-6
+    )
+
+
+def test_full_recompute_keeps_no_activations_inside_a_block(groups):
+    kept = {}
+    for recompute in ("none", "full"):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, s=sizes: (s.append(x.numel()), x)[1], lambda x: x):
+            _run(_model(groups, recompute=recompute), (0, 1, 2))
+        kept[recompute] = sum(sizes)
+    assert kept["full"] < 0.5 * kept["none"]
+
+
+def test_bf16_parameters_stay_near_fp32(groups):
+    wide = torch.cat(_run(_model(groups), (0, 1, 2)))
+    model = _model(groups, dtype=torch.bfloat16)
+    narrow = torch.cat(_run(model, (0, 1, 2), dtype=torch.bfloat16))
+    assert narrow.dtype == torch.bfloat16
+    assert_close(narrow, wide, 2e-2)
+    narrow.float().pow(2).sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.bfloat16 for p in model.parameters())
+
+
+def test_sharded_state_covers_every_weight(groups):
+    config = CONFIG.model_copy(update={"use_learned_positional_embeddings": True})
+    model = CogVideoXTransformer(config, transformer_core(config, ParallelConfig(), groups, torch.float32), groups)
+    sharded = model.sharded_state_dict(prefix="model.")
+    assert sharded.keys() == {f"model.{name}" for name, tensor in model.state_dict().items() if tensor is not None}
+    assert "model.embedding.positions" in sharded
+
+
+def test_a_pack_on_another_rope_grid_is_refused(groups):
+    model = _model(groups, CONFIG.model_copy(update={"rope_grid": "crop"}))
+    with pytest.raises(AssertionError, match="place_on_rope_grid"):
+        _run(model, (1,))
+
+
+def test_a_pack_of_another_patch_is_refused(groups):
+    layout = build_layout([place_sample(0, 2, 4, 4, 1, (2, 2, 2))], (2, 2, 2))
+    with pytest.raises(AssertionError, match="patch"):
+        _model(groups)(torch.zeros(4, 32), torch.zeros(1, 64), torch.zeros(2, dtype=torch.int64), layout)
