@@ -1,0 +1,193 @@
+"""Corpus: several indexed datasets as one, with weights, and the config section `data`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import Field, field_validator
+
+from megacogvx.config import Section
+from megacogvx.data.indexed.layout import EncoderInfo, canonical_json, digest
+from megacogvx.data.indexed.manifest import differing_keys
+from megacogvx.data.indexed.reader import IndexedDataset, Record
+from megacogvx.errors import ConfigError, DataError
+from megacogvx.pack_layout import PackSample, Triple, place_sample, tokens_of
+
+WEIGHT_STEPS = 10_000  # weights are rounded to this many parts of their sum, so that the blend is exact in integers
+WeightedPath = tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], str]
+
+
+class DataConfig(Section):
+    """Config section `data`: which samples, and how many of them make a step.
+
+    Attributes:
+        paths: dataset folders, or `[weight, folder]` pairs. Without weights the datasets are one, every sample once per
+            epoch; with weights each dataset gets its share of the samples, and is shuffled and repeated by itself.
+        tokens_per_pack: token budget of a pack, text and video; a multiple of tensor x context ranks.
+        packs_per_step: packs of one optimizer step, over all data-parallel ranks; a multiple of them.
+        verify: compare checksums at every read, at the first read of a sample, or never.
+        prefetch: steps that the loader's thread reads ahead.
+        buffer: tokens from which a step's packs are chosen, in steps; more balances better, and mixes epochs at their
+            edge a little more.
+        max_age: steps after which a sample that waits is sure to have been placed.
+    """
+
+    paths: tuple[str | WeightedPath, ...]
+    tokens_per_pack: int = Field(ge=1)
+    packs_per_step: int = Field(default=1, ge=1)
+    verify: Literal["always", "once", "never"] = "always"
+    prefetch: int = Field(default=2, ge=1)
+    buffer: float = Field(default=2.0, ge=1.0, le=16.0)
+    max_age: int = Field(default=8, ge=2)
+
+    @field_validator("paths", mode="before")
+    @classmethod
+    def _one_folder(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("paths")
+    @classmethod
+    def _all_or_no_weights(cls, value: tuple[str | WeightedPath, ...]) -> tuple[str | WeightedPath, ...]:
+        if not value:
+            raise ValueError("name at least one dataset folder")
+        if len({isinstance(path, str) for path in value}) > 1:
+            raise ValueError("give every folder a weight, [weight, folder], or none")
+        return value
+
+
+@dataclass(frozen=True)
+class Group:
+    """Consecutive corpus indices that are shuffled and repeated together, and their share in the blend."""
+
+    start: int
+    count: int
+    weight: int
+
+
+@dataclass(frozen=True)
+class CorpusColumns:
+    """What planning needs to know of every sample; arrays over corpus indices.
+
+    Attributes:
+        sample_id: uint64 keys.
+        frames, height, width, text_length: int64; latent cells and text tokens.
+        groups: how they are blended.
+        checksum: changes with any change of the data or the weights.
+    """
+
+    sample_id: np.ndarray
+    frames: np.ndarray
+    height: np.ndarray
+    width: np.ndarray
+    text_length: np.ndarray
+    groups: tuple[Group, ...]
+    checksum: int = 0
+
+    def __len__(self) -> int:
+        return len(self.sample_id)
+
+    def lengths(self, patch: Triple) -> np.ndarray:
+        """Return the tokens of every sample as int64 `[n]`; `tokens_of` is asked once per distinct size.
+
+        Raises:
+            DataError: a size doesn't divide by the patch.
+        """
+        keys = (self.frames << 32) | (self.height << 16) | self.width  # each fits 16 bits
+        shapes, place = np.unique(keys, return_inverse=True)
+        sizes = ((int(shape) >> 32, int(shape) >> 16 & 0xFFFF, int(shape) & 0xFFFF) for shape in shapes)
+        video = np.array([tokens_of(*size, 0, patch) for size in sizes], np.int64)
+        return video[place] + self.text_length
+
+
+class Corpus:
+    """The datasets of a `DataConfig` as one.
+
+    Attributes:
+        datasets: in the order of the config.
+        encoder: what made the records; equal for all of them.
+        columns: what the planner needs.
+    """
+
+    def __init__(self, config: DataConfig) -> None:
+        """Open the datasets of `config`.
+
+        Raises:
+            DataError: a dataset can't be opened, is empty, comes from another encoder than the first, or a sample id
+                occurs twice.
+        """
+        folders = [Path(path if isinstance(path, str) else path[1]) for path in config.paths]
+        if len({folder.resolve() for folder in folders}) < len(folders):
+            listed = ", ".join(map(str, folders))
+            raise ConfigError(f"data.paths names a folder twice: {listed}; change its weight instead")
+        self.datasets = [IndexedDataset(folder, config.verify) for folder in folders]
+        self.encoder: EncoderInfo = self.datasets[0].encoder
+        for dataset in self.datasets:
+            if not len(dataset):
+                raise DataError(f"dataset {dataset.folder} has no samples")
+            differing = differing_keys(self.encoder, dataset.encoder)
+            if differing:
+                raise DataError(
+                    f"datasets {self.datasets[0].folder} and {dataset.folder} come from different encoders: "
+                    f"{differing}; a model sees one kind: encode one of them again"
+                )
+        self._starts = np.cumsum([0, *map(len, self.datasets)])
+        self.columns = self._join([None if isinstance(path, str) else path[0] for path in config.paths])
+        self._check_ids()
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def sample(self, index: int, frames: range | None = None) -> Record:
+        """Return the record of corpus index `index`, or the latent frames `frames` of it.
+
+        Raises:
+            DataError: the sample is damaged; names shard and sample.
+        """
+        dataset, number = self.locate(index)
+        return dataset.sample(number, frames)
+
+    def place(self, index: int, patch: Triple) -> PackSample:
+        """Return the sample's entry of a pack's table, from the index alone."""
+        columns = self.columns
+        frames, height, width = int(columns.frames[index]), int(columns.height[index]), int(columns.width[index])
+        return place_sample(
+            int(columns.sample_id[index]), frames, height, width, int(columns.text_length[index]), patch
+        )
+
+    def locate(self, index: int) -> tuple[IndexedDataset, int]:
+        """Return the dataset of corpus index `index` and the number of the sample there."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"corpus index {index} of {len(self)}")
+        place = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self.datasets[place], index - int(self._starts[place])
+
+    def _join(self, weights: list[float | None]) -> CorpusColumns:
+        sizes = [len(dataset) for dataset in self.datasets]
+        shares = integer_weights([weight for weight in weights if weight is not None])
+        groups = tuple(map(Group, self._starts.tolist(), sizes, shares)) if shares else (Group(0, len(self), 1),)
+        identity = [[f"{dataset.manifest.checksum:016x}" for dataset in self.datasets], shares]
+        names = ("sample_id", "frames", "height", "width", "text_length")
+        columns = {name: np.concatenate([getattr(dataset, name) for dataset in self.datasets]) for name in names}
+        return CorpusColumns(**columns, groups=groups, checksum=digest(canonical_json(identity)))
+
+    def _check_ids(self) -> None:
+        ids, counts = np.unique(self.columns.sample_id, return_counts=True)
+        if (counts > 1).any():
+            twin = ids[counts > 1][0]
+            places = [self.locate(int(index))[0].folder for index in np.flatnonzero(self.columns.sample_id == twin)]
+            raise DataError(
+                f"sample id {int(twin)} occurs {len(places)} times, in {', '.join(map(str, places[:2]))}: "
+                "every draw of noise uses it, so it has to be unique; drop the copies"
+            )
+
+
+def integer_weights(weights: list[float]) -> list[int]:
+    """Return small integers in the ratio of `weights`, each rounded to 1 / 10000 of their sum (but never to 0)."""
+    total = sum(weights)
+    scaled = [max(1, round(weight / total * WEIGHT_STEPS)) for weight in weights]
+    divisor = math.gcd(*scaled) or 1
+    return [value // divisor for value in scaled]

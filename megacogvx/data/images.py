@@ -1,0 +1,35 @@
+"""Image files to pixels and back, with the same decoder as videos (PNG, JPEG, WebP, ...)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import av
+import torch
+
+from megacogvx.data.video import read_frames, written_beside
+from megacogvx.errors import DataError
+
+
+def read_image(path: Path) -> torch.Tensor:
+    """Decode an image, upright.
+
+    Returns:
+        uint8 tensor [H, W, 3], RGB; an alpha channel is dropped.
+
+    Raises:
+        DataError: the file is missing, damaged or no image.
+    """
+    if not path.is_file():
+        raise DataError(f"image {path} does not exist")
+    return read_frames(path, count=1)[0]
+
+
+def write_png(path: Path, image_HW3: torch.Tensor) -> None:
+    """Write uint8 pixels [H, W, 3] as a PNG, without loss; the file appears complete or not at all."""
+    codec = av.CodecContext.create("png", "w")
+    codec.height, codec.width, codec.pix_fmt = image_HW3.shape[0], image_HW3.shape[1], "rgb24"
+    frame = av.VideoFrame.from_ndarray(image_HW3.contiguous().numpy(), format="rgb24")
+    packets = [*codec.encode(frame), *codec.encode(None)]
+    with written_beside(path) as beside:
+        beside.write_bytes(b"".join(bytes(packet) for packet in packets))

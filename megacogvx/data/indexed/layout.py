@@ -1,0 +1,333 @@
+"""The bytes of a shard: what stands where in `NAME.bin` and `NAME.idx` (format version 1, little-endian).
+
+    DATASET/manifest.json     lists the shards (`manifest.py`)
+    DATASET/NAME.bin          records, written once
+    DATASET/NAME.idx          columns over the records; a shard exists once its .idx does
+
+NAME.bin
+     0   8  magic "MCVXBIN\\0"
+     8   2  u16 major version       10  2  u16 minor version       12  4  u32 header bytes = 64
+    16  16  shard uuid, equal to the .idx's: an .idx can't be paired with another shard's .bin
+    32   4  u32 latent channels 2C  36  4  u32 text width E        40 16  zero
+    56   8  u64 xxh3 of bytes 0-55
+    64      records, each from a multiple of 64:
+            record header 64 B | latents bf16 [T, h, w, 2C] | 0s to 64 | text bf16 [L, E] | 0s to 64 | JSON | 0s to 64
+    The text is left out of a record when an earlier record of the shard has the same bytes (equal captions): the header
+    and the column `text_offset` point at the earlier one.
+
+record header (with the .bin header enough to rebuild a lost .idx)
+     0   4  "SMPL"     4  4 x u16  T, h, w, 2C         12  4  u32 text tokens L       16  8  u64 sample id
+    24   8  u64 offset of the text in the file         32  8  u64 xxh3 of the text
+    40   4  u32 JSON bytes   44  4  zero               48  8  u64 number of the record in the shard
+    56   8  u64 xxh3 of bytes 0-55
+
+NAME.idx
+     0   8  magic "MCVXIDX\\0"
+     8   2  u16 major version       10  2  u16 minor version       12  4  u32 header bytes = 128
+    16  16  shard uuid              32  8  u64 records             40  8  u64 bytes of the .bin
+    48   8  u64 bytes of the .idx   56  4  u32 columns             60  4  u32 alignment = 64
+    64   8  u64 schema offset       72  4  u32 schema bytes        76  4  zero
+    80   8  u64 directory offset    88  8  u64 xxh3 of schema and directory
+    96  24  zero                   120  8  u64 xxh3 of bytes 0-119
+   schema     JSON: the `EncoderInfo`
+   directory  64 B a column: 32s name, u16 dtype code, 6 zero, u64 offset, u64 bytes, u64 xxh3 of the column
+   columns    each from a multiple of 64; see `COLUMNS`; unknown ones are skipped
+
+Every hash is xxh3-64. They form a chain (manifest -> header, schema, directory -> columns -> latent frames, text,
+JSON), so that opening a dataset reads only its indexes and still ends in checked bytes. Latents are hashed per frame:
+a rank that needs frames 3-5 reads and checks only these.
+
+Compared with the Megatron-LM format of the same suffixes: shapes, bf16, checksums, pairing by uuid, sizes checked
+against the files, and every check an exception.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import numpy as np
+import xxhash
+from pydantic import Field, ValidationError
+
+from megacogvx.config import Section
+from megacogvx.errors import DataError
+
+BIN_MAGIC, IDX_MAGIC, RECORD_MAGIC = b"MCVXBIN\0", b"MCVXIDX\0", b"SMPL"
+MAJOR, MINOR = 1, 0
+ALIGNMENT = 64  # a cache line, and what vector loads want
+BIN_HEADER = struct.Struct("<8sHHI16sII16xQ")
+RECORD_HEADER = struct.Struct("<4sHHHHIQQQI4xQQ")
+IDX_HEADER = struct.Struct("<8sHHI16sQQQIIQI4xQQ24xQ")
+DIRECTORY_ENTRY = struct.Struct("<32sH6xQQQ")
+DTYPE_CODES = {"<u2": 8, "<u4": 14, "<u8": 15}  # numbers 1-8 are Megatron-LM's
+COLUMNS = {
+    "sample_id": "<u8",  # 64-bit key of the sample; merging and filtering keep it, every random draw uses it
+    "record": "<u8",  # offset of the record header in the .bin
+    "frames": "<u2",  # latents: T, h, w, in latent cells
+    "height": "<u2",
+    "width": "<u2",
+    "text_offset": "<u8",
+    "text_length": "<u4",  # tokens
+    "text_hash": "<u8",
+    "metadata_offset": "<u8",
+    "metadata_length": "<u4",  # bytes
+    "metadata_hash": "<u8",
+    "frame_hash": "<u8",  # one per latent frame of the shard, sample after sample
+}
+MAX_SIDE = 2**16 - 1  # latent frames, rows, columns
+MAX_METADATA_BYTES = 2**20
+MAX_SHARD_BYTES = 2**48
+MAX_ID = 2**64 - 2  # 2^64 - 1 is -1, the padding's id
+BF16_BYTES = 2
+
+assert (BIN_HEADER.size, RECORD_HEADER.size, IDX_HEADER.size, DIRECTORY_ENTRY.size) == (64, 64, 128, 64)
+
+
+class EncoderInfo(Section):
+    """What made the records; one dataset, and one corpus, holds records of a single encoder.
+
+    Attributes:
+        text_kind: "padded": every text has `text_length` tokens, as released weights need; "real": only its own.
+        text_length: limit of the text tokens.
+        text_width: E, width of a text embedding.
+        latent_channels: C; the stored moments have 2C, mean then log-variance.
+        latent_scale_factor: what a posterior draw is multiplied with before diffusion.
+        vae_fingerprint, text_encoder_fingerprint: checksums of the encoders' weights.
+    """
+
+    text_kind: Literal["padded", "real"]
+    text_length: int = Field(ge=1, le=2**20)
+    text_width: int = Field(ge=1, le=2**20)
+    latent_channels: int = Field(ge=1, le=2**12)
+    latent_scale_factor: float = Field(gt=0, allow_inf_nan=False)
+    vae_fingerprint: str = Field(max_length=256)
+    text_encoder_fingerprint: str = Field(max_length=256)
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """The content of one `.idx`, checked.
+
+    Attributes:
+        uuid: 16 bytes, equal to the .bin's.
+        encoder: what made the records.
+        bin_bytes, idx_bytes: sizes of the two files.
+        columns: name -> array `[n]` (`frame_hash`: `[sum of frames]`), as in `COLUMNS`.
+        checksum: xxh3 of header, schema and directory; the manifest holds it.
+    """
+
+    uuid: bytes
+    encoder: EncoderInfo
+    bin_bytes: int
+    idx_bytes: int
+    columns: Mapping[str, np.ndarray]
+    checksum: int
+
+    def __len__(self) -> int:
+        return len(self.columns["sample_id"])
+
+    @cached_property
+    def frame_start(self) -> np.ndarray:
+        """Place of each sample's first hash in `frame_hash`: int64 `[n + 1]`."""
+        return np.concatenate([[0], np.cumsum(self.columns["frames"], dtype=np.int64)])
+
+
+def digest(data: Any) -> int:
+    """Return xxh3-64 of a bytes-like object."""
+    return int(xxhash.xxh3_64_intdigest(data))
+
+
+def aligned(offset: int) -> int:
+    """Return the next multiple of `ALIGNMENT`."""
+    return -(-offset // ALIGNMENT) * ALIGNMENT
+
+
+def canonical_json(value: Any) -> bytes:
+    """Return `value` as compact UTF-8 JSON with sorted keys: equal values give equal bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def load_json(data: bytes, where: str) -> dict[str, Any]:
+    """Parse a JSON object strictly: no repeated keys, no NaN.
+
+    Raises:
+        DataError: `data` is anything else.
+    """
+    try:
+        value = json.loads(data.decode(), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{where} must hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({name for name, _ in pairs}) != len(pairs):
+        raise ValueError("a key is repeated")
+    return dict(pairs)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not allowed")
+
+
+def sealed(header: struct.Struct, *values: Any) -> bytes:
+    """Pack `values` and the xxh3 of everything before the last 8 bytes."""
+    packed = header.pack(*values, 0)
+    return packed[:-8] + struct.pack("<Q", digest(packed[:-8]))
+
+
+def unseal(header: struct.Struct, data: bytes, magic: bytes, where: str) -> tuple[Any, ...]:
+    """Unpack what `sealed` made, without the hash.
+
+    Raises:
+        DataError: the data is too short, has another magic, or its hash differs.
+    """
+    if len(data) < header.size:
+        raise DataError(f"{where} is truncated: {len(data)} bytes of a header of {header.size}")
+    if not data.startswith(magic):
+        start = bytes(data[: len(magic)])
+        raise DataError(f"{where} starts with {start!r}, not {magic!r}: another kind of file, or damaged")
+    *values, stored = header.unpack(data[: header.size])
+    if digest(data[: header.size - 8]) != stored:
+        raise DataError(f"{where}: the header is damaged (its checksum differs); restore the file from a copy")
+    return tuple(values)
+
+
+def check_version(major: int, minor: int, where: str) -> None:
+    """Refuse another major version; a newer minor one only adds columns."""
+    if major != MAJOR:
+        raise DataError(f"{where} has format version {major}.{minor}, this program reads {MAJOR}.x")
+
+
+def write_index(uuid: bytes, encoder: EncoderInfo, bin_bytes: int, columns: Mapping[str, np.ndarray]) -> bytes:
+    """Return the bytes of the `.idx`."""
+    schema = canonical_json(encoder.model_dump(mode="json"))
+    directory_offset = aligned(IDX_HEADER.size + len(schema))
+    end = directory_offset + DIRECTORY_ENTRY.size * len(COLUMNS)
+    directory, body = b"", b""
+    for name, dtype in COLUMNS.items():
+        column = np.ascontiguousarray(columns[name], dtype=dtype).tobytes()
+        body += bytes(aligned(end + len(body)) - end - len(body))
+        directory += DIRECTORY_ENTRY.pack(
+            name.encode(), DTYPE_CODES[dtype], end + len(body), len(column), digest(column)
+        )
+        body += column
+    header = sealed(
+        IDX_HEADER, IDX_MAGIC, MAJOR, MINOR, IDX_HEADER.size, uuid, len(columns["sample_id"]), bin_bytes,
+        end + len(body), len(COLUMNS), ALIGNMENT, IDX_HEADER.size, len(schema), directory_offset,
+        digest(schema + directory),
+    )  # fmt: skip
+    return header + schema + bytes(directory_offset - IDX_HEADER.size - len(schema)) + directory + body
+
+
+def parse_index(data: bytes, path: Path, check_columns: bool = True) -> ShardIndex:
+    """Read the bytes of an `.idx` and check everything that can be checked without the `.bin`.
+
+    Args:
+        data: the whole file.
+        path: named in messages.
+        check_columns: also compare the hash of each column.
+
+    Raises:
+        DataError: anything is not as `layout.py` says.
+    """
+    where = str(path)
+    (_, major, minor, _, uuid, count, bin_bytes, idx_bytes, num_columns, alignment, schema_at, schema_bytes,
+     directory_at, directory_hash) = unseal(IDX_HEADER, data, IDX_MAGIC, where)  # fmt: skip
+    check_version(major, minor, where)
+    if idx_bytes != len(data):
+        raise DataError(f"{where} has {len(data)} bytes, its header says {idx_bytes}: truncated, or written to since")
+    if alignment != ALIGNMENT or bin_bytes > MAX_SHARD_BYTES or num_columns > 256:
+        raise DataError(f"{where}: alignment {alignment}, {bin_bytes} bytes or {num_columns} columns are out of range")
+    schema = _span(data, schema_at, schema_bytes, f"{where}: schema")
+    directory = _span(data, directory_at, num_columns * DIRECTORY_ENTRY.size, f"{where}: column directory")
+    if digest(schema + directory) != directory_hash:
+        raise DataError(f"{where}: schema or column directory is damaged (its checksum differs)")
+    columns = _columns(data, directory, where, check_columns)
+    index = ShardIndex(
+        uuid, parse_encoder(load_json(schema, f"{where}: schema"), where), bin_bytes, idx_bytes, columns,
+        digest(data[: IDX_HEADER.size] + schema + directory),
+    )  # fmt: skip
+    _check_rows(index, count, where)
+    return index
+
+
+def parse_encoder(values: Any, where: str) -> EncoderInfo:
+    """Return the checked `EncoderInfo`.
+
+    Raises:
+        DataError: a key is missing, unknown or out of range.
+    """
+    try:
+        return EncoderInfo.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise DataError(f"{where}: encoder.{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+
+
+def _span(data: bytes, start: int, length: int, where: str) -> bytes:
+    if start + length > len(data):  # Python integers: no wrap at 2^64
+        raise DataError(f"{where} reaches to byte {start + length} of {len(data)}")
+    return data[start : start + length]
+
+
+def _columns(data: bytes, directory: bytes, where: str, check: bool) -> dict[str, np.ndarray]:
+    columns = {}
+    for raw_name, code, offset, length, stored in DIRECTORY_ENTRY.iter_unpack(directory):
+        name = raw_name.rstrip(b"\0").decode("ascii", "replace")
+        if name not in COLUMNS:
+            continue
+        dtype = np.dtype(COLUMNS[name])
+        if code != DTYPE_CODES[COLUMNS[name]] or length % dtype.itemsize or offset % ALIGNMENT:
+            raise DataError(f"{where}: column {name} has dtype code {code}, {length} bytes at {offset}")
+        column = _span(data, offset, length, f"{where}: column {name}")
+        if check and digest(column) != stored:
+            raise DataError(f"{where}: column {name} is damaged (its checksum differs)")
+        columns[name] = np.frombuffer(column, dtype=dtype)
+    missing = [name for name in COLUMNS if name not in columns]
+    if missing:
+        raise DataError(f"{where} lacks the columns {', '.join(missing)}")
+    return columns
+
+
+def _check_rows(index: ShardIndex, count: int, where: str) -> None:
+    """Check that all records lie in order, aligned and inside the `.bin`; nothing here trusts the columns."""
+    lengths = {name: len(column) for name, column in index.columns.items()}
+    expected = {name: int(index.frame_start[-1]) if name == "frame_hash" else count for name in COLUMNS}
+    for name in COLUMNS:
+        if lengths[name] != expected[name]:
+            raise DataError(f"{where}: column {name} has {lengths[name]} entries instead of {expected[name]}")
+    if not count:
+        return
+    offsets = [index.columns[name] for name in ("record", "text_offset", "metadata_offset")]
+    if any(int(column.max()) > index.bin_bytes for column in offsets):
+        raise DataError(f"{where}: an offset lies beyond the {index.bin_bytes} bytes of the .bin")
+    record, text, metadata = (column.astype(np.int64) for column in offsets)
+    cells = np.ones(count, np.int64)
+    for name in ("frames", "height", "width"):
+        cells *= index.columns[name]
+    latents_end = record + RECORD_HEADER.size + cells * (2 * index.encoder.latent_channels * BF16_BYTES)
+    text_end = text + index.columns["text_length"].astype(np.int64) * (index.encoder.text_width * BF16_BYTES)
+    metadata_end = metadata + index.columns["metadata_length"].astype(np.int64)
+    following = np.append(record[1:], index.bin_bytes)
+    rules = {
+        "has no latents": cells < 1,
+        "is not aligned": (record | text | metadata) % ALIGNMENT != 0,
+        "starts in the header": (record < BIN_HEADER.size) | (text < BIN_HEADER.size),
+        "has latents that reach into its metadata": latents_end > metadata,
+        "has metadata that reach into the next record": metadata_end > following,
+        "has text beyond its own record": text_end > metadata,
+        "has too many text tokens": index.columns["text_length"] > index.encoder.text_length,
+        "has too much metadata": index.columns["metadata_length"] > MAX_METADATA_BYTES,
+    }
+    for rule, broken in rules.items():
+        if broken.any():
+            raise DataError(f"{where}: record {int(np.argmax(broken))} {rule}")

@@ -1,0 +1,233 @@
+"""IndexedDataset: records of a dataset as torch tensors that view the mapped files, without a copy.
+
+Shapes and offsets come from the index columns alone. Tensors keep their mapping alive, so they may outlive the dataset;
+writing into one changes a private copy of the page, never the file.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from megacogvx.data.indexed.layout import (
+    BF16_BYTES,
+    BIN_HEADER,
+    BIN_MAGIC,
+    COLUMNS,
+    RECORD_HEADER,
+    RECORD_MAGIC,
+    EncoderInfo,
+    ShardIndex,
+    check_version,
+    digest,
+    load_json,
+    unseal,
+)
+from megacogvx.data.indexed.manifest import MANIFEST, Manifest, ShardEntry, differing_keys, read_index, read_manifest
+from megacogvx.errors import DataError
+
+Verify = Literal["always", "once", "never"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One sample as stored.
+
+    Attributes:
+        latents: posterior moments bf16 `[T, h, w, 2C]`, or the frames that were asked for.
+        text: text embedding bf16 `[L, E]`.
+        sample_id: 64-bit key.
+        metadata_json: the metadata as stored; `metadata` parses them.
+    """
+
+    latents: torch.Tensor
+    text: torch.Tensor
+    sample_id: int
+    metadata_json: bytes
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The metadata; parsed at each access, since a training run never looks."""
+        return load_json(self.metadata_json, f"metadata of sample {self.sample_id}")
+
+
+class Shard:
+    """One shard: its index, and its .bin mapped at the first read."""
+
+    def __init__(self, folder: Path, name: str, verify: Verify = "always", entry: ShardEntry | None = None) -> None:
+        """Read NAME.idx and check that it belongs to NAME.bin and to the manifest's `entry`.
+
+        Raises:
+            DataError: a file is missing, damaged, or of another shard.
+        """
+        self.path, self.name, self.verify = folder / f"{name}.bin", name, verify
+        self.index: ShardIndex = read_index(folder, name, check_columns=verify != "never")
+        if entry is not None and (entry.idx_checksum, entry.uuid, entry.samples) != (
+            f"{self.index.checksum:016x}", self.index.uuid.hex(), len(self.index),
+        ):  # fmt: skip
+            raise DataError(
+                f"{folder / name}.idx isn't the one that {MANIFEST} lists; run finish_dataset if it was rewritten"
+            )
+        self._check_header()
+        self._mapping: mmap.mmap | None = None
+        self._seen = np.zeros(len(self.index), bool)
+
+    def record(self, row: int, frames: range | None = None) -> Record:
+        """Return record `row`, or the latent frames `frames` of it.
+
+        Raises:
+            DataError: the file is shorter than it was, or bytes differ from their checksum.
+        """
+        columns, encoder = self.index.columns, self.index.encoder
+        at = {name: int(columns[name][row]) for name in COLUMNS if name != "frame_hash"}
+        check = self.verify == "always" or (self.verify == "once" and not self._seen[row])
+        data = self._mapped(check)
+        frames = range(at["frames"]) if frames is None else frames
+        assert frames.step == 1 and 0 <= frames.start < frames.stop <= at["frames"], (frames, at["frames"])
+        shape = (len(frames), at["height"], at["width"], 2 * encoder.latent_channels)
+        frame_bytes = shape[1] * shape[2] * shape[3] * BF16_BYTES
+        start = at["record"] + RECORD_HEADER.size + frames.start * frame_bytes
+        text_shape = (at["text_length"], encoder.text_width)
+        note = data[at["metadata_offset"] : at["metadata_offset"] + at["metadata_length"]]
+        if check:
+            self._check(row, frames, start, frame_bytes, note)
+            self._seen[row] |= len(frames) == at["frames"]
+        return Record(_tensor(data, start, shape), _tensor(data, at["text_offset"], text_shape), at["sample_id"], note)
+
+    def check_record_header(self, row: int) -> None:
+        """Check that the record's own header agrees with the index.
+
+        Raises:
+            DataError: it is damaged or says something else.
+        """
+        columns = self.index.columns
+        start, where = int(columns["record"][row]), self._where(row)
+        header = self._mapped(True)[start : start + RECORD_HEADER.size]
+        _, frames, height, width, channels, *rest, number = unseal(RECORD_HEADER, header, RECORD_MAGIC, where)
+        names = ("frames", "height", "width", "text_length", "sample_id", "text_offset", "text_hash", "metadata_length")
+        expected = [int(columns[name][row]) for name in names]
+        expected_channels = 2 * self.index.encoder.latent_channels
+        if [frames, height, width, *rest, number] != [*expected, row] or channels != expected_channels:
+            raise DataError(f"{where}: the record's header disagrees with the index")
+
+    def _check_header(self) -> None:
+        with self.path.open("rb") as file:
+            header = file.read(BIN_HEADER.size)
+        _, major, minor, _, uuid, channels, width = unseal(BIN_HEADER, header, BIN_MAGIC, str(self.path))
+        check_version(major, minor, str(self.path))
+        if uuid != self.index.uuid:
+            raise DataError(
+                f"{self.path} has uuid {uuid.hex()}, the .idx beside it {self.index.uuid.hex()}: they are of two shards"
+            )
+        if (channels, width) != (2 * self.index.encoder.latent_channels, self.index.encoder.text_width):
+            raise DataError(
+                f"{self.path} holds {channels} channels and texts of width {width}, its index says otherwise"
+            )
+
+    def _mapped(self, check: bool) -> mmap.mmap:
+        if self._mapping is None:
+            with self.path.open("rb") as file:
+                self._mapping = mmap.mmap(
+                    file.fileno(), self.index.bin_bytes, mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0),
+                    mmap.PROT_READ | mmap.PROT_WRITE,
+                )  # fmt: skip
+        # Reading a mapped page beyond the end of a file that was cut is SIGBUS, so look first.
+        if check and os.stat(self.path).st_size < self.index.bin_bytes:
+            size = os.stat(self.path).st_size
+            raise DataError(f"{self.path} has shrunk from {self.index.bin_bytes} to {size} bytes while in use")
+        return self._mapping
+
+    def _check(self, row: int, frames: range, start: int, frame_bytes: int, note: bytes) -> None:
+        assert self._mapping is not None
+        columns, view = self.index.columns, memoryview(self._mapping)
+        first = int(self.index.frame_start[row])
+        for place, frame in enumerate(frames):
+            offset = start + place * frame_bytes
+            if digest(view[offset : offset + frame_bytes]) != int(columns["frame_hash"][first + frame]):
+                raise DataError(self._damaged(row, f"latent frame {frame}"))
+        text_at = int(columns["text_offset"][row])
+        text_bytes = int(columns["text_length"][row]) * self.index.encoder.text_width * BF16_BYTES
+        if digest(view[text_at : text_at + text_bytes]) != int(columns["text_hash"][row]):
+            raise DataError(self._damaged(row, "the text"))
+        if digest(note) != int(columns["metadata_hash"][row]):
+            raise DataError(self._damaged(row, "the metadata"))
+
+    def _where(self, row: int) -> str:
+        return f"{self.path}: sample {int(self.index.columns['sample_id'][row])} (record {row})"
+
+    def _damaged(self, row: int, what: str) -> str:
+        return f"{self._where(row)}: {what} is damaged (its checksum differs); restore the file from a copy"
+
+
+class IndexedDataset:
+    """A finished dataset: `len`, columns, and records by number in manifest order.
+
+    Attributes:
+        manifest: its manifest; `manifest.encoder` says what made the records.
+        sample_id, frames, height, width, text_length: int64 (ids: uint64) arrays `[n]`; latent cells and tokens.
+    """
+
+    def __init__(self, folder: Path | str, verify: Verify = "always") -> None:
+        """Open the dataset in `folder`; reads only the indexes.
+
+        Args:
+            verify: compare checksums at every read, at the first read of each sample, or never.
+
+        Raises:
+            DataError: a file is missing, truncated, damaged or doesn't belong here.
+        """
+        self.folder, self.verify = Path(folder), verify
+        self.manifest: Manifest = read_manifest(self.folder)
+        self.shards = [Shard(self.folder, entry.name, verify, entry) for entry in self.manifest.shards]
+        for shard in self.shards:
+            differing = differing_keys(self.encoder, shard.index.encoder)
+            if differing:
+                raise DataError(
+                    f"{self.folder}: {MANIFEST} and shard {shard.name} name different encoders: {differing}"
+                )
+        self._starts = np.cumsum([0, *(len(shard.index) for shard in self.shards)])
+        self.sample_id = self._column("sample_id", np.uint64)
+        self.frames, self.height, self.width, self.text_length = (
+            self._column(name, np.int64) for name in ("frames", "height", "width", "text_length")
+        )
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def encoder(self) -> EncoderInfo:
+        """What made the records."""
+        return self.manifest.encoder
+
+    def sample(self, number: int, frames: range | None = None) -> Record:
+        """Return sample `number`; `frames` limits the latents to these latent frames (and to their bytes on disk).
+
+        Raises:
+            DataError: the sample is damaged; names its shard and id.
+        """
+        shard, row = self.locate(number)
+        return shard.record(row, frames)
+
+    def locate(self, number: int) -> tuple[Shard, int]:
+        """Return the shard that holds sample `number`, and its row there."""
+        if not 0 <= number < len(self):
+            raise IndexError(f"sample {number} of {len(self)} in {self.folder}")
+        place = int(np.searchsorted(self._starts, number, side="right")) - 1
+        return self.shards[place], number - int(self._starts[place])
+
+    def _column(self, name: str, dtype: type) -> np.ndarray:
+        columns: list[np.ndarray] = [shard.index.columns[name].astype(dtype) for shard in self.shards]
+        return np.concatenate([np.empty(0, dtype), *columns])
+
+
+def _tensor(data: mmap.mmap, offset: int, shape: tuple[int, ...]) -> torch.Tensor:
+    count = int(np.prod(shape))
+    if not count:
+        return torch.empty(shape, dtype=torch.bfloat16)
+    return torch.frombuffer(data, dtype=torch.bfloat16, count=count, offset=offset).view(shape)

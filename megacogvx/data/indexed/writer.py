@@ -1,0 +1,246 @@
+"""DatasetWriter: one process writes one shard, record after record, and commits it at the end.
+
+Records go to NAME.bin.tmp; `finalize` syncs it and renames it to NAME.bin, then does the same with the .idx, which is
+the commit mark. What a killed writer leaves (*.tmp, a .bin without .idx) the next writer of the same shard replaces; a
+restarted job skips the shards that are finished. Many processes write one dataset, each its own shard, without talking.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import uuid
+from pathlib import Path
+from re import fullmatch
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+import xxhash
+
+from megacogvx.data.indexed.layout import (
+    BIN_HEADER,
+    BIN_MAGIC,
+    COLUMNS,
+    MAJOR,
+    MAX_ID,
+    MAX_METADATA_BYTES,
+    MAX_SIDE,
+    MINOR,
+    RECORD_HEADER,
+    RECORD_MAGIC,
+    EncoderInfo,
+    aligned,
+    canonical_json,
+    digest,
+    sealed,
+    write_index,
+)
+from megacogvx.data.indexed.manifest import SHARD_NAME, differing_keys, read_index, sync_folder, write_atomically
+from megacogvx.errors import DataError
+
+
+def shard_name(number: int) -> str:
+    """Return the usual name of shard `number`."""
+    return f"shard-{number:05d}"
+
+
+class DatasetWriter:
+    """Writes one shard of a dataset.
+
+    Attributes:
+        finished: the shard is complete; true from the start if an earlier run wrote it.
+
+    Used as a context manager it drops the unfinished shard when the block fails; `finalize` stays explicit.
+    """
+
+    def __init__(self, folder: Path | str, encoder: EncoderInfo, shard: str | int = 0) -> None:
+        """Open shard `shard` (a name, or a number for `shard-00000`) in `folder`, which is made if needed.
+
+        Raises:
+            DataError: the name isn't allowed, another process is writing this shard, or a finished one of this name is
+                damaged or of another encoder.
+        """
+        self.folder, self.encoder = Path(folder), encoder
+        self.name = shard_name(shard) if isinstance(shard, int) else shard
+        if not fullmatch(SHARD_NAME, self.name):
+            raise DataError(f"shard name {self.name!r} must match {SHARD_NAME}")
+        self.finished = False
+        self._columns: dict[str, list[int]] = {name: [] for name in COLUMNS}
+        self._ids: set[int] = set()
+        self._texts: dict[bytes, int] = {}  # 128-bit hash of a stored text -> its offset
+        self._file: BinaryIO | None = None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if (self.folder / f"{self.name}.idx").exists():
+            self._adopt_finished()
+        else:
+            self._open()
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __enter__(self) -> DatasetWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self.abort()
+
+    def add_item(self, *, latents: torch.Tensor, text: torch.Tensor, sample_id: int, metadata: dict[str, Any]) -> None:
+        """Append one record.
+
+        Args:
+            latents: posterior moments bf16 `[T, h, w, 2C]` on the CPU, mean then log-variance.
+            text: text embedding bf16 `[L, E]` on the CPU; stored once per shard for equal captions.
+            sample_id: 64-bit key of the sample, unique in the dataset.
+            metadata: JSON-able facts about the sample (source, caption, fps, scores ...), at most 1 MiB.
+
+        Raises:
+            DataError: a shape, dtype or value doesn't fit the dataset, the id is taken, or the disk is full.
+        """
+        assert self._file is not None, f"shard {self.name} is finished or dropped"
+        self._check(latents, text, sample_id)
+        note = self._encode_metadata(metadata, sample_id)
+        latent_data, text_data = _bytes_of(latents), _bytes_of(text)
+        start = self._file.tell()
+        text_key, text_hash = xxhash.xxh3_128_digest(text_data), digest(text_data)
+        own_text_at = aligned(start + RECORD_HEADER.size + len(latent_data))
+        text_at = self._texts.get(text_key, own_text_at)
+        own_text = text_at == own_text_at
+        note_at = aligned(own_text_at + len(text_data)) if own_text else own_text_at
+        header = sealed(
+            RECORD_HEADER, RECORD_MAGIC, *latents.shape, len(text), sample_id, text_at, text_hash, len(note),
+            len(self),
+        )  # fmt: skip
+        try:
+            for piece in (header, latent_data, text_data if own_text else b"", note):
+                self._file.write(piece)
+                self._file.write(bytes(aligned(self._file.tell()) - self._file.tell()))
+        except OSError as error:
+            raise self._failed(error) from error
+        self._texts[text_key] = text_at
+        self._ids.add(sample_id)
+        for name, value in zip(
+            COLUMNS,
+            (sample_id, start, *latents.shape[:3], text_at, len(text), text_hash, note_at, len(note), digest(note)),
+            strict=False,
+        ):
+            self._columns[name].append(value)
+        frame = len(latent_data) // len(latents)
+        self._columns["frame_hash"] += [digest(latent_data[i : i + frame]) for i in range(0, len(latent_data), frame)]
+
+    def finalize(self) -> None:
+        """Make the shard durable and visible; a finished one stays as it is.
+
+        Raises:
+            DataError: the disk is full or fails; the shard isn't there then.
+        """
+        if self.finished:
+            return
+        assert self._file is not None, f"shard {self.name} was dropped"
+        final = self.folder / f"{self.name}.bin"
+        try:
+            bin_bytes = self._file.tell()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            columns = {name: np.array(values, dtype=COLUMNS[name]) for name, values in self._columns.items()}
+            index = write_index(self._uuid, self.encoder, bin_bytes, columns)
+            self._temporary.replace(final)
+            sync_folder(self.folder)
+            write_atomically(self.folder / f"{self.name}.idx", index)
+        except OSError as error:
+            raise self._failed(error) from error
+        self._file.close()
+        self._file, self.finished = None, True
+
+    def abort(self) -> None:
+        """Drop the unfinished shard and its temporary file."""
+        if self._file is not None:
+            self._temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # closing writes what is buffered; on a full disk that fails again
+                self._file.close()
+            self._file = None
+
+    @property
+    def _temporary(self) -> Path:
+        return self.folder / f"{self.name}.bin.tmp"
+
+    def _adopt_finished(self) -> None:
+        index = read_index(self.folder, self.name)
+        differing = differing_keys(index.encoder, self.encoder)
+        if differing:
+            raise DataError(
+                f"shard {self.name} of {self.folder} exists and comes from another encoder: {differing}; write to "
+                "another folder"
+            )
+        self._ids = set(index.columns["sample_id"].tolist())
+        self.finished = True
+
+    def _open(self) -> None:
+        file = self._temporary.open("ab")  # not "wb": another writer's file must survive until we hold the lock
+        if not _lock(file) or not self._is_temporary(file):
+            file.close()
+            raise DataError(f"another process is writing shard {self.name} of {self.folder}; give each its own")
+        file.truncate(0)
+        file.seek(0)
+        self._file, self._uuid = file, uuid.uuid4().bytes
+        channels, width = 2 * self.encoder.latent_channels, self.encoder.text_width
+        file.write(sealed(BIN_HEADER, BIN_MAGIC, MAJOR, MINOR, BIN_HEADER.size, self._uuid, channels, width))
+
+    def _is_temporary(self, file: BinaryIO) -> bool:
+        """Whether the open file still is the temporary one; not if another writer committed it since we opened it."""
+        return self._temporary.exists() and os.path.samestat(os.fstat(file.fileno()), self._temporary.stat())
+
+    def _check(self, latents: torch.Tensor, text: torch.Tensor, sample_id: int) -> None:
+        channels, width, limit = 2 * self.encoder.latent_channels, self.encoder.text_width, self.encoder.text_length
+        where = f"sample {sample_id}"
+        if not 0 <= sample_id <= MAX_ID:
+            raise DataError(f"{where}: the id must lie in 0 to 2^64 - 2")
+        if sample_id in self._ids:
+            raise DataError(f"{where} is in shard {self.name} already; ids are unique in a dataset")
+        shape = tuple(latents.shape)
+        if latents.dtype != torch.bfloat16 or len(shape) != 4 or shape[3] != channels or not latents.numel():
+            raise DataError(f"{where}: latents must be bf16 [T, h, w, {channels}], not {latents.dtype} {list(shape)}")
+        if max(shape[:3]) > MAX_SIDE:
+            raise DataError(f"{where}: latents of {list(shape)} exceed {MAX_SIDE} along T, h or w")
+        if text.dtype != torch.bfloat16 or text.ndim != 2 or text.shape[1] != width:
+            raise DataError(f"{where}: text must be bf16 [L, {width}], not {text.dtype} {list(text.shape)}")
+        fits = len(text) == limit if self.encoder.text_kind == "padded" else len(text) <= limit
+        if not fits:
+            rule = "exactly" if self.encoder.text_kind == "padded" else "at most"
+            raise DataError(f"{where}: {len(text)} text tokens; {self.encoder.text_kind} texts have {rule} {limit}")
+
+    def _encode_metadata(self, metadata: dict[str, Any], sample_id: int) -> bytes:
+        try:
+            note = canonical_json(metadata)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"sample {sample_id}: the metadata can't be written as JSON: {error}") from None
+        if len(note) > MAX_METADATA_BYTES:
+            raise DataError(f"sample {sample_id}: {len(note)} bytes of metadata, the limit is {MAX_METADATA_BYTES}")
+        return note
+
+    def _failed(self, error: OSError) -> DataError:
+        written = self._temporary.stat().st_size if self._temporary.exists() else 0
+        return DataError(
+            f"cannot write shard {self.name} of {self.folder} ({written} bytes so far): {error.strerror}; free some "
+            "space and start again: finished shards are kept"
+        )
+
+
+def _lock(file: BinaryIO) -> bool:
+    """Lock the file until it is closed; False if another process holds it, True where a file system has no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return tensor.detach().contiguous().view(torch.uint8).numpy().reshape(-1).data

@@ -1,0 +1,189 @@
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+from megacogvx.data.clips import Clip, ClipLoader, ClipsConfig, read_clip, read_clips, split_held_out, write_clips
+from megacogvx.data.images import write_png
+from megacogvx.data.video import write_video
+from megacogvx.errors import ConfigError, DataError
+from megacogvx.testing.moving_shapes import shape_frames
+
+HEIGHT, WIDTH, FRAMES = 32, 48, 9
+Fields = dict[str, object]
+
+
+def make_clip(folder: Path, number: int, frames: int = FRAMES, **changes: object) -> Clip:
+    """Write clip `number`: a video, or an image when `frames` is 1; every one of another scene."""
+    pixels, caption = shape_frames(number, frames, HEIGHT, WIDTH)
+    fields: Fields = {"caption": caption, "frames": frames, "height": HEIGHT, "width": WIDTH, "start": 0.0}
+    if frames == 1:
+        fields |= {"path": folder / f"{number}.png", "fps": None, "source": f"image {number}"}
+        write_png(folder / f"{number}.png", pixels[0])
+    else:
+        fields |= {"path": folder / f"{number}.mp4", "fps": 8.0, "source": f"video {number}"}
+        write_video(folder / f"{number}.mp4", pixels, 8)
+    return Clip.model_validate({**fields, **changes})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight videos of 9 frames, one of 13, and three images."""
+    path = tmp_path_factory.mktemp("clips")
+    clips = [make_clip(path, number) for number in range(8)] + [make_clip(path, 8, frames=13)]
+    write_clips(path / "clips.jsonl", clips + [make_clip(path, number, frames=1) for number in range(9, 12)])
+    return path
+
+
+def config(folder: Path, **changes: object) -> ClipsConfig:
+    values = {"paths": [str(folder)], "frames": FRAMES, "height": 16, "width": 24, "clips_per_step": 4, "prefetch": 1}
+    return ClipsConfig.model_validate({**values, **changes})
+
+
+def test_the_list_comes_back(folder: Path) -> None:
+    clips = read_clips(folder)
+    assert len(clips) == 12 and clips[0].path == folder / "0.mp4"
+    assert clips == read_clips(folder / "clips.jsonl")
+    assert [clip.is_image for clip in clips] == [False] * 9 + [True] * 3
+    assert clips[0].seconds == 9 / 8 and clips[-1].seconds == 0
+
+
+def test_bad_lists_are_data_errors_that_name_the_line(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"clips\.jsonl does not exist"):
+        read_clips(tmp_path)
+    good = (folder / "clips.jsonl").read_text().splitlines()[0]
+    for bad, message in (
+        (good.replace("0.mp4", "../0.mp4"), "leads out of the folder"),
+        (good.replace("0.mp4", "/0.mp4"), "leads out of the folder"),
+        (good.replace('"frames": 9', '"frames": 0'), "frames: Input should be greater"),
+        (good.replace('"frames"', '"frame"'), "frame"),
+        ("[1]", "line 2"),
+        ("{", "line 2"),
+        ("\xff\xfe", "line 2"),
+    ):
+        (tmp_path / "clips.jsonl").write_bytes(f"{good}\n{bad}\n".encode("latin-1"))
+        with pytest.raises(DataError, match=rf"line 2.*{message}|{message}"):
+            read_clips(tmp_path)
+
+
+def test_a_clip_that_differs_from_its_row_is_a_data_error(folder: Path) -> None:
+    clip = read_clips(folder)[0]
+    with pytest.raises(DataError, match=r"\(9, 32, 48\), its row says \(9, 32, 64\)"):
+        read_clip(clip.model_copy(update={"width": 64}))
+    with pytest.raises(DataError, match="has 9 frames"):
+        read_clip(clip.model_copy(update={"frames": 17}))
+
+
+def test_batches_have_equal_shapes_and_range(folder: Path) -> None:
+    for batch in itertools.islice(ClipLoader(config(folder), seed=1), 10):
+        frames = 1 if batch.step % 5 == 4 else FRAMES  # every fifth step is one of images
+        assert batch.video_BCTHW.shape == (4, 3, frames, 16, 24)
+        assert batch.video_BCTHW.dtype == torch.float32
+        assert -1 <= batch.video_BCTHW.min() < 0 < batch.video_BCTHW.max() <= 1
+
+
+def test_steps_do_not_depend_on_the_start_or_the_prefetching(folder: Path) -> None:
+    whole = list(itertools.islice(ClipLoader(config(folder), seed=1), 8))
+    resumed = list(itertools.islice(ClipLoader(config(folder, prefetch=0), seed=1, start_step=3), 5))
+    assert [batch.step for batch in resumed] == [3, 4, 5, 6, 7]
+    for expected, got in zip(whole[3:], resumed, strict=True):
+        assert torch.equal(expected.video_BCTHW, got.video_BCTHW)
+
+
+def test_data_ranks_share_the_batch_of_one(folder: Path) -> None:
+    alone = ClipLoader(config(folder), seed=1)
+    shared = [ClipLoader(config(folder), seed=1, data_rank=rank, data_size=2) for rank in range(2)]
+    for step in range(6):
+        parts = [loader.batch(step).video_BCTHW for loader in shared]
+        assert torch.equal(alone.batch(step).video_BCTHW, torch.stack(parts, dim=1).flatten(0, 1))
+
+
+def test_an_epoch_sees_each_clip_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = ClipLoader(config(folder, held_out_fraction=0, clips_per_step=3), seed=1)
+    seen: list[Path] = []
+
+    def record(clip: Clip, first: int = 0, count: int | None = None) -> torch.Tensor:
+        seen.append(clip.path)
+        return read_clip(clip, first, count)
+
+    monkeypatch.setattr("megacogvx.data.clips.read_clip", record)
+    videos, images = ([clip.path for clip in clips] for clips in (loader.videos, loader.images))
+    orders = []
+    for steps in ((0, 1, 2), (3, 5, 6)):  # an epoch is 9 videos; step 4 is the first of images
+        seen.clear()
+        for step in steps:
+            loader.batch(step)
+        assert len(seen) == 9 and set(seen) == set(videos)
+        orders.append(tuple(seen))
+    assert len({*orders, tuple(videos)}) == 3, "shuffled, and anew in each epoch"
+    seen.clear()
+    loader.batch(4)
+    assert len(seen) == 3 and set(seen) == set(images)
+
+
+def test_another_seed_gives_other_crops(tmp_path: Path) -> None:
+    write_clips(tmp_path / "clips.jsonl", [make_clip(tmp_path, 0)])
+    single = config(tmp_path, held_out_fraction=0, clips_per_step=1, height=8, width=8)
+    first, second = (ClipLoader(single, seed=seed).batch(0).video_BCTHW for seed in (1, 2))
+    assert not torch.equal(first, second)
+
+
+def test_images_are_taken_from_videos_where_there_are_none(folder: Path, tmp_path: Path) -> None:
+    clips = [clip for clip in read_clips(folder) if not clip.is_image]
+    write_clips(folder / "videos.jsonl", clips)
+    loader = ClipLoader(config(folder, paths=[str(folder / "videos.jsonl")], image_share=1), seed=1)
+    assert loader.batch(0).video_BCTHW.shape == (4, 3, 1, 16, 24)
+
+
+def test_held_out_clips_are_never_trained_on(folder: Path) -> None:
+    loader = ClipLoader(config(folder, held_out_fraction=0.3), seed=1)
+    trained = {clip.path for clip in loader.videos + loader.images}
+    held_out = {clip.path for clip in loader.held_out}
+    assert held_out and not held_out & trained and len(held_out | trained) == 12
+    assert held_out == {clip.path for clip in ClipLoader(config(folder, held_out_fraction=0.3), seed=2).held_out}
+    for clip, video in loader.held_out_videos():
+        assert video.shape == (1, 3, min(clip.frames, FRAMES), 16, 24)
+
+
+def test_parts_and_sizes_of_a_scene_stay_together() -> None:
+    def row(source: int, start: float, frames: int, caption: str) -> Clip:
+        path = Path(f"{source}-{start}-{frames}.mp4")
+        return Clip(
+            path=path, caption=caption, frames=frames, height=8, width=8, fps=8, source=str(source), start=start
+        )
+
+    scenes = [
+        [row(n, 0, 17, "a"), row(n, 0, 9, "a"), row(n, 9 / 8, 9, "a"), row(n, 2.0, 9, "overlaps")] for n in range(40)
+    ]
+    for fraction in (1e-9, 0.5):
+        held_out = split_held_out([clip for scene in scenes for clip in scene], fraction)[1]
+        for scene in scenes:
+            assert len({clip in held_out for clip in scene}) == 1
+        count = len(held_out) // 4
+        assert count == 1 if fraction < 0.1 else 10 <= count <= 30, "at least one scene, else about the fraction"
+    later = row(0, 10.0, 9, "another scene")
+    assert split_held_out([*scenes[0], later], 1e-9)[1] in ([later], scenes[0])
+    assert split_held_out(scenes[0], 0) == (scenes[0], [])
+    more = [clip for scene in scenes for clip in scene]
+    fewer = [clip for scene in scenes[:20] for clip in scene]
+    assert set(split_held_out(fewer, 0.5)[1]) == set(split_held_out(more, 0.5)[1]) & set(fewer), "growing moves none"
+
+
+def test_settings_that_cannot_work_are_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="clips_per_step=4 does not divide by the 3 data ranks"):
+        ClipLoader(config(folder), seed=0, data_size=3)
+    with pytest.raises(ConfigError, match=r"clips\.paths is empty"):
+        ClipLoader(ClipsConfig(), seed=0)
+    with pytest.raises(DataError, match=r"clips.height=999.*\(9, 32, 48\)"):
+        ClipLoader(config(folder, height=999), seed=0)
+    with pytest.raises(DataError, match=r"clips.frames=99"):
+        ClipLoader(config(folder, frames=99), seed=0)
+
+
+def test_a_broken_clip_reaches_the_consumer(folder: Path, tmp_path: Path) -> None:
+    clip = make_clip(tmp_path, 0)
+    write_clips(tmp_path / "clips.jsonl", [clip])
+    clip.path.write_bytes(clip.path.read_bytes()[:200])
+    with pytest.raises(DataError, match=r"0\.mp4"):
+        next(iter(ClipLoader(config(tmp_path, held_out_fraction=0), seed=0)))

@@ -1,0 +1,106 @@
+"""Corpus and the config section `data`."""
+
+import numpy as np
+import pytest
+
+from megacogvx.config import build_config, dump_config
+from megacogvx.data.corpus import Corpus, DataConfig, Group, integer_weights
+from megacogvx.errors import ConfigError, DataError
+from megacogvx.pack_layout import tokens_of
+from megacogvx.testing.tiny_dataset import tiny_encoder, write_tiny_dataset
+
+
+@pytest.fixture
+def folders(tmp_path):
+    write_tiny_dataset(tmp_path / "a", 12, first_id=1000)
+    write_tiny_dataset(tmp_path / "b", 5, first_id=2000)
+    return str(tmp_path / "a"), str(tmp_path / "b")
+
+
+def config(**values):
+    return build_config(DataConfig, {"tokens_per_pack": 64, **values})
+
+
+def test_config_forms():
+    assert config(paths="a").paths == ("a",)
+    assert config(paths=["a", "b"]).paths == ("a", "b")
+    weighted = config(paths=[[0.7, "a"], [3, "b"]])
+    assert weighted.paths == ((0.7, "a"), (3.0, "b"))
+    assert build_config(DataConfig, dump_config(weighted)) == weighted
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"paths": []}, "at least one"),
+        ({"paths": ["a", [1.0, "b"]]}, "every folder a weight"),
+        ({"paths": [[-1.0, "b"]]}, "greater than 0"),
+        ({"paths": "a", "tokens_per_pack": 0}, "tokens_per_pack"),
+        ({"paths": "a", "buffer": 0.5}, "buffer"),
+        ({"paths": "a", "packs_per_steps": 3}, r"did you mean packs_per_step\?"),
+    ],
+)
+def test_config_errors(values, message):
+    with pytest.raises(ConfigError, match=message):
+        config(**values)
+
+
+def test_indices_run_through_all_datasets(folders):
+    corpus = Corpus(config(paths=folders))
+    assert len(corpus) == 17
+    assert corpus.columns.groups == (Group(0, 17, 1),)
+    assert corpus.columns.sample_id.tolist() == [*range(1000, 1012), *range(2000, 2005)]
+    for index in range(17):
+        record, place = corpus.sample(index), corpus.place(index, (1, 2, 2))
+        assert record.sample_id == place.sample_id == int(corpus.columns.sample_id[index])
+        assert record.latents.shape[:3] == (place.grid[0], 2 * place.grid[1], 2 * place.grid[2])
+        assert len(record.text) == place.text_length
+    with pytest.raises(IndexError):
+        corpus.sample(17)
+
+
+@pytest.mark.parametrize("patch", [(1, 2, 2), (2, 2, 2), (1, 1, 1)])
+def test_lengths_are_those_of_tokens_of(folders, patch):
+    columns = Corpus(config(paths=folders)).columns
+    rows = zip(columns.frames, columns.height, columns.width, columns.text_length, strict=True)
+    assert columns.lengths(patch).tolist() == [tokens_of(*map(int, row), patch) for row in rows]
+
+
+def test_weighted_datasets_are_groups(folders):
+    columns = Corpus(config(paths=[[0.75, folders[0]], [0.25, folders[1]]])).columns
+    assert columns.groups == (Group(0, 12, 3), Group(12, 5, 1))
+
+
+def test_checksum_tells_data_and_weights(folders, tmp_path):
+    def checksum(**values):
+        return Corpus(config(**values)).columns.checksum
+
+    plain, weighted = checksum(paths=folders), checksum(paths=[[1, folders[0]], [2, folders[1]]])
+    assert plain == checksum(paths=folders)
+    assert len({plain, weighted, checksum(paths=folders[::-1]), checksum(paths=folders[0])}) == 4
+
+
+@pytest.mark.parametrize(
+    "change", [{"text_kind": "real"}, {"text_length": 7}, {"vae_fingerprint": "other"}, {"text_width": 16}]
+)
+def test_different_encoders_do_not_mix(folders, tmp_path, change):
+    write_tiny_dataset(tmp_path / "c", 3, first_id=3000, encoder=tiny_encoder(**change))
+    with pytest.raises(DataError, match=rf"different encoders: {next(iter(change))}="):
+        Corpus(config(paths=[folders[0], str(tmp_path / "c")]))
+
+
+def test_an_id_occurs_once(folders, tmp_path):
+    write_tiny_dataset(tmp_path / "c", 3, first_id=1011)
+    with pytest.raises(DataError, match="sample id 1011 occurs 2 times"):
+        Corpus(config(paths=[folders[0], str(tmp_path / "c")]))
+    with pytest.raises(ConfigError, match="twice"):
+        Corpus(config(paths=[folders[0], folders[0]]))
+
+
+def test_integer_weights():
+    assert integer_weights([0.5, 0.25, 0.25]) == [2, 1, 1]
+    assert integer_weights([3, 1]) == [3, 1]
+    assert integer_weights([]) == []
+    assert min(integer_weights([1.0, 1e-9])) == 1
+    weights = np.array(integer_weights([1, 1, 1]))
+    assert np.ptp(weights) == 0

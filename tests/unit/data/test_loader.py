@@ -1,0 +1,138 @@
+"""PackLoader: the same packs for any number of ranks, exact resuming, errors and a clean end of its thread."""
+
+import gc
+import json
+import threading
+import time
+from itertools import islice
+
+import pytest
+import torch
+
+from megacogvx.data.corpus import Corpus, DataConfig
+from megacogvx.data.loader import PackLoader
+from megacogvx.data.planner import PackPlan
+from megacogvx.errors import ConfigError, DataError
+from megacogvx.testing.tiny_dataset import write_tiny_dataset
+
+PATCH = (1, 2, 2)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_tiny_dataset(tmp_path, 30)
+    return tmp_path
+
+
+def loader(folder, rank=0, size=1, *, seed=0, packs=4, **values):
+    corpus = Corpus(DataConfig(paths=(str(folder),), tokens_per_pack=64, packs_per_step=packs))
+    return PackLoader(corpus, PackPlan(corpus.columns, corpus_config(folder, packs), seed, PATCH), rank, size, **values)
+
+
+def corpus_config(folder, packs):
+    return DataConfig(paths=(str(folder),), tokens_per_pack=64, packs_per_step=packs)
+
+
+def ids(packs):
+    return [(pack.step, pack.place, pack.sample_ids) for pack in packs]
+
+
+def take(steps, *args, **values):
+    with loader(*args, **values) as packs:
+        return [ids(step) for step in islice(packs, steps)]
+
+
+def threads():
+    return [thread for thread in threading.enumerate() if thread.name == "pack-loader"]
+
+
+def test_steps_and_places_in_order(folder):
+    steps = take(5, folder)
+    assert [[(step, place) for step, place, _ in packs] for packs in steps] == [
+        [(step, place) for place in range(4)] for step in range(5)
+    ]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_share_the_same_plan(folder, size):
+    whole = take(4, folder)
+    parts = [take(4, folder, rank, size) for rank in range(size)]
+    for step in range(4):
+        assert [place for _, place, _ in parts[1][step]] == list(range(1, 4, size))
+        assert sorted(pack for part in parts for pack in part[step]) == whole[step]
+
+
+def test_resuming_repeats_and_loses_nothing(folder):
+    whole = take(12, folder)
+    with loader(folder, prefetch=3) as packs:
+        seen = [ids(step) for step in islice(packs, 5)]
+        while not packs._queue.full():  # let the thread read further
+            time.sleep(0.01)
+        state = json.loads(json.dumps(packs.state()))
+        assert packs.next_step == 5
+    seen += take(7, folder, state=state, start_step=5)
+    assert seen == whole
+    assert take(7, folder, start_step=5) == whole[5:]  # without a state: planned anew, the same
+
+
+def test_resuming_on_other_ranks(folder):
+    whole = take(9, folder)
+    with loader(folder, 1, 2) as packs:
+        list(islice(packs, 4))
+        state = packs.state()
+    parts = [take(5, folder, rank, 4, state=state) for rank in range(4)]
+    assert [sorted(pack for part in parts for pack in part[step]) for step in range(5)] == whole[4:]
+
+
+def test_state_of_another_step(folder):
+    with loader(folder) as packs:
+        next(packs)
+        state = packs.state()
+    with pytest.raises(DataError, match="is of step 1, the run goes on at 3"):
+        loader(folder, state=state, start_step=3)
+
+
+def test_packs_divide_by_ranks(folder):
+    with pytest.raises(ConfigError, match=r"packs_per_step=4 doesn't divide by 3 .* 3, 6"):
+        loader(folder, 0, 3)
+    assert not threads()
+
+
+def test_damaged_sample_reaches_the_consumer_with_its_name(folder):
+    path = folder / "shard-00000.bin"
+    data = bytearray(path.read_bytes())
+    data[64 + 64] ^= 1  # the first sample's first latent frame
+    path.write_bytes(bytes(data))
+    with loader(folder) as packs:
+        with pytest.raises(DataError, match=r"shard-00000\.bin: sample 1000 "):
+            list(islice(packs, 30))
+        with pytest.raises(DataError, match="sample 1000 "):
+            next(packs)
+    assert not threads()
+
+
+def test_close_ends_the_thread_and_the_iteration(folder):
+    packs = loader(folder, prefetch=1)
+    next(packs)
+    packs.close()
+    assert not threads()
+    with pytest.raises(StopIteration):
+        next(packs)
+    packs.close()
+
+
+def test_dropped_loader_ends_its_thread(folder):
+    packs = loader(folder, prefetch=1)
+    next(packs)
+    (thread,) = threads()
+    del packs
+    gc.collect()
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+def test_tensors_outlive_the_loader(folder):
+    with loader(folder) as packs:
+        (first, *_) = next(packs)
+    gc.collect()
+    assert all(torch.isfinite(latents).all() for latents in first.latents)
