@@ -1,0 +1,95 @@
+"""Caption files: which part of which video shows what. JSON Lines, or CSV with the same columns."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError, model_validator
+
+from megacogvx.config import Section
+from megacogvx.errors import DataError
+
+
+class Caption(Section):
+    """One row of a caption file.
+
+    Attributes:
+        video: file name of the video, relative to the folder of videos.
+        caption: what is seen, in words.
+        start, end: seconds; the part of the video that the caption describes.
+        image_at: seconds; the row is the single frame shown then, instead of a part.
+    """
+
+    video: str = Field(min_length=1)
+    caption: str = Field(min_length=1)
+    start: float = Field(0.0, ge=0)
+    end: float | None = Field(None, gt=0)
+    image_at: float | None = Field(None, ge=0)
+
+    @model_validator(mode="after")
+    def _agree(self) -> Caption:
+        if Path(self.video).is_absolute() or ".." in Path(self.video).parts:
+            raise ValueError(f"video={self.video!r} leads out of the folder of videos")
+        if self.image_at is None and self.end is None:
+            raise ValueError("a row needs start and end, or image_at, in seconds")
+        if self.image_at is not None and (self.end is not None or self.start):
+            raise ValueError("image_at stands instead of start and end, not beside them")
+        if self.end is not None and self.end <= self.start:
+            raise ValueError(f"end={self.end} must be later than start={self.start}")
+        return self
+
+
+def read_captions(path: Path) -> list[Caption]:
+    """Read a caption file; `.csv` is CSV with a heading line, everything else JSON Lines.
+
+    Raises:
+        DataError: the file is missing, empty or not UTF-8, or a row breaks a rule; all such rows are named by line.
+    """
+    if not path.is_file():
+        raise DataError(f"caption file {path} does not exist")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"caption file {path} is not UTF-8: {error}") from None
+    captions, problems = [], []
+    for number, row in _csv_rows(text) if path.suffix.lower() == ".csv" else _json_rows(text):
+        try:
+            captions.append(Caption(**_mapping(row)))
+        except ValidationError as error:
+            problems += [f"line {number}: {_explain(problem)}" for problem in error.errors()]
+        except (ValueError, TypeError) as error:
+            problems.append(f"line {number}: {error}")
+    if problems:
+        more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise DataError(f"caption file {path}: {'; '.join(problems[:10])}{more}")
+    if not captions:
+        raise DataError(f"caption file {path} holds no row")
+    return captions
+
+
+def _json_rows(text: str) -> list[tuple[int, Any]]:
+    return [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+
+
+def _csv_rows(text: str) -> list[tuple[int, Any]]:
+    reader = csv.DictReader(io.StringIO(text))
+    return [(reader.line_num, {name: value for name, value in row.items() if value != ""}) for row in reader]
+
+
+def _mapping(row: Any) -> dict[str, Any]:
+    row = json.loads(row) if isinstance(row, str) else row
+    if not isinstance(row, dict) or not all(isinstance(name, str) for name in row):
+        raise ValueError("a row must be an object with video, caption, start and end (or image_at)")
+    return row
+
+
+def _explain(problem: Any) -> str:
+    name = ".".join(str(part) for part in problem["loc"])
+    known = ", ".join(Caption.model_fields)
+    if problem["type"] == "extra_forbidden":
+        return f"unknown column {name}; known: {known}"
+    return f"{name}: {problem['msg']}" if name else problem["msg"].removeprefix("Value error, ")

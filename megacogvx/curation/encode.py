@@ -1,0 +1,292 @@
+"""`megacogvx encode`: clips and captions -> latent moments and text embeddings in an indexed dataset.
+
+Clips are cut into shards by their place in the list, and the shards dealt to the processes; what a shard holds does
+not depend on how many processes there are, and a restart writes only the shards that are not there yet. All
+processes agree on the settings and the latents' scale through `encode.json`, which the first one writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import xxhash
+
+from megacogvx import log
+from megacogvx.curation.encode_job import JOB_FILE, EncodeJob, agree, latent_scale
+from megacogvx.data.clips import Clip, read_clip, read_clips
+from megacogvx.data.indexed import DatasetWriter, finish_dataset
+from megacogvx.data.indexed.layout import MAX_ID
+from megacogvx.data.indexed.writer import shard_name
+from megacogvx.data.transforms import to_model_range
+from megacogvx.errors import ConfigError, DataError
+from megacogvx.inference.load import load_vae
+from megacogvx.models.text_encoder import TextEncoder
+from megacogvx.models.vae.model import CogVideoXVAE
+from megacogvx.parallel.groups import LaunchEnvironment, launch_environment
+
+CAPTIONS_AT_ONCE = 16
+KEPT_CAPTIONS = 256  # embeddings kept for rows that repeat a caption; 0.5 GB at 226 tokens of width 4096
+TextKind = Literal["padded", "real"]
+EXAMPLE = """\
+Writes DATASET/shard-*.bin, .idx and manifest.json. Start the same command again to go on after an interruption.
+
+examples:
+  megacogvx encode --clips clips --vae runs/vae --text-encoder t5 --output dataset
+  torchrun --nproc-per-node 8 -m megacogvx encode --clips clips --vae runs/vae --text-encoder t5 --output dataset
+"""
+
+logger = log.get_logger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `megacogvx encode`."""
+    add = parser.add_argument
+    add("--clips", type=Path, required=True, help="clips.jsonl, or the folder that holds it")
+    add("--vae", type=Path, required=True, help="run folder or checkpoint of the VAE")
+    add("--text-encoder", type=Path, required=True, help="folder with tokenizer/ and text_encoder/ (T5)")
+    add("--output", type=Path, required=True, help="folder of the dataset")
+    add("--text-length", type=int, default=226, help="tokens per caption (default 226)")
+    add(
+        "--text-kind", choices=["padded", "real"], default="padded", help="keep padding tokens, or only a caption's own"
+    )
+    add("--frames-per-chunk", type=int, help="frames that the VAE encodes together, 8 for released ones (default: all)")
+    add("--scaling-factor", type=float, help="latents times this have unit variance (default: 1 / measured deviation)")
+    add("--measure-clips", type=int, default=64, help="clips that the scale is measured on (default 64)")
+    add("--clips-per-shard", type=int, default=1024, help="default 1024")
+    add("--rank", type=int, help="which of the processes this is (default: from torchrun or Slurm)")
+    add("--ranks", type=int, help="number of processes (default: from torchrun or Slurm)")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the encoders; records are bf16 (default fp32)")
+    add("--skip-bad", action="store_true", help="leave out and count clips that can't be read instead of stopping")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run `megacogvx encode`.
+
+    Raises:
+        ConfigError: an option is out of range.
+        DataError: clips or encoders can't be read, or the dataset was begun with other settings.
+    """
+    place = launch_environment()
+    rank, ranks = _rank_of(arguments, place)
+    log.set_rank(rank, f"rank{rank}")
+    _check(arguments)
+    device = _device(arguments.device, place)
+    dtype = torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
+    clips = distinct(read_clips(arguments.clips))
+    encoder = ClipEncoder(
+        load_vae(arguments.vae, device, dtype),
+        TextEncoder.from_folder(arguments.text_encoder, arguments.text_length, device, dtype),
+        arguments.text_kind,
+        arguments.frames_per_chunk,
+    )
+    job = encoder.job(clips, arguments.clips_per_shard, arguments.scaling_factor, arguments.measure_clips)
+    skipped = write_dataset(arguments.output, clips, encoder, job, rank=rank, ranks=ranks, skip_bad=arguments.skip_bad)
+    for reason, count in sorted(skipped.items()):
+        logger.warning("left out: %d x %s", count, reason)
+
+
+@dataclass
+class ClipEncoder:
+    """A VAE and a text encoder, and how they are applied.
+
+    Attributes:
+        vae: maps video_BCTHW in [-1, 1] to moments_B2CTHW.
+        text_encoder: maps captions to embeddings_BLE.
+        text_kind: "padded": a record holds all L embeddings; "real": only those of the caption's own tokens.
+        frames_per_chunk: frames that the VAE encodes together; None for the whole clip.
+    """
+
+    vae: CogVideoXVAE
+    text_encoder: TextEncoder
+    text_kind: TextKind = "padded"
+    frames_per_chunk: int | None = None
+    _texts: OrderedDict[str, torch.Tensor] = field(default_factory=OrderedDict, init=False)
+
+    @torch.no_grad()
+    def moments(self, clip: Clip) -> torch.Tensor:
+        """Encode a clip's pixels: moments bf16 [T, h, w, 2C] on the CPU, mean then log-variance.
+
+        Raises:
+            DataError: the clip can't be read, or its size doesn't suit the VAE.
+        """
+        parameter = next(self.vae.parameters())
+        video_BCTHW = to_model_range(read_clip(clip))[None].to(parameter.device, parameter.dtype)
+        moments_B2CTHW = self.vae.encode(video_BCTHW, self.frames_per_chunk)
+        return moments_B2CTHW[0].permute(1, 2, 3, 0).to("cpu", torch.bfloat16).contiguous()
+
+    def texts(self, captions: Sequence[str]) -> list[torch.Tensor]:
+        """Encode captions, skipping those among the last `KEPT_CAPTIONS` distinct ones: bf16 [L, E] on the CPU."""
+        new = [caption for caption in dict.fromkeys(captions) if caption not in self._texts]
+        if new:
+            embeddings_BLE, lengths_B = self.text_encoder.encode(new)
+            for caption, text_LE, length in zip(new, embeddings_BLE, lengths_B.tolist(), strict=True):
+                kept = text_LE if self.text_kind == "padded" else text_LE[:length]
+                self._texts[caption] = kept.to("cpu", torch.bfloat16, copy=True).contiguous()
+        texts = [self._texts[caption] for caption in captions]
+        while len(self._texts) > KEPT_CAPTIONS:
+            self._texts.popitem(last=False)
+        return texts
+
+    def job(
+        self, clips: Sequence[Clip], clips_per_shard: int, scaling_factor: float | None, measured: int
+    ) -> EncodeJob:
+        """Describe the job; `scale` stays None where it has to be measured on `measured` clips."""
+        return EncodeJob(
+            clips=xxhash.xxh3_128_hexdigest("\n".join(str(sample_id(clip)) for clip in clips).encode()),
+            clips_per_shard=clips_per_shard,
+            text_kind=self.text_kind,
+            text_length=self.text_encoder.max_length,
+            text_width=self.text_encoder.width,
+            text_encoder_fingerprint=self.text_encoder.fingerprint,
+            latent_channels=self.vae.config.latent_channels,
+            vae_fingerprint=weights_fingerprint(self.vae),
+            frames_per_chunk=self.frames_per_chunk,
+            scale=scaling_factor,
+            measured_clips=0 if scaling_factor is not None else min(measured, len(clips)),
+        )
+
+
+def write_dataset(
+    folder: Path,
+    clips: Sequence[Clip],
+    encoder: ClipEncoder,
+    job: EncodeJob,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    skip_bad: bool = False,
+) -> Counter[str]:
+    """Write this rank's shards, and the manifest when all shards are there.
+
+    Args:
+        folder: of the dataset.
+        clips: the whole list, the same on every rank.
+        encoder, job: what encodes, and its description.
+        rank, ranks: this process takes shards rank, rank + ranks, ...
+        skip_bad: leave out clips that can't be read; otherwise they end the job.
+
+    Returns:
+        How many clips this process left out, by reason.
+
+    Raises:
+        DataError: the folder holds a job with other settings, a clip can't be read, or the disk is full.
+    """
+    skipped: Counter[str] = Counter()
+    job = agree(folder, job, lambda: latent_scale(_measured(clips, job.measured_clips, encoder, skip_bad)))
+    info = job.encoder_info()
+    names = [shard_name(number) for number in range(-(-len(clips) // job.clips_per_shard))]
+    for number in range(rank, len(names), ranks):
+        part = clips[number * job.clips_per_shard : (number + 1) * job.clips_per_shard]
+        with DatasetWriter(folder, info, names[number]) as writer:
+            if writer.finished:
+                logger.info("%s is there already", writer.name)
+                continue
+            for clip, moments, text in _records(part, encoder, skip_bad, skipped, writer.name):
+                writer.add_item(latents=moments, text=text, sample_id=sample_id(clip), metadata=_metadata(clip))
+            writer.finalize()
+    _finish(folder, names)
+    return skipped
+
+
+def distinct(clips: Sequence[Clip]) -> list[Clip]:
+    """Drop rows that name the same clip with the same caption again."""
+    kept: dict[int, Clip] = {}
+    for clip in clips:
+        kept.setdefault(sample_id(clip), clip)
+    if len(kept) < len(clips):
+        logger.warning("left out: %d x clip that is listed twice", len(clips) - len(kept))
+    return list(kept.values())
+
+
+def sample_id(clip: Clip) -> int:
+    """Return the 64-bit key of a record, from the clip's file name and caption; it stays when the dataset is merged."""
+    return xxhash.xxh3_64_intdigest(f"{clip.path.name}\0{clip.caption}".encode()) % MAX_ID
+
+
+def weights_fingerprint(model: torch.nn.Module) -> str:
+    """Return the xxh3 (hex) of all weights of a model, names, dtypes and shapes included."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return str(digest.hexdigest())
+
+
+def _records(
+    clips: Sequence[Clip], encoder: ClipEncoder, skip_bad: bool, skipped: Counter[str], label: str
+) -> Iterator[tuple[Clip, torch.Tensor, torch.Tensor]]:
+    """Encode the clips of a shard, in order; captions in batches."""
+    for place, clip in enumerate(log.progress(clips, label)):
+        if place % CAPTIONS_AT_ONCE == 0:
+            batch = clips[place : place + CAPTIONS_AT_ONCE]
+            texts = encoder.texts([clip.caption for clip in batch])
+        try:
+            moments = encoder.moments(clip)
+        except DataError as error:
+            if not skip_bad:
+                raise
+            logger.warning("left out: %s", error)
+            skipped["clip that is missing, damaged or of a size that the VAE can't take"] += 1
+            continue
+        yield clip, moments, texts[place % CAPTIONS_AT_ONCE]
+
+
+def _measured(clips: Sequence[Clip], count: int, encoder: ClipEncoder, skip_bad: bool) -> Iterator[torch.Tensor]:
+    """Encode `count` clips, spread evenly over the list."""
+    chosen = [clips[place * len(clips) // count] for place in range(count)]
+    for clip in log.progress(chosen, "measure the latents' scale"):
+        try:
+            yield encoder.moments(clip)
+        except DataError:
+            if not skip_bad:
+                raise
+
+
+def _metadata(clip: Clip) -> dict[str, Any]:
+    return {**clip.model_dump(exclude={"path"}), "clip": clip.path.name}
+
+
+def _finish(folder: Path, shards: list[str]) -> None:
+    """Write the manifest if every shard is there; the lock keeps two last processes apart."""
+    with open(folder / JOB_FILE, "rb+") as lock:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        missing = [name for name in shards if not (folder / f"{name}.idx").is_file()]
+        if missing:
+            logger.info("%d of %d shards are still to be written, by other processes", len(missing), len(shards))
+            return
+        manifest = finish_dataset(folder, shards)
+    samples = sum(shard.samples for shard in manifest.shards)
+    logger.info("dataset %s: %d samples in %d shards", folder, samples, len(shards))
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    for name in ("text_length", "measure_clips", "clips_per_shard", "frames_per_chunk", "scaling_factor"):
+        value = getattr(arguments, name)
+        if value is not None and value <= 0:
+            raise ConfigError(f"--{name.replace('_', '-')} {value} must be positive")
+
+
+def _rank_of(arguments: argparse.Namespace, place: LaunchEnvironment) -> tuple[int, int]:
+    rank = place.rank if arguments.rank is None else arguments.rank
+    ranks = place.world_size if arguments.ranks is None else arguments.ranks
+    if not 0 <= rank < ranks:
+        raise ConfigError(f"--rank {rank} must lie in 0 .. --ranks - 1 = {ranks - 1}")
+    return rank, ranks
+
+
+def _device(name: str, place: LaunchEnvironment) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no CUDA device; use --device cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", place.local_rank % torch.cuda.device_count())

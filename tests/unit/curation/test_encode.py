@@ -1,0 +1,199 @@
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+
+from megacogvx import draws
+from megacogvx.curation import encode
+from megacogvx.curation.encode import ClipEncoder, distinct, sample_id, weights_fingerprint, write_dataset
+from megacogvx.data.clips import Clip, read_clip, read_clips, write_clips
+from megacogvx.data.images import write_png
+from megacogvx.data.indexed import IndexedDataset
+from megacogvx.data.transforms import to_model_range
+from megacogvx.data.video import write_video
+from megacogvx.errors import ConfigError, DataError
+from megacogvx.models.text_encoder import TextEncoder
+from megacogvx.models.vae import gaussian
+from megacogvx.models.vae.config import VAEConfig
+from megacogvx.models.vae.initialize import initialize_weights
+from megacogvx.models.vae.model import CogVideoXVAE
+from megacogvx.testing.moving_shapes import shape_frames
+from megacogvx.testing.tiny_text_encoder import build_tiny_text_encoder
+
+HEIGHT, WIDTH, LENGTH = 16, 24, 64
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six clips of two captions, one an image, and a text encoder in t5/."""
+    path = tmp_path_factory.mktemp("encode")
+    clips = []
+    for number in range(6):
+        frames, caption = shape_frames(number % 2, 1 if number == 5 else 9, HEIGHT, WIDTH)
+        name = path / f"{number}.{'png' if number == 5 else 'mp4'}"
+        if number == 5:
+            write_png(name, frames[0])
+        else:
+            write_video(name, frames, 8)
+        clips.append(
+            Clip(path=name, caption=caption, frames=len(frames), height=HEIGHT, width=WIDTH,
+                 fps=None if number == 5 else 8, source="shapes", start=float(number))
+        )  # fmt: skip
+    write_clips(path / "clips.jsonl", clips)
+    build_tiny_text_encoder(path / "t5", [clip.caption for clip in clips], width=16, vocabulary=64)
+    return path
+
+
+@pytest.fixture(scope="module")
+def vae() -> CogVideoXVAE:
+    config = VAEConfig(block_out_channels=(4, 4, 4, 4), norm_num_groups=2, layers_per_block=1, latent_channels=4)
+    model = CogVideoXVAE(config).requires_grad_(False)
+    initialize_weights(model, seed=0)
+    return model
+
+
+def encoder_of(folder: Path, vae: CogVideoXVAE, text_kind: encode.TextKind = "padded") -> ClipEncoder:
+    return ClipEncoder(vae, TextEncoder.from_folder(folder / "t5", LENGTH), text_kind)
+
+
+def write(folder: Path, target: Path, encoder: ClipEncoder, *, clips_per_shard: int = 2, **options: object) -> object:
+    clips = read_clips(folder)
+    job = encoder.job(clips, clips_per_shard, scaling_factor=None, measured=4)
+    return write_dataset(target, clips, encoder, job, **options)  # type: ignore[arg-type]
+
+
+def records(target: Path) -> dict[int, tuple[bytes, bytes, str]]:
+    dataset = IndexedDataset(target)
+    found = [dataset.sample(place) for place in range(len(dataset))]
+    return {
+        r.sample_id: (r.latents.view(torch.uint8).numpy().tobytes(), r.text.view(torch.uint8).numpy().tobytes(),
+                      str(r.metadata))
+        for r in found
+    }  # fmt: skip
+
+
+def test_records_hold_what_the_encoders_give(folder: Path, vae: CogVideoXVAE, tmp_path: Path) -> None:
+    assert write(folder, tmp_path, encoder_of(folder, vae)) == {}
+    dataset, clips = IndexedDataset(tmp_path), read_clips(folder)
+    places = {dataset.sample(place).sample_id: place for place in range(len(dataset))}
+    assert set(places) == {sample_id(clip) for clip in clips} and len(places) == 6
+    text_encoder, moments = TextEncoder.from_folder(folder / "t5", LENGTH), []
+    for clip in clips:
+        record = dataset.sample(places[sample_id(clip)])
+        expected = vae.encode(to_model_range(read_clip(clip))[None])[0].permute(1, 2, 3, 0)
+        assert torch.equal(record.latents, expected.to(torch.bfloat16))
+        assert record.latents.shape == (1 if clip.is_image else 3, 2, 3, 8)
+        assert torch.equal(record.text, text_encoder.encode([clip.caption])[0][0].to(torch.bfloat16))
+        assert record.metadata["caption"] == clip.caption and record.metadata["source"] == "shapes"
+        moments.append(expected)
+    info = dataset.manifest.encoder
+    assert (info.text_kind, info.text_length, info.text_width, info.latent_channels) == ("padded", LENGTH, 16, 4)
+    measured = [moments[place] for place in (0, 1, 3, 4)]  # four of six, spread evenly
+    repeated = [m.movedim(-1, 0)[None].expand(400, 8, *m.shape[:3]) for m in measured]
+    drawn = [gaussian.sample(m, draws.normal((400, 4, *m.shape[2:]), 0, "test", i)) for i, m in enumerate(repeated)]
+    deviation = float(torch.cat([latents.flatten() for latents in drawn]).std())
+    assert info.latent_scale_factor == pytest.approx(1 / deviation, rel=0.02)
+    assert info.vae_fingerprint == weights_fingerprint(vae)
+    assert info.text_encoder_fingerprint == text_encoder.fingerprint
+
+
+def test_the_records_do_not_depend_on_the_number_of_processes(folder: Path, vae: CogVideoXVAE, tmp_path: Path) -> None:
+    write(folder, tmp_path / "alone", encoder_of(folder, vae))
+    for rank in (1, 0):
+        assert not (tmp_path / "shared" / "manifest.json").exists(), "the last process publishes the dataset"
+        write(folder, tmp_path / "shared", encoder_of(folder, vae), rank=rank, ranks=2)
+    assert records(tmp_path / "alone") == records(tmp_path / "shared")
+    shards = [IndexedDataset(tmp_path / name).manifest.shards for name in ("alone", "shared")]
+    assert [s.samples for s in shards[0]] == [s.samples for s in shards[1]] == [2, 2, 2]
+
+
+def test_a_restart_goes_on_where_it_stopped(
+    folder: Path, vae: CogVideoXVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Clip] = []
+    plain = ClipEncoder.moments
+
+    def failing(self: ClipEncoder, clip: Clip) -> torch.Tensor:
+        calls.append(clip)
+        if len(calls) == 4 + 4:  # four are measured, the fourth record is the second of shard 1
+            raise KeyboardInterrupt
+        return plain(self, clip)
+
+    monkeypatch.setattr(ClipEncoder, "moments", failing)
+    with pytest.raises(KeyboardInterrupt):
+        write(folder, tmp_path / "broken", encoder_of(folder, vae))
+    first = (tmp_path / "broken" / "shard-00000.bin").stat().st_mtime_ns
+    calls[:] = [read_clips(folder)[0]] * 10
+    write(folder, tmp_path / "broken", encoder_of(folder, vae))
+    assert len(calls) == 10 + 4, "neither the scale nor the first shard is computed again"
+    assert (tmp_path / "broken" / "shard-00000.bin").stat().st_mtime_ns == first
+    monkeypatch.undo()
+    write(folder, tmp_path / "whole", encoder_of(folder, vae))
+    assert records(tmp_path / "broken") == records(tmp_path / "whole")
+    assert not list((tmp_path / "broken").glob("*.tmp"))
+
+
+def test_distinct_captions_are_encoded_once(
+    folder: Path, vae: CogVideoXVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    plain = TextEncoder.encode
+
+    def counting(self: TextEncoder, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        asked.extend(captions)
+        return plain(self, captions)
+
+    monkeypatch.setattr(TextEncoder, "encode", counting)
+    write(folder, tmp_path, encoder_of(folder, vae))
+    assert sorted(asked) == sorted({clip.caption for clip in read_clips(folder)})
+
+
+def test_real_texts_hold_only_their_own_tokens(folder: Path, vae: CogVideoXVAE, tmp_path: Path) -> None:
+    write(folder, tmp_path / "padded", encoder_of(folder, vae))
+    write(folder, tmp_path / "real", encoder_of(folder, vae, "real"))
+    padded, real = IndexedDataset(tmp_path / "padded").sample(0), IndexedDataset(tmp_path / "real").sample(0)
+    length = int(TextEncoder.from_folder(folder / "t5", LENGTH).token_ids([real.metadata["caption"]])[1])
+    assert len(padded.text) == LENGTH > len(real.text) == length
+    assert torch.equal(padded.text[:length], real.text)
+
+
+def test_bad_clips_stop_the_job_or_are_counted(folder: Path, vae: CogVideoXVAE, tmp_path: Path) -> None:
+    clips = read_clips(folder)
+    clips[2] = clips[2].model_copy(update={"path": folder / "absent.mp4"})
+    encoder = encoder_of(folder, vae)
+    job = encoder.job(clips, 4, scaling_factor=0.5, measured=4)
+    with pytest.raises(DataError, match=r"absent\.mp4 does not exist"):
+        write_dataset(tmp_path, clips, encoder, job)
+    assert not list(tmp_path.glob("*.idx"))
+    skipped = write_dataset(tmp_path, clips, encoder, job, skip_bad=True)
+    assert list(skipped.values()) == [1] and "missing" in next(iter(skipped))
+    assert len(IndexedDataset(tmp_path)) == 5
+    assert IndexedDataset(tmp_path).manifest.encoder.latent_scale_factor == 0.5
+
+
+def test_other_settings_never_mix_in_one_dataset(folder: Path, vae: CogVideoXVAE, tmp_path: Path) -> None:
+    write(folder, tmp_path, encoder_of(folder, vae))
+    with pytest.raises(DataError, match="clips_per_shard=2 then and 3 now"):
+        write(folder, tmp_path, encoder_of(folder, vae), clips_per_shard=3)
+
+
+def test_a_clip_listed_twice_is_one_record(folder: Path) -> None:
+    clips = read_clips(folder)
+    other = clips[0].model_copy(update={"caption": "another caption of the same clip"})
+    assert distinct([clips[0], other, clips[1], clips[0]]) == [clips[0], other, clips[1]]
+
+
+def test_the_verb(folder: Path, vae: CogVideoXVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode, "load_vae", lambda path, device, dtype: vae)
+    parser = argparse.ArgumentParser()
+    encode.add_arguments(parser)
+    fixed = ["--clips", str(folder), "--vae", "vae", "--text-encoder", str(folder / "t5"), "--text-length", "64"]
+    encode.run(parser.parse_args([*fixed, "--output", str(tmp_path), "--device", "cpu"]))
+    assert len(IndexedDataset(tmp_path)) == 6
+    for bad, message in (
+        (["--clips-per-shard", "0"], "--clips-per-shard 0 must be positive"),
+        (["--rank", "2", "--ranks", "2"], "--rank 2 must lie in 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            encode.run(parser.parse_args([*fixed, "--output", str(tmp_path), *bad]))
