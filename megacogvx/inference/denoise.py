@@ -1,0 +1,192 @@
+"""From noise to latents: the sampling loop with classifier-free guidance, on any layout of tensor and context ranks.
+
+The branches without and with text are two samples of one pack, so one forward serves both and nothing attends from one
+to the other. Every rank of a replica keeps the whole (small) latents and cuts its rows out of them; the predicted rows
+are gathered again after each forward. Noise is drawn by latent frame, so it doesn't depend on the layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from megacogvx import draws
+from megacogvx.diffusion.guidance import GuidanceSchedule, combine, guidance_scale
+from megacogvx.diffusion.samplers import ddim_step, ddim_timesteps, dpm_step
+from megacogvx.diffusion.schedule import NoiseSchedule
+from megacogvx.errors import ConfigError
+from megacogvx.log import progress
+from megacogvx.models.transformer.model import CogVideoXTransformer
+from megacogvx.models.transformer.rope import place_on_rope_grid
+from megacogvx.pack_layout import (
+    LocalPack,
+    PackLayout,
+    build_layout,
+    patchify,
+    place_sample,
+    repeated_frames,
+    unpatchify,
+)
+from megacogvx.parallel.gather import gather_rows
+from megacogvx.parallel.groups import ParallelGroups
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How latents are sampled.
+
+    Attributes:
+        num_steps: sampling steps.
+        sampler: deterministic DDIM, or stochastic DPM-Solver++.
+        guidance: how the scale runs over the steps (`diffusion/guidance.py`).
+        guidance_scale: 1 with constant guidance leaves the branch without text out.
+        seed: of all noise.
+    """
+
+    num_steps: int = 50
+    sampler: Literal["ddim", "dpm"] = "ddim"
+    guidance: GuidanceSchedule = "constant"
+    guidance_scale: float = 6.0
+    seed: int = 0
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether the branch without text is needed."""
+        return self.guidance != "constant" or self.guidance_scale != 1.0
+
+    def check(self, num_train_timesteps: int) -> None:
+        """Raise `ConfigError` when the steps don't fit the noise schedule."""
+        if not 1 <= self.num_steps <= num_train_timesteps:
+            raise ConfigError(
+                f"{self.num_steps} sampling steps don't fit diffusion.num_train_timesteps={num_train_timesteps}; "
+                f"any number from 1 to {num_train_timesteps} works, 50 is usual"
+            )
+
+
+class Denoiser:
+    """A transformer and its noise schedule, ready to sample.
+
+    Args:
+        model: the transformer; its weights are read only.
+        schedule: of its training.
+        groups: the layout that the model was built on.
+    """
+
+    def __init__(self, model: CogVideoXTransformer, schedule: NoiseSchedule, groups: ParallelGroups) -> None:
+        self.model, self.schedule, self.groups = model.eval(), schedule, groups
+        self.config = model.config
+
+    @torch.no_grad()
+    def sample(
+        self,
+        text_LE: torch.Tensor,
+        null_LE: torch.Tensor,
+        shape: tuple[int, int, int, int],
+        settings: SamplingSettings,
+        place: int = 0,
+    ) -> torch.Tensor:
+        """Sample the latents of one video.
+
+        Args:
+            text_LE: embedding of the prompt, `[L, E]`.
+            null_LE: what stands for no prompt, `[L', E]`: zeros where training dropped the text to zeros.
+            shape: (T, C, H, W) of the latents, in latent cells.
+            settings: steps, sampler, guidance, seed.
+            place: number of the video among those of one seed; decides its noise.
+
+        Returns:
+            Scaled latents `[T, C, H, W]` fp32, equal on all ranks of the replica.
+        """
+        frames, *cell = shape
+        texts = [null_LE, text_LE] if settings.is_guided else [text_LE]
+        pack = _SamplingPack(texts, shape, self.model, self.groups)
+        copies = repeated_frames(frames, self.config.patch_size_t)
+        draw = _Noise(range(-copies, frames), tuple(cell), settings.seed, place, self.groups.device)
+        x_TCHW = draw("start")
+        last: tuple[torch.Tensor, int] | None = None
+        timesteps = ddim_timesteps(settings.num_steps, self.schedule.num_train_timesteps)
+        for step, t in enumerate(progress(timesteps, "sample")):
+            scale = guidance_scale(settings.guidance, settings.guidance_scale, step, t, settings.num_steps)
+            *without, v_TCHW = pack.predict(x_TCHW, t)
+            if without:
+                v_TCHW = combine(without[0], v_TCHW, scale)
+            v_TCHW = self._follow_first_frame(v_TCHW, x_TCHW, t, copies)
+            if settings.sampler == "ddim":
+                x_TCHW = ddim_step(self.schedule, v_TCHW, x_TCHW, t, settings.num_steps)
+            else:
+                x_TCHW, x0_TCHW = dpm_step(
+                    self.schedule, v_TCHW, x_TCHW, t, settings.num_steps, draw("step", step), last
+                )
+                last = (x0_TCHW, t)
+        return x_TCHW[copies:]
+
+    def _follow_first_frame(self, v_TCHW: torch.Tensor, x_TCHW: torch.Tensor, t: int, copies: int) -> torch.Tensor:
+        """Let the repeated frames in front head for the first frame, whose noisy copies they were in training.
+
+        They carry no loss there, so the model's own prediction for them means nothing.
+        """
+        if not copies:
+            return v_TCHW
+        x0_CHW = self.schedule.to_x0(x_TCHW[copies], v_TCHW[copies], t)
+        abar = self.schedule.alpha(t)
+        front = (abar**0.5 * x_TCHW[:copies] - x0_CHW) / (1.0 - abar) ** 0.5
+        return torch.cat([front, v_TCHW[copies:]])
+
+
+class _Noise:
+    """Draws of one video, by latent frame; frames below 0 are the repeated ones in front."""
+
+    def __init__(self, frames: range, shape: tuple[int, ...], seed: int, place: int, device: torch.device) -> None:
+        self.frames, self.shape, self.seed, self.place, self.device = frames, shape, seed, place, device
+
+    def __call__(self, what: str, *step: int) -> torch.Tensor:
+        noise = draws.normal_frames(self.frames, self.shape, self.seed, f"sampling {what}", self.place, *step)
+        return noise.to(self.device)
+
+
+class _SamplingPack:
+    """The branches of guidance as the samples of one pack, and the model applied to it."""
+
+    def __init__(
+        self,
+        texts: Sequence[torch.Tensor],
+        shape: tuple[int, int, int, int],
+        model: CogVideoXTransformer,
+        groups: ParallelGroups,
+    ) -> None:
+        self.model, self.groups, self.patch = model, groups, model.config.patch
+        frames, _, height, width = shape
+        samples = [
+            place_sample(number, frames, height, width, len(text_LE), self.patch)
+            for number, text_LE in enumerate(texts)
+        ]
+        layout = build_layout(samples, self.patch, multiple=groups.tensor[1] * groups.context[1])
+        self.layout = place_on_rope_grid(layout, model.config)
+        self.local = self.layout.local(groups.tensor, groups.context, groups.device)
+        self.dtype = next(model.parameters()).dtype
+        self.text_SE = local_text(texts, self.layout, self.local).to(groups.device, self.dtype)
+
+    def predict(self, x_TCHW: torch.Tensor, t: int) -> list[torch.Tensor]:
+        """Return the velocity `[T, C, H, W]` fp32 of each branch at timestep t; all start from the same latents."""
+        rows_VP = patchify(x_TCHW, self.patch)
+        video_SP = torch.cat([rows_VP[:0], *(rows_VP[piece.start : piece.stop] for piece in self.local.video_slices)])
+        branches = self.layout.num_samples - 1
+        timesteps_M = torch.tensor([t] * branches + [0], dtype=torch.int64, device=self.groups.device)
+        predicted_SP = self.model(video_SP.to(self.dtype), self.text_SE, timesteps_M, self.layout)
+        predicted_VP = gather_rows(predicted_SP, self.layout, self.groups).float()
+        grid = self.layout.samples[0].grid
+        return [unpatchify(rows_VP, grid, self.patch) for rows_VP in predicted_VP.chunk(branches)]
+
+
+def local_text(texts: Sequence[torch.Tensor], layout: PackLayout, local: LocalPack) -> torch.Tensor:
+    """Return a rank's text rows `[L_local, E]` of a pack whose samples have `texts` `[L, E]`; zeros for the padding."""
+    parts = [texts[0][:0]]
+    for piece in local.text_slices:
+        if piece.sample < len(texts):
+            parts.append(texts[piece.sample][piece.start : piece.stop])
+        else:
+            parts.append(texts[0].new_zeros(piece.stop - piece.start, texts[0].shape[1]))
+    return torch.cat(parts)
