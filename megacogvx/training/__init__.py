@@ -1,0 +1,1 @@
+"""In what order: configs joined, everything built once, batch to optimizer, checkpoints, metrics."""

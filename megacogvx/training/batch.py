@@ -1,0 +1,126 @@
+"""A pack becomes the rows that one rank computes with: posterior draw, noise, timestep, conditioning dropout.
+
+A rank draws only the latent frames that its rows touch; each draw comes from (seed, what, step, sample id, frame),
+so the rows of two layouts are cuts of the same pack.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megacogvx import draws
+from megacogvx.data.pack import Pack
+from megacogvx.diffusion.config import DiffusionConfig
+from megacogvx.diffusion.objective import loss_count
+from megacogvx.diffusion.schedule import NoiseSchedule
+from megacogvx.models.vae import gaussian
+from megacogvx.pack_layout import LocalPack, PackLayout, PackSample, RowSlice, patchify
+from megacogvx.parallel.groups import ParallelGroups
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one rank needs of one pack, on the rank's device.
+
+    Attributes:
+        video_SP: noisy video rows `[V_local, P]`, model dtype.
+        text_SE: text rows `[T_local, E]`, model dtype; zeros where the conditioning is dropped, and in the padding.
+        target_SP: velocity rows `[V_local, P]`, fp32.
+        timesteps_M: int64 `[M]`; 0 for the padding.
+        count: what this context shard adds to the divisor of the summed loss; equal on all its tensor ranks.
+        layout, local: the pack's layout and this rank's cut of it.
+    """
+
+    video_SP: torch.Tensor
+    text_SE: torch.Tensor
+    target_SP: torch.Tensor
+    timesteps_M: torch.Tensor
+    count: int
+    layout: PackLayout
+    local: LocalPack
+
+
+@dataclass(frozen=True)
+class BatchMaker:
+    """Makes batches of packs; holds what doesn't change during a run.
+
+    Attributes:
+        diffusion: the section `diffusion`.
+        schedule: the noise schedule.
+        scaling_factor: VAE latents are multiplied by it.
+        seed: of all draws.
+        groups: which rank this is, and its device.
+        dtype: the model's.
+    """
+
+    diffusion: DiffusionConfig
+    schedule: NoiseSchedule
+    scaling_factor: float
+    seed: int
+    groups: ParallelGroups
+    dtype: torch.dtype
+
+    def prepare(self, pack: Pack, timesteps: list[int]) -> Batch:
+        """Return this rank's rows of `pack`, noised.
+
+        Args:
+            pack: the whole pack, on the CPU.
+            timesteps: one of 0 .. T-1 for each real sample.
+        """
+        layout, device = pack.layout, self.groups.device
+        local = layout.local(self.groups.tensor, self.groups.context, device)
+        row_size = pack.latents[0].shape[-1] // 2 * layout.patch[0] * layout.patch[1] * layout.patch[2]
+        rows = [self._video_rows(pack, piece, timesteps[piece.sample]) for piece in local.video_slices]
+        noisy_SP = torch.cat([torch.empty(0, row_size), *(noisy for noisy, _ in rows)])
+        target_SP = torch.cat([torch.empty(0, row_size), *(target for _, target in rows)])
+        return Batch(
+            video_SP=noisy_SP.to(device, self.dtype),
+            text_SE=self._text_rows(pack, local).to(device, self.dtype),
+            target_SP=target_SP.to(device),
+            timesteps_M=torch.tensor([*timesteps, 0], dtype=torch.int64, device=device),
+            count=loss_count(layout, local.context_tokens, self.diffusion.loss_mean),
+            layout=layout,
+            local=local,
+        )
+
+    def drops_conditioning(self, step: int, sample_id: int) -> bool:
+        """Return whether this sample sees a text of zeros at this step (classifier-free guidance)."""
+        return draws.uniform(self.seed, "conditioning", step, sample_id) < self.diffusion.conditioning_dropout
+
+    def _video_rows(self, pack: Pack, piece: RowSlice, timestep: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (noisy, target) rows `[rows, P]` fp32 of one sample's slice; only its latent frames are touched."""
+        sample, patch = pack.layout.samples[piece.sample], pack.layout.patch
+        frame_rows = sample.grid[1] * sample.grid[2]
+        first, last = piece.start // frame_rows, -(-piece.stop // frame_rows)  # frames of the grid
+        # latent frames count from the first real one, so the repeated frames in front are -repeated .. -1
+        frames = range(first * patch[0] - sample.repeated_frames, last * patch[0] - sample.repeated_frames)
+        latents_TCHW = self._latents(pack.latents[piece.sample], frames, sample, pack.step)
+        shape = tuple(latents_TCHW.shape[1:])
+        noise_TCHW = draws.normal_frames(frames, shape, self.seed, "noise", pack.step, sample.sample_id)
+        noisy_TCHW = self.schedule.add_noise(latents_TCHW, noise_TCHW, timestep)
+        target_TCHW = self.schedule.velocity(latents_TCHW, noise_TCHW, timestep)
+        cut = slice(piece.start - first * frame_rows, piece.stop - first * frame_rows)
+        return patchify(noisy_TCHW, patch)[cut], patchify(target_TCHW, patch)[cut]
+
+    def _latents(self, moments_THWC: torch.Tensor, frames: range, sample: PackSample, step: int) -> torch.Tensor:
+        """Draw scaled latents `[T, C, H, W]` fp32 of `frames`; a negative frame is a copy of frame 0."""
+        real = range(max(0, frames.start), max(1, frames.stop))
+        moments_TCHW = moments_THWC[real.start : real.stop].float().permute(0, 3, 1, 2)
+        shape = (moments_TCHW.shape[1] // 2, *moments_TCHW.shape[2:])
+        noise_TCHW = draws.normal_frames(real, shape, self.seed, "posterior", step, sample.sample_id)
+        latents_TCHW = gaussian.sample(moments_TCHW, noise_TCHW) * self.scaling_factor
+        return latents_TCHW[torch.tensor([max(0, frame) - real.start for frame in frames])]
+
+    def _text_rows(self, pack: Pack, local: LocalPack) -> torch.Tensor:
+        """Return the local text rows `[T_local, E]`; a dropped text and the padding are zeros."""
+        parts = [pack.text[0][:0]]
+        for piece in local.text_slices:
+            sample, length = pack.layout.samples[piece.sample], piece.stop - piece.start
+            is_padding = piece.sample == pack.layout.num_samples - 1
+            if is_padding or self.drops_conditioning(pack.step, sample.sample_id):
+                parts.append(torch.zeros(length, pack.text[0].shape[1], dtype=pack.text[0].dtype))
+            else:
+                parts.append(pack.text[piece.sample][piece.start : piece.stop])
+        return torch.cat(parts)

@@ -1,0 +1,152 @@
+"""The root configs of the two trainings, and every rule that ties two of their sections together.
+
+A section stands beside the component that it configures; this module only joins them and checks what they have to
+agree on, before any process group exists (idea 5 of the design).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from megacogvx.config import Section
+from megacogvx.data.clips import ClipsConfig
+from megacogvx.data.corpus import DataConfig
+from megacogvx.diffusion.config import DiffusionConfig
+from megacogvx.errors import ConfigError
+from megacogvx.models.transformer.config import CogVideoXConfig
+from megacogvx.models.vae.config import VAEConfig
+from megacogvx.models.vae.losses import VAELossConfig
+from megacogvx.parallel.config import ParallelConfig
+from megacogvx.parallel.groups import check_world_size
+
+
+class TrainingConfig(Section):
+    """Section `training`: how long, where to, how often."""
+
+    steps: int = Field(1000, ge=1, description="optimizer steps of the whole run")
+    seed: int = 0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    run_folder: Path = Path("runs/default")
+    save_every: int = Field(500, ge=1, description="steps between two checkpoints; the last step always saves one")
+    log_every: int = Field(10, ge=1, description="steps between two lines of the log; metrics.jsonl has every step")
+    validate_every: int = Field(100, ge=1, description="steps between two measurements on held-out data")
+
+    def dtype(self, device: torch.device) -> torch.dtype:
+        """Return the parameters' dtype: `auto` is bf16 on a GPU and fp32 on a CPU."""
+        if self.precision == "auto":
+            return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+
+class OptimizerConfig(Section):
+    """Section `optimizer`: AdamW as in the paper's table 6; biases and norms carry no weight decay.
+
+    The paper doesn't give the learning rate; the default is a common choice for diffusion transformers of this size.
+    """
+
+    learning_rate: float = Field(1e-4, gt=0)
+    min_learning_rate: float = Field(0.0, ge=0, description="what the decay ends at")
+    decay: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: int = Field(100, ge=0, description="steps of linear growth from 0")
+    decay_steps: int | None = Field(None, ge=1, description="steps until the decay ends; None: training.steps")
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(1e-4, ge=0)
+    clip_gradient: float = Field(1.0, ge=0, description="largest norm of the whole gradient; 0 is off")
+
+
+class TrainConfig(Section):
+    """The pretraining of a transformer on an indexed dataset."""
+
+    model: CogVideoXConfig = CogVideoXConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    data: DataConfig
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+
+    def validate_layout(self, world_size: int) -> None:
+        """Check all rules between sections for `world_size` processes.
+
+        Raises:
+            LaunchError: the processes don't hold a whole number of replicas.
+            ConfigError: naming every broken rule, the values and the sizes that would work.
+        """
+        check_world_size(self.parallel, world_size)
+        raise_broken([*self._head_rules(), *self._pack_rules(world_size)])
+
+    def _head_rules(self) -> Iterator[str]:
+        heads, tensor, context = (
+            self.model.num_attention_heads,
+            self.parallel.tensor_parallel_size,
+            self.parallel.context_parallel_size,
+        )
+        if heads % (tensor * context):
+            yield (
+                f"model.num_attention_heads={heads} cannot be split over parallel.tensor_parallel_size={tensor} x "
+                f"parallel.context_parallel_size={context}; products that work: {divisors(heads)}"
+            )
+
+    def _pack_rules(self, world_size: int) -> Iterator[str]:
+        ranks = self.parallel.replica_size
+        tokens, packs = self.data.tokens_per_pack, self.data.packs_per_step
+        if tokens % ranks:
+            yield (
+                f"data.tokens_per_pack={tokens} doesn't divide by tensor x context parallel size {ranks}; "
+                f"nearest that work: {tokens // ranks * ranks}, {(tokens // ranks + 1) * ranks}"
+            )
+        replicas = max(1, world_size // ranks)
+        if packs % replicas:
+            yield (
+                f"data.packs_per_step={packs} doesn't divide over {replicas} data-parallel replicas; "
+                f"nearest that work: {max(replicas, packs // replicas * replicas)}, {(packs // replicas + 1) * replicas}"
+            )
+
+
+class VAETrainConfig(Section):
+    """The training of a 3D causal VAE on clips."""
+
+    vae: VAEConfig = VAEConfig()
+    loss: VAELossConfig = VAELossConfig()
+    clips: ClipsConfig
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+
+    def validate_layout(self, world_size: int) -> None:
+        """Check all rules between sections for `world_size` processes.
+
+        Raises:
+            LaunchError: the processes don't hold a whole number of replicas.
+            ConfigError: naming every broken rule, the values and the sizes that would work.
+        """
+        check_world_size(self.parallel, world_size)
+        raise_broken(list(self._split_rules(world_size)))
+
+    def _split_rules(self, world_size: int) -> Iterator[str]:
+        for name in ("tensor_parallel_size", "context_parallel_size"):
+            if (size := getattr(self.parallel, name)) != 1:
+                yield f"parallel.{name}={size}: the VAE trains data-parallel; the size that works is 1"
+        batch = self.clips.clips_per_step
+        if batch % world_size:
+            yield (
+                f"clips.clips_per_step={batch} doesn't divide over {world_size} processes; "
+                f"nearest that works: {(batch // world_size + 1) * world_size}"
+            )
+
+
+def divisors(number: int) -> str:
+    """Return the divisors of `number` as text, for messages."""
+    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
+
+
+def raise_broken(rules: list[str]) -> None:
+    """Raise one `ConfigError` with all broken rules, if there are any."""
+    if rules:
+        raise ConfigError("\n".join(rules))

@@ -1,0 +1,212 @@
+"""The build order, once: config checked, data opened, process groups, model, optimizer, checkpoint, loader.
+
+What can be wrong without a process group is found before there is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from megacogvx.checkpoint.directory import CheckpointDirectory
+from megacogvx.checkpoint.distributed import load
+from megacogvx.checkpoint.whole import read_state
+from megacogvx.config import Section, dump_config
+from megacogvx.data.clips import ClipLoader
+from megacogvx.data.corpus import Corpus
+from megacogvx.data.loader import PackLoader
+from megacogvx.data.planner import PackPlan
+from megacogvx.diffusion.objective import sample_weights
+from megacogvx.diffusion.schedule import NoiseSchedule
+from megacogvx.diffusion.timesteps import step_timesteps
+from megacogvx.errors import CheckpointError, ConfigError
+from megacogvx.log import get_logger
+from megacogvx.models.transformer.flops import cost_coefficients, training_flops
+from megacogvx.models.transformer.initialize import initialize_weights
+from megacogvx.models.transformer.model import CogVideoXTransformer, transformer_core
+from megacogvx.models.vae.initialize import initialize_weights as initialize_vae
+from megacogvx.models.vae.losses import VAELoss
+from megacogvx.models.vae.model import CogVideoXVAE
+from megacogvx.pack_layout import PackLayout
+from megacogvx.parallel.data_parallel import DistributedDataParallel, wrap
+from megacogvx.parallel.groups import ParallelGroups, initialize, launch_environment
+from megacogvx.parallel.megatron import TransformerConfig, plain_core_config
+from megacogvx.parallel.optimizer import Optimizer, build_optimizer
+from megacogvx.training import step as transformer_step
+from megacogvx.training import vae_step
+from megacogvx.training.batch import BatchMaker
+from megacogvx.training.config import OptimizerConfig, TrainConfig, TrainingConfig, VAETrainConfig
+from megacogvx.training.loop import Run, StepInput
+from megacogvx.training.metrics import MetricsFile
+from megacogvx.training.state import TrainState
+from megacogvx.training.validation import HeldOutClips
+
+logger = get_logger(__name__)
+
+
+def build_transformer_run(config: TrainConfig) -> Run:
+    """Build the pretraining of a transformer; resumes from the newest complete checkpoint of the run folder.
+
+    Raises:
+        ConfigError, DataError, LaunchError: before any process group exists, naming keys, values and a way out.
+        CheckpointError: the run folder holds a checkpoint of another model.
+    """
+    config.validate_layout(launch_environment().world_size)
+    corpus = Corpus(config.data)
+    check_corpus(config, corpus)
+    plan = PackPlan(
+        corpus.columns, config.data, config.training.seed, config.model.patch, cost_coefficients(config.model)
+    )
+    config = _with_scaling_factor(config, corpus)
+    checkpoints, resolved = _open_run(config, config.training, section="model")
+
+    groups = initialize(config.parallel, config.training.seed)
+    dtype = config.training.dtype(groups.device)
+    core = transformer_core(config.model, config.parallel, groups, dtype)
+    model = CogVideoXTransformer(config.model, core, groups)
+    initialize_weights(model, config.training.seed)
+    ddp, optimizer, state = _train_ready(model, core, groups, config.optimizer, config.training, checkpoints)
+
+    loader = PackLoader(corpus, plan, *groups.data, start_step=state.step, state=state.data or None)
+    maker = BatchMaker(
+        config.diffusion, NoiseSchedule(config.diffusion), config.diffusion.scaling_factor or 1.0,
+        config.training.seed, groups, dtype,
+    )  # fmt: skip
+    return Run(
+        config.training, groups, ddp, optimizer, state, _pack_inputs(loader, config, groups),
+        transformer_step.TransformerStep(maker), transformer_step.read_log_sums, None,
+        checkpoints, MetricsFile(config.training.run_folder, state.step, groups.is_first),
+        resolved | {"encoder": corpus.encoder.model_dump(mode="json")},
+    )  # fmt: skip
+
+
+def build_vae_run(config: VAETrainConfig) -> Run:
+    """Build the training of a VAE; resumes from the newest complete checkpoint of the run folder.
+
+    Raises:
+        ConfigError, DataError, LaunchError: before any process group exists, naming keys, values and a way out.
+        CheckpointError: the run folder holds a checkpoint of another model.
+    """
+    config.validate_layout(launch_environment().world_size)
+    config.vae.check_clip((1, config.vae.in_channels, config.clips.frames, config.clips.height, config.clips.width))
+    loader = ClipLoader(config.clips, config.training.seed)
+    checkpoints, resolved = _open_run(config, config.training, section="vae")
+
+    groups = initialize(config.parallel, config.training.seed)
+    dtype = config.training.dtype(groups.device)
+    model = CogVideoXVAE(config.vae).to(dtype)
+    initialize_vae(model, config.training.seed)
+    core = plain_core_config(config.parallel, groups, dtype)
+    ddp, optimizer, state = _train_ready(model, core, groups, config.optimizer, config.training, checkpoints)
+
+    (loader.data_rank, loader.data_size), loader.start_step = groups.data, state.step
+    held_out = HeldOutClips(loader, model, config.training.run_folder, groups)
+    loss = VAELoss(config.loss, config.vae.in_channels).to(groups.device)
+    return Run(
+        config.training, groups, ddp, optimizer, state, _clip_inputs(loader, config),
+        vae_step.VAEStep(config.vae, loss, config.training.seed, groups, dtype), vae_step.read_log_sums,
+        held_out.measure if loader.held_out else None,
+        checkpoints, MetricsFile(config.training.run_folder, state.step, groups.is_first), resolved,
+    )  # fmt: skip
+
+
+def check_corpus(config: TrainConfig, corpus: Corpus) -> None:
+    """Check that the model can read what the corpus holds.
+
+    Raises:
+        ConfigError: latent channels or text width differ, or its captions are longer than the model's limit.
+    """
+    encoder, model = corpus.encoder, config.model
+    wanted = {
+        "model.out_channels": (model.out_channels, encoder.latent_channels),
+        "model.text_embed_dim": (model.text_embed_dim, encoder.text_width),
+    }
+    for key, (ours, theirs) in wanted.items():
+        if ours != theirs:
+            raise ConfigError(f"{key}={ours}, but the dataset was encoded with {theirs}; set {key}={theirs}")
+    longest = int(corpus.columns.text_length.max())
+    if longest > model.max_text_seq_length:
+        raise ConfigError(
+            f"model.max_text_seq_length={model.max_text_seq_length}, but the dataset has a text of {longest} tokens; "
+            f"set it to at least {longest}, or encode again with shorter captions"
+        )
+
+
+def _with_scaling_factor(config: TrainConfig, corpus: Corpus) -> TrainConfig:
+    """Return `config` with the latents' scale resolved: the config's own, or what encoding measured."""
+    if config.diffusion.scaling_factor is not None:
+        return config
+    diffusion = config.diffusion.model_copy(update={"scaling_factor": corpus.encoder.latent_scale_factor})
+    return config.model_copy(update={"diffusion": diffusion})
+
+
+def _open_run(config: Section, training: TrainingConfig, section: str) -> tuple[CheckpointDirectory, dict[str, Any]]:
+    """Return the run's checkpoint directory and the resolved config; a checkpoint of another model is an error."""
+    checkpoints, resolved = CheckpointDirectory(training.run_folder / "checkpoints"), dump_config(config)
+    latest = checkpoints.latest()
+    if latest is not None:
+        before = read_state(latest)["config"].get(section, {})
+        changed = [f"{section}.{key}" for key, value in resolved[section].items() if before.get(key) != value]
+        if changed:
+            raise CheckpointError(
+                f"{latest} holds another model: {', '.join(changed)} differ from this config; use another "
+                f"training.run_folder, or the config that wrote it"
+            )
+    return checkpoints, resolved
+
+
+def _train_ready(
+    model: nn.Module, core: TransformerConfig, groups: ParallelGroups, settings: OptimizerConfig,
+    training: TrainingConfig, checkpoints: CheckpointDirectory,
+) -> tuple[DistributedDataParallel, Optimizer, TrainState]:  # fmt: skip
+    """Wrap the model, make its optimizer, and load the newest complete checkpoint into both."""
+    ddp = wrap(model, core, groups)
+    steps = settings.decay_steps or training.steps
+    optimizer = build_optimizer(
+        ddp, groups,
+        lr=settings.learning_rate, min_lr=settings.min_learning_rate, total_steps=steps,
+        warmup_steps=min(settings.warmup_steps, steps - 1), decay=settings.decay,
+        betas=(settings.beta1, settings.beta2), eps=settings.eps, weight_decay=settings.weight_decay,
+        clip_grad=settings.clip_gradient,
+    )  # fmt: skip
+    count = sum(parameter.numel() for parameter in model.parameters())
+    logger.info("model: %s parameters on this rank, %s", f"{count:,}", next(model.parameters()).dtype)
+    latest = checkpoints.latest()
+    if latest is None:
+        return ddp, optimizer, TrainState()
+    state = TrainState.from_json(load(latest, ddp, optimizer, groups)["state"])
+    logger.info("resumed from %s", latest)
+    return ddp, optimizer, state
+
+
+def _pack_inputs(loader: PackLoader, config: TrainConfig, groups: ParallelGroups) -> Iterator[StepInput]:
+    """Yield the packs of this rank with the timesteps of their samples, step after step."""
+    sizes = f"tp{groups.tensor[1]} cp{groups.context[1]} dp{groups.data[1]}"
+    for packs in loader:
+        weights = [sample_weights(layout, config.diffusion.loss_mean) for layout in loader.layouts]
+        timesteps = step_timesteps(config.diffusion, config.training.seed, packs[0].step, weights)
+        facts = {**step_facts(config, loader.layouts), "layout": sizes}
+        yield StepInput([(pack, timesteps[pack.place]) for pack in packs], facts, loader.state())
+
+
+def step_facts(config: TrainConfig, layouts: list[PackLayout]) -> dict[str, float]:
+    """Return what a step's packs are: samples, tokens of samples, share of the token budget used, and the costliest
+    pack's FLOPs over the mean (1 is perfect balance).
+    """
+    tokens = sum(layout.used_tokens for layout in layouts)
+    flops = [training_flops(config.model, layout) for layout in layouts]
+    return {
+        "samples": sum(layout.num_samples - 1 for layout in layouts),
+        "tokens": tokens,
+        "pack_fill": round(tokens / sum(layout.num_tokens for layout in layouts), 5),
+        "balance": round(max(flops) * len(flops) / sum(flops), 5),
+    }
+
+
+def _clip_inputs(loader: ClipLoader, config: VAETrainConfig) -> Iterator[StepInput]:
+    for batch in loader:
+        facts = {"samples": config.clips.clips_per_step, "frames": batch.video_BCTHW.shape[2]}
+        yield StepInput([batch], facts, {})

@@ -1,0 +1,58 @@
+"""Held-out clips of a VAE run: PSNR of their reconstructions, and pictures of them beside the originals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from megacogvx.data.clips import ClipLoader
+from megacogvx.data.images import write_png
+from megacogvx.data.transforms import to_pixels
+from megacogvx.evaluation.reconstruction import psnr
+from megacogvx.models.vae import gaussian
+from megacogvx.models.vae.model import CogVideoXVAE
+from megacogvx.parallel.data_parallel import sum_over_data_and_context
+from megacogvx.parallel.groups import ParallelGroups
+
+MOST_CLIPS = 8  # measured at a time; the first of the list
+MOST_PICTURES = 3
+SHOWN_FRAMES = 5
+
+
+class HeldOutClips:
+    """Measures a VAE on clips that it isn't trained on; the data ranks share the clips.
+
+    Args:
+        loader: knows which clips are held out.
+        model: the VAE itself, not its data-parallel wrapper.
+        run_folder: pictures go to RUN/reconstructions.
+        groups: process groups.
+    """
+
+    def __init__(self, loader: ClipLoader, model: CogVideoXVAE, run_folder: Path, groups: ParallelGroups):
+        self.model, self.groups, self.folder = model, groups, run_folder / "reconstructions"
+        every = [video for _, video in zip(range(MOST_CLIPS), (v for _, v in loader.held_out_videos()), strict=False)]
+        self.videos = [(place, video) for place, video in enumerate(every) if place % groups.data[1] == groups.data[0]]
+
+    @torch.no_grad()
+    def measure(self, step: int) -> dict[str, float]:
+        """Return {"psnr": mean over the held-out clips, in dB}; the posterior's mean is decoded, without noise."""
+        total = torch.zeros(2, dtype=torch.float64)
+        parameter = next(self.model.parameters())
+        for place, video in self.videos:
+            moments = self.model.encode(video.to(parameter))
+            reconstruction = self.model.decode(gaussian.mode(moments)).float().clamp(-1, 1).cpu()
+            total += torch.tensor([float(psnr(video, reconstruction).mean()), 1.0], dtype=torch.float64)
+            if place < MOST_PICTURES:
+                self._draw(place, video[0], reconstruction[0])
+        value, count = sum_over_data_and_context(total, self.groups).tolist()
+        return {"psnr": value / count}
+
+    def _draw(self, place: int, video_CTHW: torch.Tensor, reconstruction_CTHW: torch.Tensor) -> None:
+        """Write a few frames of the original above those of its reconstruction, over the picture of before."""
+        frames = torch.linspace(0, video_CTHW.shape[1] - 1, min(SHOWN_FRAMES, video_CTHW.shape[1])).round().long()
+        rows = [torch.cat(list(part[:, frames].unbind(1)), dim=2) for part in (video_CTHW, reconstruction_CTHW)]
+        picture_CTHW = torch.cat(rows, dim=1)[:, None]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_png(self.folder / f"clip{place}.png", to_pixels(picture_CTHW)[0])

@@ -1,0 +1,69 @@
+"""Rules between sections: each message names the keys, the values and the sizes that would work."""
+
+import pytest
+
+from megacogvx.config import build_config, load_config
+from megacogvx.errors import ConfigError, LaunchError
+from megacogvx.training.config import TrainConfig, VAETrainConfig
+
+
+def config(**sections) -> TrainConfig:
+    values = {"model": {"preset": "tiny"}, "data": {"paths": ["d"], "tokens_per_pack": 1024, "packs_per_step": 4}}
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section}
+    return build_config(TrainConfig, values)
+
+
+@pytest.mark.parametrize("tensor, context, world", [(1, 1, 1), (2, 1, 2), (2, 2, 4), (1, 4, 8), (2, 1, 8)])
+def test_layouts_that_work(tensor, context, world):
+    config(parallel={"tensor_parallel_size": tensor, "context_parallel_size": context}).validate_layout(world)
+
+
+@pytest.mark.parametrize("axis", ["tensor", "context"])
+def test_heads_that_do_not_divide_name_the_products_that_work(axis):
+    data = {"tokens_per_pack": 1023}
+    with pytest.raises(ConfigError, match=rf"model\.num_attention_heads=4 .*{axis}_parallel_size=3.*work: 1, 2, 4"):
+        config(parallel={f"{axis}_parallel_size": 3}, data=data).validate_layout(3)
+
+
+def test_pack_tokens_that_do_not_divide_name_the_nearest():
+    with pytest.raises(ConfigError, match=r"data\.tokens_per_pack=1022 .*size 4; nearest that work: 1020, 1024"):
+        config(
+            parallel={"tensor_parallel_size": 2, "context_parallel_size": 2}, data={"tokens_per_pack": 1022}
+        ).validate_layout(4)
+
+
+def test_packs_that_do_not_divide_over_the_replicas():
+    with pytest.raises(ConfigError, match=r"data\.packs_per_step=4 .*3 data-parallel replicas; nearest that work: 3, 6"):
+        config().validate_layout(3)
+
+
+def test_all_broken_rules_are_named_at_once():
+    with pytest.raises(ConfigError) as error:
+        config(parallel={"tensor_parallel_size": 3}).validate_layout(3)
+    assert str(error.value).count("\n") == 1
+
+
+def test_too_few_processes():
+    with pytest.raises(LaunchError, match=r"tensor_parallel_size=4.*1 started"):
+        config(parallel={"tensor_parallel_size": 4}).validate_layout(1)
+
+
+def test_unknown_key_suggests_the_nearest(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("data: {paths: [d], tokens_per_pack: 64}\nparallel: {tensor_paralel_size: 2}\n")
+    with pytest.raises(ConfigError, match=r"parallel\.tensor_paralel_size; did you mean parallel\.tensor_parallel_size"):
+        load_config(TrainConfig, path)
+
+
+def test_vae_trains_data_parallel_only():
+    values = {"clips": {"paths": ["c"], "clips_per_step": 3}, "parallel": {"context_parallel_size": 2}}
+    with pytest.raises(ConfigError, match=r"context_parallel_size=2.*\n?.*clips_per_step=3"):
+        build_config(VAETrainConfig, values).validate_layout(2)
+
+
+@pytest.mark.parametrize("name", ["demo.yaml", "vae_demo.yaml"])
+def test_shipped_configs_are_valid(name, request):
+    root = VAETrainConfig if name.startswith("vae") else TrainConfig
+    loaded = load_config(root, request.config.rootpath / "examples" / "configs" / name)
+    loaded.validate_layout(1)
