@@ -1,6 +1,6 @@
 """Build a tiny T5 text encoder with random weights, offline, for the demo; real runs load t5-v1_1-xxl from a folder.
 
-    python examples/tiny_text_encoder.py --captions demo_run/videos/captions.jsonl --out demo_run/text_encoder
+python examples/tiny_text_encoder.py --captions demo_run/videos/captions.jsonl --out demo_run/text_encoder
 """
 
 from __future__ import annotations

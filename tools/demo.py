@@ -17,26 +17,35 @@ from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[1]
 CONFIGS = PROJECT / "examples" / "configs"
-PROMPT = "people ride bicycles along a street"
+PROMPT = "A cyclist rides past a row of parked cars in low sunlight."
 
 
 def steps(folder: Path) -> dict[str, list[str]]:
     """Return name -> command of every step, in order, all files under `folder`."""
     python, megacogvx = [sys.executable], [sys.executable, "-m", "megacogvx"]
-    two_ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "megacogvx"]
+    two_ranks = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "megacogvx",
+    ]
     vae, runs, dataset, text = folder / "vae", folder / "transformer", folder / "dataset", folder / "text_encoder"
     captions, samples, clips = folder / "videos" / "captions.jsonl", folder / "samples", folder / "clips"
     train = ["train", "--config", str(CONFIGS / "demo.yaml"), f"data.paths=[{dataset}]", f"training.run_folder={runs}"]
     return {
-        "fetch videos": [*python, str(PROJECT / "examples" / "fetch_demo_videos.py"), "--out", str(folder / "videos")],
-        "clips": [*megacogvx, "clips", "--captions", str(captions), "--out", str(clips),
-                  "--short-sides", "64", "48", "--frames", "1", "9", "17"],
+        "fetch videos": [*python, str(PROJECT / "examples" / "fetch_demo_videos.py"), str(folder / "videos")],
+        "clips": [*megacogvx, "clips", "--captions", str(captions), "--output", str(clips),
+                  "--short-sides", "64", "48", "--frames", "1", "9", "17", "--fps", "8", "16"],
         "text encoder": [*python, str(PROJECT / "examples" / "tiny_text_encoder.py"), "--captions", str(captions),
                          "--out", str(text)],
         "train the VAE": [*megacogvx, "train-vae", "--config", str(CONFIGS / "vae_demo.yaml"),
-                          f"clips.paths=[{clips / 'clips.jsonl'}]", f"training.run_folder={vae}"],
-        "encode": [*megacogvx, "encode", "--clips", str(clips / "clips.jsonl"), "--vae", str(vae),
-                   "--text-encoder", str(text), "--max-text-length", "32", "--out", str(dataset)],
+                          f"clips.paths=[{clips}]", f"training.run_folder={vae}"],
+        "encode": [*megacogvx, "encode", "--clips", str(clips), "--vae", str(vae), "--text-encoder", str(text),
+                   "--text-length", "80", "--measure-clips", "16", "--output", str(dataset)],
         "pretrain, tensor parallel 2": [*two_ranks, *train, "training.steps=150", "parallel.tensor_parallel_size=2"],
         "pretrain, context parallel 2": [*two_ranks, *train, "training.steps=300", "parallel.context_parallel_size=2"],
         "generate": [*megacogvx, "generate", "--checkpoint", str(runs), "--vae", str(vae), "--text-encoder", str(text),

@@ -85,6 +85,8 @@ def on_ranks(world_size: int, *layouts: Layout) -> Callable[[Callable[..., None]
                 _run_case(case)
 
         del test.__wrapped__  # pytest would ask the original for its arguments
+        # The first test of a file waits for all of them, with time limits of its own.
+        test = pytest.mark.timeout(0)(test)
         return pytest.mark.parametrize("case", cases, ids=[layout_name(case.layout) for case in cases])(test)
 
     return decorate

@@ -105,7 +105,7 @@ class TrainConfig(Section):
         if packs % replicas:
             yield (
                 f"data.packs_per_step={packs} doesn't divide over {replicas} data-parallel replicas; "
-                f"nearest that work: {max(replicas, packs // replicas * replicas)}, {(packs // replicas + 1) * replicas}"
+                f"nearest that work: {max(1, packs // replicas) * replicas}, {(packs // replicas + 1) * replicas}"
             )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import nn
 
 from megacogvx.checkpoint.directory import CheckpointDirectory
@@ -193,8 +192,10 @@ def _pack_inputs(loader: PackLoader, config: TrainConfig, groups: ParallelGroups
 
 
 def step_facts(config: TrainConfig, layouts: list[PackLayout]) -> dict[str, float]:
-    """Return what a step's packs are: samples, tokens of samples, share of the token budget used, and the costliest
-    pack's FLOPs over the mean (1 is perfect balance).
+    """Return what the packs of one step are, for the log.
+
+    `pack_fill` is the share of the token budget that samples use; `balance` the costliest pack's FLOPs over the mean
+    (1 is perfect).
     """
     tokens = sum(layout.used_tokens for layout in layouts)
     flops = [training_flops(config.model, layout) for layout in layouts]

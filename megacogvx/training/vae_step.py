@@ -33,7 +33,9 @@ class VAEStep:
     def __init__(self, config: VAEConfig, loss: VAELoss, seed: int, groups: ParallelGroups, dtype: torch.dtype):
         self.config, self.losses, self.seed, self.groups, self.dtype = config, loss, seed, groups, dtype
 
-    def __call__(self, microbatches: Iterator[ClipBatch], model: torch.nn.Module) -> tuple[Reconstruction, LossFunction]:
+    def __call__(
+        self, microbatches: Iterator[ClipBatch], model: torch.nn.Module
+    ) -> tuple[Reconstruction, LossFunction]:
         """Take the next clips forward; returns the reconstruction and the function that scores it."""
         batch = next(microbatches)
         video_BCTHW = batch.video_BCTHW.to(self.groups.device, self.dtype)

@@ -1,7 +1,7 @@
 """Whole runs as a list: what is started, on how many ranks, and how far.
 
-A run is `train` of the same tiny model on the same dataset; all runs of a group must see the same samples, timesteps and
-noise, so their losses are equal but for rounding, step by step.
+A run is `train` of the same tiny model on the same dataset; all runs must see the same samples, timesteps and noise,
+so their losses are equal but for rounding, step by step.
 """
 
 from dataclasses import dataclass, field

@@ -124,7 +124,7 @@ def test_an_epoch_sees_each_clip_once(folder: Path, monkeypatch: pytest.MonkeyPa
 
 def test_another_seed_gives_other_crops(tmp_path: Path) -> None:
     write_clips(tmp_path / "clips.jsonl", [make_clip(tmp_path, 0)])
-    single = config(tmp_path, held_out_fraction=0, clips_per_step=1, height=8, width=8)
+    single = config(tmp_path, held_out_fraction=0, clips_per_step=1, height=24, width=32)
     first, second = (ClipLoader(single, seed=seed).batch(0).video_BCTHW for seed in (1, 2))
     assert not torch.equal(first, second)
 

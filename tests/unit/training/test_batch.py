@@ -21,7 +21,7 @@ class Ranks:
 
     tensor: tuple[int, int]
     context: tuple[int, int]
-    device: torch.device = torch.device("cpu")
+    device: str = "cpu"
 
 
 def pack(q: int) -> Pack:
@@ -45,7 +45,7 @@ def batches(q, tensor, context, **diffusion):
 
 
 @pytest.mark.parametrize("q", [1, 2])
-@pytest.mark.parametrize("tensor, context", LAYOUTS)
+@pytest.mark.parametrize(("tensor", "context"), LAYOUTS)
 @pytest.mark.parametrize("name", ["video_SP", "text_SE", "target_SP"])
 def test_rows_of_all_ranks_are_the_rows_of_one(q, tensor, context, name):
     (whole,) = batches(q, 1, 1)
@@ -53,8 +53,8 @@ def test_rows_of_all_ranks_are_the_rows_of_one(q, tensor, context, name):
     assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
 
 
-@pytest.mark.parametrize("loss_mean, total", [("sample", 3), ("token", 3 * 6 + 1 * 6 + 5 * 4)])
-@pytest.mark.parametrize("tensor, context", LAYOUTS)
+@pytest.mark.parametrize(("loss_mean", "total"), [("sample", 3), ("token", 3 * 6 + 1 * 6 + 5 * 4)])
+@pytest.mark.parametrize(("tensor", "context"), LAYOUTS)
 def test_counts_of_the_context_ranks_add_up_and_tensor_ranks_agree(tensor, context, loss_mean, total):
     counts = [batch.count for batch in batches(1, tensor, context, loss_mean=loss_mean)]
     assert sum(counts[::tensor]) == total

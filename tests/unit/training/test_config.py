@@ -14,7 +14,7 @@ def config(**sections) -> TrainConfig:
     return build_config(TrainConfig, values)
 
 
-@pytest.mark.parametrize("tensor, context, world", [(1, 1, 1), (2, 1, 2), (2, 2, 4), (1, 4, 8), (2, 1, 8)])
+@pytest.mark.parametrize(("tensor", "context", "world"), [(1, 1, 1), (2, 1, 2), (2, 2, 4), (1, 4, 8), (2, 1, 8)])
 def test_layouts_that_work(tensor, context, world):
     config(parallel={"tensor_parallel_size": tensor, "context_parallel_size": context}).validate_layout(world)
 
@@ -34,7 +34,9 @@ def test_pack_tokens_that_do_not_divide_name_the_nearest():
 
 
 def test_packs_that_do_not_divide_over_the_replicas():
-    with pytest.raises(ConfigError, match=r"data\.packs_per_step=4 .*3 data-parallel replicas; nearest that work: 3, 6"):
+    with pytest.raises(
+        ConfigError, match=r"data\.packs_per_step=4 .*3 data-parallel replicas; nearest that work: 3, 6"
+    ):
         config().validate_layout(3)
 
 
@@ -52,7 +54,9 @@ def test_too_few_processes():
 def test_unknown_key_suggests_the_nearest(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("data: {paths: [d], tokens_per_pack: 64}\nparallel: {tensor_paralel_size: 2}\n")
-    with pytest.raises(ConfigError, match=r"parallel\.tensor_paralel_size; did you mean parallel\.tensor_parallel_size"):
+    with pytest.raises(
+        ConfigError, match=r"parallel\.tensor_paralel_size; did you mean parallel\.tensor_parallel_size"
+    ):
         load_config(TrainConfig, path)
 
 

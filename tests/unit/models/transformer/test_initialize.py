@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from megacogvx.models.transformer import CogVideoXConfig, CogVideoXTransformer, initialize_weights, transformer_core
-from megacogvx.models.transformer.initialize import initial_value
 from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.groups import initialize, shutdown
 
@@ -53,7 +52,3 @@ def test_a_narrow_dtype_rounds_the_same_draw(groups):
     for parameter, rounded in zip(wide.parameters(), narrow.parameters(), strict=True):
         assert rounded.dtype == torch.bfloat16
         assert torch.equal(parameter.bfloat16(), rounded)
-
-
-def test_initial_value_needs_no_model():
-    assert torch.equal(initial_value("head.proj.weight", (3, 4), 5), initial_value("head.proj.weight", (3, 4), 5))

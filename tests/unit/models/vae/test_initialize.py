@@ -23,17 +23,22 @@ def test_weights_depend_on_seed_and_name_alone():
     for name, value in first.items():
         assert torch.equal(value, again[name]), name
         assert torch.equal(value, deeper[name]), f"{name} must not depend on which other layers there are"
-    drawn = [name for name, value in first.items() if value.unique().numel() > 1]
+    drawn = [name for name, value in first.items() if value.dim() > 1]
     assert drawn
     assert all(not torch.equal(first[name], other[name]) for name in drawn)
 
 
 def test_every_parameter_follows_the_table():
-    for name, value in _weights(0).items():
-        if ".norm" in name and "conv_" not in name:
-            assert torch.equal(value, torch.ones_like(value) if name.endswith("weight") else torch.zeros_like(value))
-        elif name.endswith("weight"):
-            bound = 1 / math.sqrt(value[0].numel())
+    weights = _weights(0)
+    assert weights.pop("encoder.conv_out.bias").tolist() == [0.0] * 16 + [-6.0] * 16
+    for name, value in weights.items():
+        if name.endswith("bias"):
+            assert torch.equal(value, torch.full_like(value, float(name.endswith("conv_y.bias")))), name
+        elif value.dim() == 1:
+            assert torch.equal(value, torch.ones_like(value)), name
+        else:
+            gain = 1 if "conv_y" in name or "conv_b" in name else 3
+            bound = math.sqrt(gain / value[0].numel())
             assert value.abs().max() <= bound, name
             assert abs(value.std() * math.sqrt(3) / bound - 1) < 0.2, name
 
