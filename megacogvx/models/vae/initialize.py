@@ -11,7 +11,7 @@
 
 The first rule keeps the variance of a signal (LeCun et al., "Efficient BackProp", section 4.6). The paper names no
 rule and the released code leaves every layer at torch's default, with which the latents start hidden in the
-posterior's noise: the tiny preset then needs more than twice the steps for the same error.
+posterior's noise: the tiny preset then needs about twice the steps for the same error.
 """
 
 from __future__ import annotations
