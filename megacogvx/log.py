@@ -10,7 +10,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -32,10 +32,21 @@ class _Format(logging.Formatter):
         return f"{self.formatTime(record, '%H:%M:%S')} {where}{level}{super().format(record)}"
 
 
+class _Stderr(logging.StreamHandler[TextIO]):
+    """Writes to whatever sys.stderr is now, not to what it was when the first logger was made."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stderr
+
+
 def get_logger(name: str) -> logging.Logger:
     """Return the logger of module `name`; INFO reaches the terminal on rank 0 only."""
     if not _root.handlers:
-        handler = logging.StreamHandler(sys.stderr)
+        handler = _Stderr()
         handler.setFormatter(_Format("%(message)s"))
         _root.addHandler(handler)
         _root.setLevel(logging.INFO)

@@ -39,7 +39,7 @@ def steps(folder: Path) -> dict[str, list[str]]:
     return {
         "fetch videos": [*python, str(PROJECT / "examples" / "fetch_demo_videos.py"), str(folder / "videos")],
         "clips": [*megacogvx, "clips", "--captions", str(captions), "--output", str(clips),
-                  "--short-sides", "64", "48", "--frames", "1", "9", "17", "--fps", "8", "16"],
+                  "--short-sides", "64", "48", "--frames", "1", "9", "17", "--fps", "16"],
         "text encoder": [*python, str(PROJECT / "examples" / "tiny_text_encoder.py"), "--captions", str(captions),
                          "--out", str(text)],
         "train the VAE": [*megacogvx, "train-vae", "--config", str(CONFIGS / "vae_demo.yaml"),

@@ -1,7 +1,6 @@
 """Rank 0 speaks, the others only warn; progress hands on every item and tells the time left."""
 
 import io
-import logging
 
 import pytest
 
@@ -9,12 +8,16 @@ from megacogvx import log
 
 
 @pytest.fixture
-def lines(monkeypatch):
+def lines(capsys):
     """Everything the logger writes during a test, with the rank put back afterwards."""
-    stream = io.StringIO()
     log.get_logger("megacogvx")
-    monkeypatch.setattr(logging.getLogger("megacogvx").handlers[0], "stream", stream)
-    yield lambda: stream.getvalue().splitlines()
+    seen: list[str] = []
+
+    def read() -> list[str]:
+        seen.extend(capsys.readouterr().err.splitlines())
+        return seen
+
+    yield read
     log.set_rank(0)
 
 

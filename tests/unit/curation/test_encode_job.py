@@ -55,9 +55,7 @@ def test_a_damaged_job_is_a_data_error(tmp_path: Path) -> None:
 
 def test_the_scale_makes_drawn_latents_have_unit_deviation() -> None:
     generator = torch.Generator().manual_seed(0)
-    moments = [3 * torch.randn(3, 8, n, 8, generator=generator) + 1 for n in (8, 16)]
-    for each in moments:
-        each[..., 4:] = each[..., 4:] / 4 - 1  # log-variances
+    moments = [torch.randn(3, 16, n, 8, generator=generator) + 1 for n in (16, 32)]  # both means and log-variances
     draws = [m[..., :4] + (m[..., 4:] / 2).exp() * torch.randn(m[..., :4].shape, generator=generator) for m in moments]
     deviation = torch.cat([draw.flatten() for draw in draws]).std()
     assert latent_scale(moments) == pytest.approx(1 / float(deviation), rel=0.02)
