@@ -30,7 +30,8 @@ from megacogvx.log import get_logger
 
 EXAMPLE = """\
 example:
-  megacogvx report --vae-run runs/vae --train-run runs/transformer --samples samples --dataset dataset --out report.html
+  megacogvx report --vae-run runs/vae --train-run runs/transformer --samples samples --dataset dataset \\
+      --output report.html
 """
 
 logger = get_logger(__name__)
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='JSON of the commands that were run: {name: {"seconds": 12.3, "command": [...]}}',
     )
     add("--title", default="CogVideoX pretraining", help="heading of the page")
-    add("--out", type=Path, default=Path("report.html"), help="the page (default: report.html)")
+    add("--output", type=Path, default=Path("report.html"), help="the page (default: report.html)")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -61,9 +62,9 @@ def run(arguments: argparse.Namespace) -> None:
     if not (arguments.vae_run or arguments.train_run or arguments.samples or arguments.dataset or arguments.steps_file):
         raise ConfigError("nothing to report on; give --train-run, --vae-run, --samples, --dataset or --steps-file")
     content = build(arguments)
-    with written_beside(arguments.out) as beside:
+    with written_beside(arguments.output) as beside:
         beside.write_text(content)
-    logger.info("wrote %s (%.1f MB)", arguments.out, len(content) / 1e6)
+    logger.info("wrote %s (%.1f MB)", arguments.output, len(content) / 1e6)
 
 
 def build(arguments: argparse.Namespace) -> str:

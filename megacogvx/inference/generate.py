@@ -38,7 +38,7 @@ from megacogvx.parallel.groups import (
 EXAMPLE = """\
 example:
   megacogvx generate --checkpoint runs/transformer --vae runs/vae --text-encoder t5 \\
-      --prompt "a dog runs along a beach" --frames 49 --height 480 --width 720 --out samples
+      --prompt "a dog runs along a beach" --frames 49 --height 480 --width 720 --output samples
   torchrun --nproc-per-node 2 -m megacogvx generate --tensor-parallel-size 2 ...
 
 Writes OUT/sample-000.mp4 and, beside it, sample-000.json with the prompt, the seed and all settings.
@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--text-encoder", type=Path, required=True, help="folder with tokenizer/ and text_encoder/ (T5)")
     add("--prompt", action="append", default=[], help="what to show; may be given several times")
     add("--prompts-file", type=Path, help="a text file with one prompt a line")
-    add("--out", type=Path, default=Path("samples"), help="folder for the videos (default: samples)")
+    add("--output", type=Path, default=Path("samples"), help="folder for the videos (default: samples)")
     add("--frames", type=int, help="frames to make, 8k + 1 (default: the model's native length)")
     add("--height", type=int, help="pixels, a multiple of 16 (default: the model's native size)")
     add("--width", type=int, help="pixels, a multiple of 16 (default: the model's native size)")
@@ -175,7 +175,7 @@ def generate(
             "transformer": str(transformer.path), "transformer_step": transformer.step, "vae": str(vae.path),
             "scaling_factor": transformer.scaling_factor, "seconds": round(time.perf_counter() - began, 1),
         }  # fmt: skip
-        write_sample(to_pixels(video_CTHW), arguments.out / f"sample-{place:03d}", size, facts, arguments.png)
+        write_sample(to_pixels(video_CTHW), arguments.output / f"sample-{place:03d}", size, facts, arguments.png)
 
 
 def encode_prompts(

@@ -6,6 +6,7 @@ What can be wrong without a process group is found before there is one.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -26,6 +27,7 @@ from megacogvx.log import get_logger
 from megacogvx.models.transformer.flops import cost_coefficients, training_flops
 from megacogvx.models.transformer.initialize import initialize_weights
 from megacogvx.models.transformer.model import CogVideoXTransformer, transformer_core
+from megacogvx.models.transformer.rope import place_on_rope_grid
 from megacogvx.models.vae.initialize import initialize_weights as initialize_vae
 from megacogvx.models.vae.losses import VAELoss
 from megacogvx.models.vae.model import CogVideoXVAE
@@ -188,7 +190,8 @@ def _pack_inputs(loader: PackLoader, config: TrainConfig, groups: ParallelGroups
         weights = [sample_weights(layout, config.diffusion.loss_mean) for layout in loader.layouts]
         timesteps = step_timesteps(config.diffusion, config.training.seed, packs[0].step, weights)
         facts = {**step_facts(config, loader.layouts), "layout": sizes}
-        yield StepInput([(pack, timesteps[pack.place]) for pack in packs], facts, loader.state())
+        placed = [replace(pack, layout=place_on_rope_grid(pack.layout, config.model)) for pack in packs]
+        yield StepInput([(pack, timesteps[pack.place]) for pack in placed], facts, loader.state())
 
 
 def step_facts(config: TrainConfig, layouts: list[PackLayout]) -> dict[str, float]:

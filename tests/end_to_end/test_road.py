@@ -104,13 +104,13 @@ def test_generated_video_has_the_asked_size_and_the_report_shows_it(road: Path, 
     samples, report = road / "samples", road / "report.html"
     sizes = ("--frames", 9, "--height", 32, "--width", 48, "--steps", 2)
     models = ("--checkpoint", reference, "--vae", road / "vae", "--text-encoder", road / "text")
-    megacogvx("generate", *models, "--prompt", "a red square moves", *sizes, "--out", samples)
+    megacogvx("generate", *models, "--prompt", "a red square moves", *sizes, "--output", samples)
     (video,) = samples.glob("*.mp4")
     with av.open(str(video)) as container:
         shapes = [frame.to_ndarray(format="rgb24").shape for frame in container.decode(video=0)]
     assert shapes == [(32, 48, 3)] * 9
     parts = ("--vae-run", road / "vae", "--train-run", reference, "--samples", samples, "--dataset", road / "dataset")
-    megacogvx("report", *parts, "--out", report)
+    megacogvx("report", *parts, "--output", report)
     page = report.read_text()
     assert "http://" not in page.replace("http://www.w3.org", "") and "data:video/mp4;base64," in page
 

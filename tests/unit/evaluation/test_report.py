@@ -72,7 +72,7 @@ def options(*words):
 def whole(folder):
     return options(
         "--train-run", folder / "run", "--vae-run", folder / "vae", "--samples", folder / "samples",
-        "--dataset", folder / "dataset", "--steps-file", folder / "steps.json", "--out", folder / "report.html",
+        "--dataset", folder / "dataset", "--steps-file", folder / "steps.json", "--output", folder / "report.html",
     )  # fmt: skip
 
 
