@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -32,7 +33,8 @@ class HeldOutClips:
 
     def __init__(self, loader: ClipLoader, model: CogVideoXVAE, run_folder: Path, groups: ParallelGroups):
         self.model, self.groups, self.folder = model, groups, run_folder / "reconstructions"
-        every = [video for _, video in zip(range(MOST_CLIPS), (v for _, v in loader.held_out_videos()), strict=False)]
+        every = [video for _, video in islice(loader.held_out_videos(), MOST_CLIPS)]
+        self.shown = [place for place, video in enumerate(every) if video.shape[2] > 1][:MOST_PICTURES]
         self.videos = [(place, video) for place, video in enumerate(every) if place % groups.data[1] == groups.data[0]]
 
     @torch.no_grad()
@@ -44,7 +46,7 @@ class HeldOutClips:
             moments = self.model.encode(video.to(parameter))
             reconstruction = self.model.decode(gaussian.mode(moments)).float().clamp(-1, 1).cpu()
             total += torch.tensor([float(psnr(video, reconstruction).mean()), 1.0], dtype=torch.float64)
-            if place < MOST_PICTURES:
+            if place in self.shown:
                 self._draw(place, video[0], reconstruction[0])
         value, count = sum_over_data_and_context(total, self.groups).tolist()
         return {"psnr": value / count}

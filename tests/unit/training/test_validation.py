@@ -1,0 +1,51 @@
+"""PSNR of held-out clips, and the pictures beside the originals."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megacogvx.data.images import read_image
+from megacogvx.parallel.config import ParallelConfig
+from megacogvx.parallel.groups import initialize, shutdown
+from megacogvx.training.validation import SHOWN_FRAMES, HeldOutClips
+
+
+class Offset(torch.nn.Module):
+    """A codec that moves every pixel by `offset`; its moments have a deviation that must not be drawn from."""
+
+    def __init__(self, offset: float):
+        super().__init__()
+        self.offset = torch.nn.Parameter(torch.tensor(offset))
+
+    def encode(self, video):
+        return torch.cat([video, torch.full_like(video, 2.0)], dim=1)
+
+    def decode(self, latents):
+        return latents + self.offset
+
+
+@pytest.fixture(scope="module")
+def groups():
+    yield initialize(ParallelConfig(device="cpu"))
+    shutdown()
+
+
+def clips(*frames: int):
+    videos = [torch.rand(1, 3, count, 16, 24, generator=torch.Generator().manual_seed(count)) - 0.5 for count in frames]
+    return SimpleNamespace(held_out_videos=lambda: ((None, video) for video in videos))
+
+
+def test_psnr_of_a_known_error_is_that_of_the_posteriors_mean(groups, tmp_path):
+    held_out = HeldOutClips(clips(9, 5), Offset(0.2), tmp_path, groups)
+    assert held_out.measure(0)["psnr"] == pytest.approx(20.0, abs=1e-3)  # a tenth of the range: 20 dB
+
+
+def test_pictures_show_videos_above_their_reconstructions(groups, tmp_path):
+    HeldOutClips(clips(1, 9), Offset(0.4), tmp_path, groups).measure(0)
+    (picture,) = (tmp_path / "reconstructions").glob("*.png")  # none of the image
+    pixels = read_image(picture).float()
+    assert pixels.shape == (32, 24 * SHOWN_FRAMES, 3)
+    assert (pixels[16:] - pixels[:16]).mean() == pytest.approx(0.4 * 127.5, abs=0.5)
