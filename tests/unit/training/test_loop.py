@@ -99,6 +99,7 @@ def test_finished_run_does_nothing(run):
     done = run(start=7)
     loop.train(done)
     assert done.saved == [] and done.optimizer.scheduled == []
+    assert not (done.settings.run_folder / "config.yaml").exists()
 
 
 def test_gradient_that_is_not_finite_stops_before_anything_is_written(run):
