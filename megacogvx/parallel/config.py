@@ -20,7 +20,10 @@ class ParallelConfig(Section):
         pipeline_layers: layers of each stage, such as [9, 11, 11, 11]; None splits as evenly as possible.
         device: "auto" takes the GPUs if the machine has at least one per local process, else the CPU.
         timeout_minutes: a collective that takes longer fails, in minutes.
-        recompute: "full" keeps only the input of each block and computes the rest again in the backward pass.
+        recompute: what is computed again in the backward pass instead of being kept. "selective": the elementwise
+            parts (norms with modulation, QK-norm with rotation, gates, GELU); "keep_attention": everything of a block
+            but the attention itself; "full": each block from its input; "block:N": the same for the first N blocks of
+            each pipeline stage.
     """
 
     tensor_parallel_size: int = Field(1, ge=1)
@@ -29,7 +32,7 @@ class ParallelConfig(Section):
     pipeline_layers: tuple[int, ...] | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     timeout_minutes: float = Field(10.0, gt=0)
-    recompute: Literal["none", "full"] = "none"
+    recompute: str = Field("none", pattern=r"^(none|selective|keep_attention|full|block:[1-9]\d*)$")
 
     @property
     def stage_size(self) -> int:

@@ -18,9 +18,11 @@ class CoreConfig(TransformerConfig):
     """megatron-core's settings, and what our models have to know beside them.
 
     Attributes:
+        recompute: `parallel.recompute`; megatron-core's own settings of that name are for its own blocks.
         stage_layers: which layers this rank's pipeline stage holds; all of them without stages.
     """
 
+    recompute: str = "none"
     stage_layers: range = range(0)
 
 
@@ -59,7 +61,6 @@ def core_config(
             f"parallel.context_parallel_size={parallel.context_parallel_size} = {ranks}; "
             f"products that work: {', '.join(map(str, works))}"
         )
-    full = parallel.recompute == "full"
     stage, stages = groups.pipeline
     return CoreConfig(
         hidden_size=hidden_size,
@@ -84,9 +85,7 @@ def core_config(
         perform_initialization=False,
         # Needs a CUDA extension of Apex; the sums in fp32 of the gradient buffers don't.
         gradient_accumulation_fusion=False,
-        recompute_granularity="full" if full else None,
-        recompute_method="uniform" if full else None,
-        recompute_num_layers=1 if full else None,
+        recompute=parallel.recompute,
         cuda_graph_scope=[],
     )
 

@@ -17,7 +17,7 @@ from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.groups import ParallelGroups
 from megacogvx.parallel.megatron import CoreConfig, core_config
 from megacogvx.parallel.pipeline_parallel import hold_on_every_stage
-from megacogvx.parallel.recompute import recompute, recomputes
+from megacogvx.parallel.recompute import block_policy
 from megacogvx.parallel.sharded_state import sharded_state_dict
 
 
@@ -63,7 +63,12 @@ class CogVideoXTransformer(nn.Module):
         self.time = TimeEmbedding(config, core)
         hold_on_every_stage(self.time, groups)
         self.embedding = PackEmbedding(config, core) if self.pre_process else None
-        self.blocks = nn.ModuleDict({str(layer): CogVideoXBlock(config, core, groups) for layer in core.stage_layers})
+        self.blocks = nn.ModuleDict(
+            {
+                str(layer): CogVideoXBlock(config, core, groups, block_policy(core.recompute, place))
+                for place, layer in enumerate(core.stage_layers)
+            }
+        )
         self.head = PackHead(config, core, groups) if self.post_process else None
         self._received_S1D: torch.Tensor | None = None
 
@@ -97,8 +102,7 @@ class CogVideoXTransformer(nn.Module):
         condition_ME = self.time(timesteps_M)                                   # [M, time_embed_dim], once
         hidden_S1D = self._tokens(video_VP, text_LE, layout, local)             # [S_local, 1, D]
         for block in self.blocks.values():
-            inputs = (hidden_S1D, condition_ME, layout, local)
-            hidden_S1D = recompute(block, *inputs) if recomputes(self.core) else block(*inputs)
+            hidden_S1D = block(hidden_S1D, condition_ME, layout, local)         # [S_local, 1, D]
         if self.head is None:
             return hidden_S1D                                                   # [S_local, 1, D], to the next stage
         return self.head(hidden_S1D, condition_ME, local)                       # [V_local, P]

@@ -114,7 +114,7 @@ def test_sizes_that_do_not_divide_the_model_are_named():
         core = plain_core_config(config, groups, torch.bfloat16)
         assert core.bf16
         assert core.calculate_per_token_loss
-        assert core.recompute_granularity == "full"
+        assert core.recompute == "full"
         two = ParallelConfig(context_parallel_size=2)
         sizes = {"hidden_size": 6, "num_layers": 1, "num_attention_heads": 3, "ffn_hidden_size": 8, "norm_eps": 1e-5}
         with pytest.raises(ConfigError, match=r"num_attention_heads=3 .* products that work: 1, 3"):
