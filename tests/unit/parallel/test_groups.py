@@ -90,8 +90,8 @@ def test_cuda_without_enough_gpus(monkeypatch):
 def test_one_process_needs_no_launcher_and_can_start_again():
     for _ in range(2):
         groups = parallel_groups.initialize(ParallelConfig(device="cpu"))
-        assert (groups.tensor, groups.context, groups.data) == ((0, 1), (0, 1), (0, 1))
-        assert groups.coordinates == "dp0 cp0 tp0"
+        assert groups.tensor == groups.context == groups.data == groups.pipeline == (0, 1)
+        assert groups.coordinates == "dp0 pp0 cp0 tp0"
         assert groups.is_first
         assert parallel_groups.gather_json({"a": [1.5, "ä"]}, groups) == [{"a": [1.5, "ä"]}]
         parallel_groups.barrier(groups)
