@@ -1,4 +1,4 @@
-"""Saving and loading a run: sharded over the ranks, from any (tensor, context, data) sizes to any others.
+"""Saving and loading a run: sharded over the ranks, from any (tensor, context, pipeline, data) sizes to any others.
 
 The tensors go through megatron-core's `dist_checkpointing`: each is saved under its global name, a part by each rank
 that holds one, and read back in whatever parts the loading ranks hold. megatron-core keeps two small files of its own
@@ -148,7 +148,7 @@ def _save_tensors(path: Path, model: nn.Module, optimizer: Optimizer | None, gro
 
 def _load_tensors(path: Path, model: nn.Module, optimizer: Optimizer | None, groups: ParallelGroups) -> None:
     state = _state(model, optimizer, groups, is_loading=True)
-    _check_tensors(path, state)
+    _check_tensors(path, state, groups)
     reader = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), groups.data_context_group)
     loaded = dist_checkpointing.load(state, str(path), reader)
     unwrap(model).load_state_dict({name.removeprefix("model."): value for name, value in loaded["model"].items()})
@@ -167,7 +167,7 @@ def _state(
     return state
 
 
-def _check_tensors(path: Path, state: dict[str, Any]) -> None:
+def _check_tensors(path: Path, state: dict[str, Any], groups: ParallelGroups) -> None:
     """Check that the checkpoint holds every tensor that `state` asks for, in the same global shape."""
     there = {
         key: tuple(tensor.global_shape) for key, tensor in dist_checkpointing.load_tensors_metadata(str(path)).items()
@@ -178,10 +178,12 @@ def _check_tensors(path: Path, state: dict[str, Any]) -> None:
         for key, shape in sorted(asked.items())
         if there.get(key) != shape
     ]
+    # A pipeline stage asks for its own layers only.
+    everybody = {key for keys in gather_json(sorted(asked), groups) for key in keys}
     problems += [
         f"{key} is {there[key]} in the checkpoint and not there in the model"
         for key in sorted(there)
-        if key.startswith("model.") and key not in asked
+        if key.startswith("model.") and key not in everybody
     ]
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""

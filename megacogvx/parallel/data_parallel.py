@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +22,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import nn
 
 from megacogvx.parallel.groups import ParallelGroups
+from megacogvx.parallel.pipeline_parallel import communicator, sum_gradients_over_stages
 
 LossFunction = Callable[[Any], tuple[torch.Tensor, torch.Tensor, Any]]
 ForwardStep = Callable[[Iterator[Any], nn.Module], tuple[Any, LossFunction]]
@@ -49,11 +51,13 @@ def wrap(
         check_for_nan_in_grad=False,  # Optimizer.step looks at the norm and skips the step
     )
     wrapped = DistributedDataParallel(core, settings, model.to(groups.device), pg_collection=groups.collection)
-    core.finalize_model_grads_func = finalize_model_grads
+    core.finalize_model_grads_func = partial(_finish_gradients, groups)
     core.no_sync_func = wrapped.no_sync
     # The schedule asks every model for these two; they matter with pipeline stages only.
     wrapped.model_type = ModelType.encoder_or_decoder
-    wrapped.set_input_tensor = _ignore
+    if not hasattr(model, "set_input_tensor"):
+        assert groups.pipeline[1] == 1, f"{type(model).__name__} can't be cut into pipeline stages"
+        wrapped.set_input_tensor = _ignore
     # It also numbers the layers of whatever is called `decoder`, taking it for a language model's.
     wrapped.decoder = SimpleNamespace(layers=())
     return wrapped
@@ -71,6 +75,7 @@ def forward_backward(
     groups: ParallelGroups,
     *,
     num_microbatches: int,
+    pack_tokens: int = 1,
     forward_only: bool = False,
 ) -> list[Any]:
     """Run the packs of one step forward and backward and finish the gradients.
@@ -87,21 +92,25 @@ def forward_backward(
         model: from `wrap`.
         groups: process groups.
         num_microbatches: how many packs to take; equal on all ranks, at least 1.
+        pack_tokens: tokens of each pack, padding included, over all ranks; read with pipeline stages only, which have
+            to know the shape of what they receive.
         forward_only: compute the losses alone, without gradients.
 
     Returns:
-        What the loss function gave as metrics, one entry per pack, of this rank alone.
+        What the loss function gave as metrics, one entry per pack, of this rank alone; empty on all pipeline
+        stages but the last.
     """
     assert num_microbatches >= 1, f"{num_microbatches} microbatches"
-    run = get_forward_backward_func()
+    run = get_forward_backward_func(groups.pipeline[1])
     metrics: list[Any] = run(
         forward_step_func=_without_gradient(forward_step) if forward_only else forward_step,
         data_iterator=iter(microbatches),
         model=model,
         num_microbatches=num_microbatches,
-        seq_length=1,  # these two are read with pipeline stages only
+        seq_length=pack_tokens,  # these two give the shape between stages
         micro_batch_size=1,
         forward_only=forward_only,
+        p2p_communicator=communicator(model.config, groups),
         pg_collection=groups.collection,
     )
     return metrics
@@ -110,7 +119,8 @@ def forward_backward(
 def sum_over_tokens(values: torch.Tensor, groups: ParallelGroups) -> torch.Tensor:
     """Return the sum of `values` over all ranks that hold different tokens: data, context and tensor ranks.
 
-    For sums over local rows, such as the loss. Under sequence parallelism the tensor ranks hold different rows.
+    For sums over local rows, such as the loss. Under sequence parallelism the tensor ranks hold different rows. Ranks
+    of one pipeline stage are added: with stages, `from_last_stage` comes first.
 
     Args:
         values: any shape, one dtype, the same shape on all ranks.
@@ -138,6 +148,14 @@ def max_over_ranks(values: torch.Tensor, groups: ParallelGroups) -> torch.Tensor
     result = values.detach().clone().to(groups.device)
     dist.all_reduce(result, op=dist.ReduceOp.MAX)
     return result
+
+
+def _finish_gradients(
+    groups: ParallelGroups, model: list[DistributedDataParallel], *counts: Any, **options: Any
+) -> None:
+    finalize_model_grads(model, *counts, **options)
+    if groups.pipeline[1] > 1:
+        sum_gradients_over_stages(model[0], groups)
 
 
 def _sum(values: torch.Tensor, group: dist.ProcessGroup, groups: ParallelGroups) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Launch environment and process groups, made once.
 
-Tensor ranks are neighbours (they talk most), then context ranks, then data ranks; megatron-core's default order.
+Tensor ranks are neighbours (they talk most), then context ranks, then data ranks, then pipeline stages (they talk
+least); megatron-core's default order.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class ParallelGroups:
     Attributes:
         collection: every group that megatron-core asks for; passed on as `pg_collection`.
         device: where this rank's tensors live.
-        tensor, context, data: (rank, size) along each axis.
+        tensor, context, data, pipeline: (rank, size) along each axis; along `pipeline` a rank is a stage.
         rank, world_size: among all processes.
     """
 
@@ -51,6 +52,7 @@ class ParallelGroups:
     tensor: tuple[int, int]
     context: tuple[int, int]
     data: tuple[int, int]
+    pipeline: tuple[int, int]
     rank: int
     world_size: int
 
@@ -75,14 +77,29 @@ class ParallelGroups:
         return self.collection.dp_cp
 
     @property
+    def pipeline_group(self) -> dist.ProcessGroup:
+        """Ranks that hold the stages of one model, in order."""
+        return self.collection.pp
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank's stage reads rows and embeds them."""
+        return self.pipeline[0] == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank's stage returns rows, which the loss is made of."""
+        return self.pipeline[0] == self.pipeline[1] - 1
+
+    @property
     def is_first(self) -> bool:
         """Whether this is the rank that writes the run's files."""
         return self.rank == 0
 
     @property
     def coordinates(self) -> str:
-        """This rank's place for log lines: "dp0 cp0 tp1"."""
-        return f"dp{self.data[0]} cp{self.context[0]} tp{self.tensor[0]}"
+        """This rank's place for log lines: "dp0 pp0 cp0 tp1"."""
+        return f"dp{self.data[0]} pp{self.pipeline[0]} cp{self.context[0]} tp{self.tensor[0]}"
 
 
 def launch_environment() -> LaunchEnvironment:
@@ -133,8 +150,8 @@ def initialize(config: ParallelConfig, seed: int = 0) -> ParallelGroups:
     groups = _make_groups(config, environment, device, seed)
     log.set_rank(groups.rank, groups.coordinates)
     logger.info(
-        "%d process(es) on %s: tensor %d x context %d x data %d",
-        groups.world_size, device.type, groups.tensor[1], groups.context[1], groups.data[1],
+        "%d process(es) on %s: tensor %d x context %d x pipeline %d x data %d",
+        groups.world_size, device.type, groups.tensor[1], groups.context[1], groups.pipeline[1], groups.data[1],
     )  # fmt: skip
     return groups
 
@@ -150,7 +167,8 @@ def check_world_size(config: ParallelConfig, world_size: int) -> None:
         return
     sizes = (
         f"parallel.tensor_parallel_size={config.tensor_parallel_size} x "
-        f"parallel.context_parallel_size={config.context_parallel_size} = {replica} processes per replica"
+        f"parallel.context_parallel_size={config.context_parallel_size} x "
+        f"parallel.pipeline_parallel_size={config.pipeline_parallel_size} = {replica} processes per replica"
     )
     if world_size < replica:
         raise LaunchError(f"{sizes}, but {world_size} started; start at least {replica}, or lower a size")
@@ -265,6 +283,10 @@ def _make_groups(
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_parallel_size,
         context_parallel_size=config.context_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_parallel_size,
+        # A language model shares its word embedding between first and last stage; no weight of ours is.
+        get_embedding_ranks=_first_alone,
+        get_position_embedding_ranks=_first_alone,
         create_gloo_process_groups=False,
         distributed_timeout_minutes=config.timeout_minutes,
     )
@@ -276,6 +298,11 @@ def _make_groups(
         tensor=(collection.tp.rank(), collection.tp.size()),
         context=(collection.cp.rank(), collection.cp.size()),
         data=(collection.dp.rank(), collection.dp.size()),
+        pipeline=(collection.pp.rank(), collection.pp.size()),
         rank=environment.rank,
         world_size=environment.world_size,
     )
+
+
+def _first_alone(ranks: list[int], *split: Any) -> list[int]:
+    return ranks[:1]

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from megatron.core.transformer import TransformerConfig
 
 from megacogvx.errors import ConfigError
 from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.groups import ParallelGroups
+from megacogvx.parallel.pipeline_parallel import split_layers
+
+
+@dataclass
+class CoreConfig(TransformerConfig):
+    """megatron-core's settings, and what our models have to know beside them.
+
+    Attributes:
+        recompute: `parallel.recompute`; megatron-core's own settings of that name are for its own blocks.
+        stage_layers: which layers this rank's pipeline stage holds; all of them without stages.
+    """
+
+    recompute: str = "none"
+    stage_layers: range = range(0)
 
 
 def core_config(
@@ -20,7 +36,7 @@ def core_config(
     groups: ParallelGroups,
     dtype: torch.dtype,
     norm_eps: float,
-) -> TransformerConfig:
+) -> CoreConfig:
     """Return megatron-core's settings for a transformer.
 
     Args:
@@ -34,9 +50,9 @@ def core_config(
         norm_eps: of the layer norms.
 
     Raises:
-        ConfigError: the heads don't divide by tensor x context ranks.
+        ConfigError: the heads don't divide by tensor x context ranks, or a pipeline stage would hold no layer.
     """
-    ranks = parallel.replica_size
+    ranks = parallel.stage_size
     if num_attention_heads % ranks:
         works = [number for number in range(1, num_attention_heads + 1) if num_attention_heads % number == 0]
         raise ConfigError(
@@ -45,8 +61,8 @@ def core_config(
             f"parallel.context_parallel_size={parallel.context_parallel_size} = {ranks}; "
             f"products that work: {', '.join(map(str, works))}"
         )
-    full = parallel.recompute == "full"
-    return TransformerConfig(
+    stage, stages = groups.pipeline
+    return CoreConfig(
         hidden_size=hidden_size,
         num_layers=num_layers,
         num_attention_heads=num_attention_heads,
@@ -55,6 +71,10 @@ def core_config(
         tensor_model_parallel_size=groups.tensor[1],
         sequence_parallel=groups.tensor[1] > 1,
         context_parallel_size=groups.context[1],
+        pipeline_model_parallel_size=stages,
+        stage_layers=split_layers(num_layers, stages, parallel.pipeline_layers)[stage],
+        pipeline_dtype=dtype,  # of the tensor between stages
+        deallocate_pipeline_outputs=True,  # once it is sent
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         calculate_per_token_loss=True,
@@ -65,23 +85,21 @@ def core_config(
         perform_initialization=False,
         # Needs a CUDA extension of Apex; the sums in fp32 of the gradient buffers don't.
         gradient_accumulation_fusion=False,
-        recompute_granularity="full" if full else None,
-        recompute_method="uniform" if full else None,
-        recompute_num_layers=1 if full else None,
+        recompute=parallel.recompute,
         cuda_graph_scope=[],
     )
 
 
-def plain_core_config(parallel: ParallelConfig, groups: ParallelGroups, dtype: torch.dtype) -> TransformerConfig:
+def plain_core_config(parallel: ParallelConfig, groups: ParallelGroups, dtype: torch.dtype) -> CoreConfig:
     """Return megatron-core's settings for a model without attention.
 
     Data parallelism, optimizer and schedule read them; the sizes of a transformer in them mean nothing.
     """
     return core_config(
-        hidden_size=parallel.replica_size,
-        num_layers=1,
-        num_attention_heads=parallel.replica_size,
-        ffn_hidden_size=parallel.replica_size,
+        hidden_size=parallel.stage_size,
+        num_layers=parallel.pipeline_parallel_size,
+        num_attention_heads=parallel.stage_size,
+        ffn_hidden_size=parallel.stage_size,
         parallel=parallel,
         groups=groups,
         dtype=dtype,

@@ -1,4 +1,8 @@
-"""Activation recompute: keep the input of a block, compute the rest again in the backward pass (Chen et al. 2016)."""
+"""Activation recompute: keep less in the forward pass, compute the rest again in the backward pass.
+
+Chen et al. 2016; selective recompute: Korthikanti et al. 2022, section 5. `recompute` forgets what happens inside a
+function, `Discarded` forgets what comes out of it as well, which the next operation would keep otherwise.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,23 @@ from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
-from megatron.core.transformer import TransformerConfig
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from torch import nn
 
+POLICIES = ("none", "selective", "keep_attention", "full")
 
-def recomputes(core: TransformerConfig) -> bool:
-    """Return whether the blocks are to be recomputed (`parallel.recompute=full`)."""
-    return bool(core.recompute_granularity == "full")
+
+def block_policy(setting: str, place: int) -> str:
+    """Return what one block does, one of `POLICIES`.
+
+    Args:
+        setting: `parallel.recompute`.
+        place: the block's place among those of its pipeline stage, from 0.
+    """
+    if setting.startswith("block:"):
+        return "full" if place < int(setting.removeprefix("block:")) else "none"
+    assert setting in POLICIES, f"{setting!r} is not one of {POLICIES}"
+    return setting
 
 
 def recompute(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -30,6 +44,46 @@ def recompute(function: Callable[..., Any], *arguments: Any) -> Any:
     """
     if not torch.is_grad_enabled():
         return function(*arguments)
+    run, tensors = _of_tensors(function, arguments)
+    return tensor_parallel.checkpoint(run, False, *tensors)
+
+
+class Discarded:
+    """A step whose results are thrown away once the next operation has read them, and made again for its backward.
+
+        step = Discarded(True)
+        normed = step.run(norm, x)      # keeps x
+        y = linear(normed)              # would keep normed
+        step.until(y)                   # normed is empty from here on, until the gradient of y is known
+
+    Nothing but the operation between `run` and `until` may read the results, and that operation must keep them
+    themselves, not copies. They must not share memory with the step's arguments.
+
+    Args:
+        on: False runs the step as if it stood there alone.
+    """
+
+    def __init__(self, on: bool) -> None:
+        # None, not False: megatron-core asks whether it is None.
+        self.inner = CheckpointWithoutOutput(fp8=None) if on and torch.is_grad_enabled() else None
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Return `function(*arguments)`; the same is asked of the two as in `recompute`."""
+        if self.inner is None:
+            return function(*arguments)
+        run, tensors = _of_tensors(function, arguments)
+        return self.inner.checkpoint(run, *tensors)
+
+    def until(self, result: torch.Tensor) -> None:
+        """Throw the step's results away until the gradient of `result`, made of them, is known."""
+        if self.inner is not None:
+            self.inner.discard_output_and_register_recompute(result)
+
+
+def _of_tensors(
+    function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> tuple[Callable[..., Any], list[torch.Tensor]]:
+    """Return `function` as one of its tensor arguments alone, and these."""
     places = [place for place, argument in enumerate(arguments) if isinstance(argument, torch.Tensor)]
     tensors = [arguments[place] for place in places]
     assert any(tensor.requires_grad for tensor in tensors), (
@@ -44,7 +98,7 @@ def recompute(function: Callable[..., Any], *arguments: Any) -> Any:
         assert not any(isinstance(result, nn.Parameter) for result in _as_tuple(results)), "a parameter is returned"
         return results
 
-    return tensor_parallel.checkpoint(run, False, *tensors)
+    return run, tensors
 
 
 def _as_tuple(results: Any) -> tuple[Any, ...]:

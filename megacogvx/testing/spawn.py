@@ -94,7 +94,7 @@ def on_ranks(world_size: int, *layouts: Layout) -> Callable[[Callable[..., None]
 
 def layout_name(layout: Layout) -> str:
     """Return a short name such as "tp2-cp2"; "dp" when no size is given."""
-    short = {"tensor_parallel_size": "tp", "context_parallel_size": "cp"}
+    short = {"tensor_parallel_size": "tp", "context_parallel_size": "cp", "pipeline_parallel_size": "pp"}
     return "-".join(f"{short.get(name, name + '=')}{value}" for name, value in layout.items()) or "dp"
 
 

@@ -23,6 +23,7 @@ from megacogvx.models.vae.config import VAEConfig
 from megacogvx.models.vae.losses import VAELossConfig
 from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.groups import check_world_size
+from megacogvx.parallel.pipeline_parallel import split_layers
 
 
 class TrainingConfig(Section):
@@ -79,7 +80,7 @@ class TrainConfig(Section):
             ConfigError: naming every broken rule, the values and the sizes that would work.
         """
         check_world_size(self.parallel, world_size)
-        raise_broken([*self._head_rules(), *self._pack_rules(world_size)])
+        raise_broken([*self._head_rules(), *self._stage_rules(world_size), *self._pack_rules(world_size)])
 
     def _head_rules(self) -> Iterator[str]:
         heads, tensor, context = (
@@ -93,15 +94,31 @@ class TrainConfig(Section):
                 f"parallel.context_parallel_size={context}; products that work: {divisors(heads)}"
             )
 
+    def _stage_rules(self, world_size: int) -> Iterator[str]:
+        parallel, packs = self.parallel, self.data.packs_per_step
+        stages = parallel.pipeline_parallel_size
+        try:
+            split_layers(self.model.num_layers, stages, parallel.pipeline_layers)
+        except ConfigError as error:
+            yield str(error)
+        replicas = max(1, world_size // parallel.replica_size)
+        if stages > 1 and packs < stages * replicas:
+            yield (
+                f"data.packs_per_step={packs} over {replicas} data-parallel replicas is less than one pack for each of "
+                f"the parallel.pipeline_parallel_size={stages} stages, some of which would never work at the same "
+                f"time; packs that work: {stages * replicas} and more; stages that work: 1 to "
+                f"{max(1, packs // replicas)}"
+            )
+
     def _pack_rules(self, world_size: int) -> Iterator[str]:
-        ranks = self.parallel.replica_size
+        ranks = self.parallel.stage_size
         tokens, packs = self.data.tokens_per_pack, self.data.packs_per_step
         if tokens % ranks:
             yield (
                 f"data.tokens_per_pack={tokens} doesn't divide by tensor x context parallel size {ranks}; "
                 f"nearest that work: {tokens // ranks * ranks}, {(tokens // ranks + 1) * ranks}"
             )
-        replicas = max(1, world_size // ranks)
+        replicas = max(1, world_size // self.parallel.replica_size)
         if packs % replicas:
             yield (
                 f"data.packs_per_step={packs} doesn't divide over {replicas} data-parallel replicas; "
@@ -130,7 +147,7 @@ class VAETrainConfig(Section):
         raise_broken(list(self._split_rules(world_size)))
 
     def _split_rules(self, world_size: int) -> Iterator[str]:
-        for name in ("tensor_parallel_size", "context_parallel_size"):
+        for name in ("tensor_parallel_size", "context_parallel_size", "pipeline_parallel_size"):
             if (size := getattr(self.parallel, name)) != 1:
                 yield f"parallel.{name}={size}: the VAE trains data-parallel; the size that works is 1"
         batch = self.clips.clips_per_step

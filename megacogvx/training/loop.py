@@ -17,6 +17,7 @@ from megacogvx.log import get_logger
 from megacogvx.parallel.data_parallel import DistributedDataParallel, ForwardStep, forward_backward, sum_over_tokens
 from megacogvx.parallel.groups import ParallelGroups
 from megacogvx.parallel.optimizer import Optimizer
+from megacogvx.parallel.pipeline_parallel import from_last_stage
 from megacogvx.training.config import TrainingConfig
 from megacogvx.training.metrics import MetricsFile, log_line
 from megacogvx.training.state import TrainState
@@ -54,6 +55,7 @@ class Run:
         checkpoints: RUN/checkpoints.
         metrics: RUN/metrics.jsonl.
         resolved: the resolved config, kept in each checkpoint.
+        pack_tokens: tokens of each pack; pipeline stages have to know it.
     """
 
     settings: TrainingConfig
@@ -68,6 +70,7 @@ class Run:
     checkpoints: CheckpointDirectory
     metrics: MetricsFile
     resolved: dict[str, Any]
+    pack_tokens: int = 1
 
 
 def train(run: Run) -> None:
@@ -103,7 +106,12 @@ def train_step(run: Run, inputs: StepInput) -> dict[str, Any]:
     """Take one optimizer step; return the loss (over all ranks) and the gradient's norm before clipping."""
     run.optimizer.zero_grad()
     metrics = forward_backward(
-        run.forward_step, inputs.microbatches, run.model, run.groups, num_microbatches=len(inputs.microbatches)
+        run.forward_step,
+        inputs.microbatches,
+        run.model,
+        run.groups,
+        num_microbatches=len(inputs.microbatches),
+        pack_tokens=run.pack_tokens,
     )
     taken, gradient_norm = run.optimizer.step()
     if not taken:
@@ -112,7 +120,8 @@ def train_step(run: Run, inputs: StepInput) -> dict[str, Any]:
             f"Lower optimizer.learning_rate or look at the samples of this step; the last checkpoint is "
             f"{run.checkpoints.latest()}"
         )
-    sums = sum_over_tokens(torch.stack([metric["sums"] for metric in metrics]).sum(dim=0), run.groups)
+    local = torch.stack([metric["sums"] for metric in metrics]).sum(dim=0) if metrics else None
+    sums = sum_over_tokens(from_last_stage(local, run.groups), run.groups)
     return {**run.read_sums(sums), "grad_norm": gradient_norm}
 
 

@@ -80,7 +80,7 @@ def build_transformer_run(config: TrainConfig) -> Run:
         config.training, groups, ddp, optimizer, state, _pack_inputs(loader, config, groups),
         transformer_step.TransformerStep(maker), transformer_step.read_log_sums, None,
         checkpoints, MetricsFile(config.training.run_folder, state.step, groups.is_first),
-        resolved | {"encoder": corpus.encoder.model_dump(mode="json")},
+        resolved | {"encoder": corpus.encoder.model_dump(mode="json")}, config.data.tokens_per_pack,
     )  # fmt: skip
 
 
@@ -185,7 +185,7 @@ def _train_ready(
 
 def _pack_inputs(loader: PackLoader, config: TrainConfig, groups: ParallelGroups) -> Iterator[StepInput]:
     """Yield the packs of this rank with the timesteps of their samples, step after step."""
-    sizes = f"tp{groups.tensor[1]} cp{groups.context[1]} dp{groups.data[1]}"
+    sizes = f"tp{groups.tensor[1]} cp{groups.context[1]} pp{groups.pipeline[1]} dp{groups.data[1]}"
     for packs in loader:
         weights = [sample_weights(layout, config.diffusion.loss_mean) for layout in loader.layouts]
         timesteps = step_timesteps(config.diffusion, config.training.seed, packs[0].step, weights)

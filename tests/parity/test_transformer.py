@@ -110,7 +110,7 @@ def test_presets_have_the_published_number_of_parameters_and_eps(preset, groups)
         "cogvideox1_5_5b_i2v": 5_571_594_880,
     }
     assert counted == published[preset] == sum(parameter.numel() for parameter in theirs.parameters())
-    mine, reference = ours.blocks[0], theirs.transformer_blocks[0]
+    mine, reference = ours.blocks["0"], theirs.transformer_blocks[0]
     assert mine.attention_norm.eps == mine.mlp_norm.eps == reference.norm1.norm.eps
     assert mine.attention.q_norm.eps == config.qk_norm_eps == reference.attn1.norm_q.eps
     assert ours.head.norm_final.eps == ours.head.norm_out.eps == theirs.norm_out.norm.eps

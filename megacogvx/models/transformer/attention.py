@@ -10,6 +10,7 @@ from megacogvx.models.transformer.config import CogVideoXConfig
 from megacogvx.pack_layout import LocalPack, PackLayout
 from megacogvx.parallel.context_parallel import heads_to_tokens, tokens_to_heads
 from megacogvx.parallel.groups import ParallelGroups
+from megacogvx.parallel.recompute import Discarded
 from megacogvx.parallel.sequence_parallel import sum_gradient_over_tensor_ranks
 from megacogvx.parallel.tensor_parallel import column_linear, row_linear
 from megacogvx_kernels.packed_attention import packed_attention
@@ -33,28 +34,41 @@ class JointAttention(nn.Module):
         # every tensor rank sees only its heads
         sum_gradient_over_tensor_ranks(self.q_norm, self.k_norm, core=core)
 
-    def forward(self, hidden_S1D: torch.Tensor, layout: PackLayout, local: LocalPack) -> torch.Tensor:
-        """Return the attention's output for this rank's tokens.
+    def heads(
+        self, hidden_S1D: torch.Tensor, layout: PackLayout, local: LocalPack, discarded: Discarded
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return q, k and v of all tokens for this rank's share of the heads, `[S, N/(t c), K]` each.
 
         Args:
             hidden_S1D: `[S_local, 1, D]`; at the right S are all tokens of the pack, t tensor and c context ranks.
             layout, local: the pack and this rank's share.
+            discarded: makes q and k, the exchange between context ranks included.
         """
-        context_group = self.groups.context_group
         # fmt: off
         qkv_SN3K = self._by_head(self.qkv(hidden_S1D))                               # [S/c, N/t, 3, K]
-        q_SNK, k_SNK = self._norm_and_rotate(qkv_SN3K, layout, local)                # [S/c, N/t, K] each
-        v_SNK = qkv_SN3K[:, :, 2]                                                    # [S/c, N/t, K]
-        q_SNK, k_SNK, v_SNK = (                                                      # [S, N/(t c), K] each
-            tokens_to_heads(x_SNK, context_group) for x_SNK in (q_SNK, k_SNK, v_SNK)
-        )
-        out_SNK = packed_attention(q_SNK, k_SNK, v_SNK, layout.boundaries[:-1])      # [S, N/(t c), K]
-        out_SNK = heads_to_tokens(out_SNK, context_group)                            # [S/c, N/t, K]
-        return self.out(out_SNK.flatten(1)[:, None])                                 # [S/(t c), 1, D]
+        q_SNK, k_SNK = discarded.run(self._q_and_k, qkv_SN3K, layout, local)         # [S, N/(t c), K] each
+        v_SNK = tokens_to_heads(qkv_SN3K[:, :, 2], self.groups.context_group)        # [S, N/(t c), K]
+        return q_SNK, k_SNK, v_SNK
         # fmt: on
+
+    def attend(self, q_SNK: torch.Tensor, k_SNK: torch.Tensor, v_SNK: torch.Tensor, layout: PackLayout) -> torch.Tensor:
+        """Return the attention `[S, N/(t c), K]` of what `heads` gave."""
+        return packed_attention(q_SNK, k_SNK, v_SNK, layout.boundaries[:-1])
+
+    def project(self, out_SNK: torch.Tensor) -> torch.Tensor:
+        """Return the output `[S_local, 1, D]` for this rank's tokens of what `attend` gave."""
+        out_SNK = heads_to_tokens(out_SNK, self.groups.context_group)  # [S/c, N/t, K]
+        return self.out(out_SNK.flatten(1)[:, None])
 
     def _by_head(self, qkv_S1X: torch.Tensor) -> torch.Tensor:
         return qkv_S1X.squeeze(1).unflatten(-1, (-1, 3, self.config.attention_head_dim))
+
+    def _q_and_k(
+        self, qkv_SN3K: torch.Tensor, layout: PackLayout, local: LocalPack
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        q_SNK, k_SNK = self._norm_and_rotate(qkv_SN3K, layout, local)  # [S/c, N/t, K] each
+        group = self.groups.context_group
+        return tokens_to_heads(q_SNK, group), tokens_to_heads(k_SNK, group)
 
     def _norm_and_rotate(
         self, qkv_SN3K: torch.Tensor, layout: PackLayout, local: LocalPack

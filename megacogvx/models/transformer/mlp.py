@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
@@ -9,6 +11,7 @@ from torch import nn
 
 from megacogvx.models.transformer.config import CogVideoXConfig
 from megacogvx.parallel.groups import ParallelGroups
+from megacogvx.parallel.recompute import Discarded
 from megacogvx.parallel.tensor_parallel import column_linear, row_linear
 
 
@@ -20,6 +23,9 @@ class MLP(nn.Module):
         self.fc1 = column_linear(config.hidden_size, config.ffn_hidden_size, core, groups)
         self.fc2 = row_linear(config.ffn_hidden_size, config.hidden_size, core, groups)
 
-    def forward(self, hidden_S1D: torch.Tensor) -> torch.Tensor:
-        """Return `[S_local, 1, D]`."""
-        return self.fc2(F.gelu(self.fc1(hidden_S1D), approximate="tanh"))
+    def forward(self, hidden_S1D: torch.Tensor, discard: bool = False) -> torch.Tensor:
+        """Return `[S_local, 1, D]`; `discard` computes GELU again in the backward pass."""
+        gelu = Discarded(discard)
+        out_S1D = self.fc2(gelu.run(partial(F.gelu, approximate="tanh"), self.fc1(hidden_S1D)))
+        gelu.until(out_S1D)
+        return out_S1D

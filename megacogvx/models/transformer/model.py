@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.transformer import TransformerConfig
 from torch import nn
 
 from megacogvx.models.transformer.block import CogVideoXBlock
@@ -16,18 +15,19 @@ from megacogvx.models.transformer.rope import place_on_rope_grid
 from megacogvx.pack_layout import LocalPack, PackLayout
 from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.groups import ParallelGroups
-from megacogvx.parallel.megatron import core_config
-from megacogvx.parallel.recompute import recompute, recomputes
+from megacogvx.parallel.megatron import CoreConfig, core_config
+from megacogvx.parallel.pipeline_parallel import hold_on_every_stage
+from megacogvx.parallel.recompute import block_policy
 from megacogvx.parallel.sharded_state import sharded_state_dict
 
 
 def transformer_core(
     config: CogVideoXConfig, parallel: ParallelConfig, groups: ParallelGroups, dtype: torch.dtype
-) -> TransformerConfig:
+) -> CoreConfig:
     """Return megatron-core's settings for this transformer.
 
     Raises:
-        ConfigError: the heads don't divide by tensor x context ranks.
+        ConfigError: the heads don't divide by tensor x context ranks, or a pipeline stage would hold no layer.
     """
     return core_config(
         hidden_size=config.hidden_size,
@@ -47,47 +47,64 @@ class CogVideoXTransformer(nn.Module):
     Weights are allocated and not filled; `initialize_weights` or a checkpoint does that. Built under
     `torch.device("meta")` nothing is allocated either.
 
+    With pipeline stages this is one stage: the first holds the embedding, the last the head, each its blocks under
+    their global names (`blocks.7`) and the time embedding, which the modulations of all blocks read.
+
     Args:
         config: section `model`.
         core: megatron-core's settings (`transformer_core`); parameters have `core.params_dtype`.
         groups: process groups.
     """
 
-    def __init__(self, config: CogVideoXConfig, core: TransformerConfig, groups: ParallelGroups) -> None:
+    def __init__(self, config: CogVideoXConfig, core: CoreConfig, groups: ParallelGroups) -> None:
         super().__init__()
         self.config, self.core, self.groups = config, core, groups
+        self.pre_process, self.post_process = groups.is_first_stage, groups.is_last_stage
         self.time = TimeEmbedding(config, core)
-        self.embedding = PackEmbedding(config, core)
-        self.blocks = nn.ModuleList(CogVideoXBlock(config, core, groups) for _ in range(config.num_layers))
-        self.head = PackHead(config, core, groups)
+        hold_on_every_stage(self.time, groups)
+        self.embedding = PackEmbedding(config, core) if self.pre_process else None
+        self.blocks = nn.ModuleDict(
+            {
+                str(layer): CogVideoXBlock(config, core, groups, block_policy(core.recompute, place))
+                for place, layer in enumerate(core.stage_layers)
+            }
+        )
+        self.head = PackHead(config, core, groups) if self.post_process else None
+        self._received_S1D: torch.Tensor | None = None
+
+    def set_input_tensor(self, received: list[torch.Tensor | None]) -> None:
+        """Take what the previous pipeline stage sent, `[S_local, 1, D]`, for the next forward; None on the first."""
+        (self._received_S1D,) = received
 
     def forward(
         self, video_VP: torch.Tensor, text_LE: torch.Tensor, timesteps_M: torch.Tensor, layout: PackLayout
     ) -> torch.Tensor:
-        """Predict the velocity of this rank's video rows.
+        """Predict the velocity of this rank's video rows; on a pipeline stage that isn't the last, return its tokens.
 
         Args:
             video_VP: noisy rows `[V_local, P]`, P = in_channels * q * p * p in (c, q, p, p) order, of the tokens
-                `layout.local(groups.tensor, groups.context).video_index`, in the parameters' dtype.
+                `layout.local(groups.tensor, groups.context).video_index`, in the parameters' dtype. Only the first
+                stage reads rows and text.
             text_LE: text embeddings `[L_local, E]` of its `text_index`; zeros for the padding.
             timesteps_M: int64 `[M]`, 0 .. 999, of every sample of the pack; 0 for the padding.
             layout: the pack, the same on every rank.
 
         Returns:
-            `[V_local, P]` with P = out_channels * q * p * p.
+            `[V_local, P]` with P = out_channels * q * p * p; from a stage that isn't the last `[S_local, 1, D]`.
 
         Raises:
             DataError: a sample doesn't fit the learned position table, where there is one.
             ConfigError: the pack's tokens don't divide by the ranks.
         """
-        local = layout.local(self.groups.tensor, self.groups.context, video_VP.device)
+        local = layout.local(self.groups.tensor, self.groups.context, timesteps_M.device)
         self._check(video_VP, text_LE, timesteps_M, layout, local)
         # fmt: off
         condition_ME = self.time(timesteps_M)                                   # [M, time_embed_dim], once
-        hidden_S1D = self.embedding(video_VP, text_LE, layout, local)           # [S_local, 1, D]
-        for block in self.blocks:
-            inputs = (hidden_S1D, condition_ME, layout, local)
-            hidden_S1D = recompute(block, *inputs) if recomputes(self.core) else block(*inputs)
+        hidden_S1D = self._tokens(video_VP, text_LE, layout, local)             # [S_local, 1, D]
+        for block in self.blocks.values():
+            hidden_S1D = block(hidden_S1D, condition_ME, layout, local)         # [S_local, 1, D]
+        if self.head is None:
+            return hidden_S1D                                                   # [S_local, 1, D], to the next stage
         return self.head(hidden_S1D, condition_ME, local)                       # [V_local, P]
         # fmt: on
 
@@ -97,15 +114,27 @@ class CogVideoXTransformer(nn.Module):
         """Return every parameter and buffer as megatron-core's `ShardedTensor`, under its global name.
 
         Rows of `attention.qkv` are laid out by heads and every other cut is a plain one, so a checkpoint of any number
-        of tensor ranks loads into any other.
+        of tensor ranks and pipeline stages loads into any other.
 
         Args:
             prefix: put before each name.
             sharded_offsets: cuts that the caller has made already; this model has none.
             metadata: megatron-core's; not read.
         """
-        assert not sharded_offsets, f"{sharded_offsets}: the blocks are not cut over pipeline stages"
+        assert not sharded_offsets, f"{sharded_offsets}: blocks are not stacked into one tensor"
         return sharded_state_dict(self, self.groups, prefix)
+
+    def _tokens(
+        self, video_VP: torch.Tensor, text_LE: torch.Tensor, layout: PackLayout, local: LocalPack
+    ) -> torch.Tensor:
+        """Return the tokens that enter this stage's first block: embedded here, or received."""
+        if self.embedding is not None:
+            return self.embedding(video_VP, text_LE, layout, local)
+        received_S1D, self._received_S1D = self._received_S1D, None
+        shape = (len(local.tokens), 1, self.config.hidden_size)
+        assert received_S1D is not None, "a later pipeline stage runs without the schedule, or twice on one input"
+        assert received_S1D.shape == shape, f"received {tuple(received_S1D.shape)}, not {shape}: is pack_tokens right?"
+        return received_S1D
 
     def _check(
         self,
@@ -119,6 +148,7 @@ class CogVideoXTransformer(nn.Module):
         assert layout.patch == config.patch, f"a pack of patch {layout.patch} for a model of patch {config.patch}"
         placed = config.rope_grid == "slice" or place_on_rope_grid(layout, config) is layout
         assert placed, f"model.rope_grid={config.rope_grid}: pass layouts through place_on_rope_grid first"
-        assert video_VP.shape == (len(local.video_index), config.row_size_in), tuple(video_VP.shape)
-        assert text_LE.shape == (len(local.text_index), config.text_embed_dim), tuple(text_LE.shape)
         assert timesteps_M.shape == (layout.num_samples,), f"{tuple(timesteps_M.shape)}, not ({layout.num_samples},)"
+        if self.pre_process:
+            assert video_VP.shape == (len(local.video_index), config.row_size_in), tuple(video_VP.shape)
+            assert text_LE.shape == (len(local.text_index), config.text_embed_dim), tuple(text_LE.shape)

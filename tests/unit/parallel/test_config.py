@@ -13,7 +13,14 @@ def test_defaults_are_one_process():
 
 
 @pytest.mark.parametrize(
-    "values", [{"tensor_parallel_size": 0}, {"device": "tpu"}, {"recompute": "some"}, {"timeout_minutes": 0}]
+    "values",
+    [
+        {"tensor_parallel_size": 0},
+        {"device": "tpu"},
+        {"recompute": "some"},
+        {"recompute": "block:0"},
+        {"timeout_minutes": 0},
+    ],
 )
 def test_values_out_of_range(values):
     with pytest.raises(ConfigError, match=next(iter(values))):

@@ -90,8 +90,8 @@ def test_cuda_without_enough_gpus(monkeypatch):
 def test_one_process_needs_no_launcher_and_can_start_again():
     for _ in range(2):
         groups = parallel_groups.initialize(ParallelConfig(device="cpu"))
-        assert (groups.tensor, groups.context, groups.data) == ((0, 1), (0, 1), (0, 1))
-        assert groups.coordinates == "dp0 cp0 tp0"
+        assert groups.tensor == groups.context == groups.data == groups.pipeline == (0, 1)
+        assert groups.coordinates == "dp0 pp0 cp0 tp0"
         assert groups.is_first
         assert parallel_groups.gather_json({"a": [1.5, "ä"]}, groups) == [{"a": [1.5, "ä"]}]
         parallel_groups.barrier(groups)
@@ -114,7 +114,7 @@ def test_sizes_that_do_not_divide_the_model_are_named():
         core = plain_core_config(config, groups, torch.bfloat16)
         assert core.bf16
         assert core.calculate_per_token_loss
-        assert core.recompute_granularity == "full"
+        assert core.recompute == "full"
         two = ParallelConfig(context_parallel_size=2)
         sizes = {"hidden_size": 6, "num_layers": 1, "num_attention_heads": 3, "ffn_hidden_size": 8, "norm_eps": 1e-5}
         with pytest.raises(ConfigError, match=r"num_attention_heads=3 .* products that work: 1, 3"):

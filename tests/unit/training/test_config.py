@@ -40,6 +40,33 @@ def test_packs_that_do_not_divide_over_the_replicas():
         config().validate_layout(3)
 
 
+def test_pipeline_stages_that_work():
+    config(parallel={"pipeline_parallel_size": 2, "tensor_parallel_size": 2}).validate_layout(8)
+    config(parallel={"pipeline_parallel_size": 3}, model={"num_layers": 5}).validate_layout(3)
+    config(parallel={"pipeline_parallel_size": 3, "pipeline_layers": [2, 1, 1]}).validate_layout(3)
+
+
+def test_more_stages_than_layers():
+    with pytest.raises(ConfigError, match=r"pipeline_parallel_size=5 .*num_layers=4.*work: 1 to 4"):
+        config(parallel={"pipeline_parallel_size": 5}, data={"packs_per_step": 8}).validate_layout(5)
+
+
+@pytest.mark.parametrize("layers", [[2, 2, 1], [1, 2, 2], [4], [4, 0]])
+def test_a_list_of_layers_that_does_not_add_up(layers):
+    with pytest.raises(ConfigError, match=r"pipeline_layers=\[.*num_layers=4; for example \[2, 2\]"):
+        config(parallel={"pipeline_parallel_size": 2, "pipeline_layers": layers}).validate_layout(2)
+
+
+def test_fewer_packs_than_stages():
+    with pytest.raises(ConfigError, match=r"packs_per_step=2 over 2 .*pipeline_parallel_size=2 .*work: 4 and more"):
+        config(parallel={"pipeline_parallel_size": 2}, data={"packs_per_step": 2}).validate_layout(4)
+
+
+def test_processes_that_do_not_hold_whole_pipelines():
+    with pytest.raises(LaunchError, match=r"pipeline_parallel_size=3 = 3 processes.*start 3 or 6"):
+        config(parallel={"pipeline_parallel_size": 3}).validate_layout(4)
+
+
 def test_all_broken_rules_are_named_at_once():
     with pytest.raises(ConfigError) as error:
         config(parallel={"tensor_parallel_size": 3}).validate_layout(3)
@@ -58,6 +85,12 @@ def test_unknown_key_suggests_the_nearest(tmp_path):
         ConfigError, match=r"parallel\.tensor_paralel_size; did you mean parallel\.tensor_parallel_size"
     ):
         load_config(TrainConfig, path)
+
+
+def test_vae_has_no_stages():
+    values = {"clips": {"paths": ["c"]}, "parallel": {"pipeline_parallel_size": 2}}
+    with pytest.raises(ConfigError, match="pipeline_parallel_size=2"):
+        build_config(VAETrainConfig, values).validate_layout(2)
 
 
 def test_vae_trains_data_parallel_only():
