@@ -15,7 +15,8 @@ class ParallelConfig(Section):
     Attributes:
         tensor_parallel_size: ranks that share each linear layer; above 1 they share the tokens too (sequence
             parallelism).
-        context_parallel_size: ranks that share the tokens of one pack, attention exchanging heads for tokens.
+        context_parallel_size: ranks that share the tokens of one pack, attention exchanging heads for tokens; in a
+            VAE run, ranks that share the frames of one clip, convolutions exchanging halos.
         device: "auto" takes the GPUs if the machine has at least one per local process, else the CPU.
         timeout_minutes: a collective that takes longer fails, in minutes.
         recompute: "full" keeps only the input of each block and computes the rest again in the backward pass.
