@@ -1,6 +1,7 @@
 """How one model is spread over ranks: the only room that communicates.
 
-One file per axis: `tensor_parallel`, `sequence_parallel`, `context_parallel`, `pipeline_parallel`, `data_parallel`.
+One file per axis: `tensor_parallel`, `sequence_parallel`, `context_parallel`, `frame_parallel`, `pipeline_parallel` and
+`data_parallel`.
 `groups.py` makes the process groups once; everything else receives them. Without a GPU the same code runs on gloo
 (`cpu.py`).
 """

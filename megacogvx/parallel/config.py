@@ -15,7 +15,8 @@ class ParallelConfig(Section):
     Attributes:
         tensor_parallel_size: ranks that share each linear layer; above 1 they share the tokens too (sequence
             parallelism).
-        context_parallel_size: ranks that share the tokens of one pack, attention exchanging heads for tokens.
+        context_parallel_size: ranks that share the tokens of one pack, attention exchanging heads for tokens; in a
+            VAE run, ranks that share the frames of one clip, convolutions exchanging halos.
         pipeline_parallel_size: stages, each of which holds some of the layers; packs flow through them.
         pipeline_layers: layers of each stage, such as [9, 11, 11, 11]; None splits as evenly as possible.
         device: "auto" takes the GPUs if the machine has at least one per local process, else the CPU.

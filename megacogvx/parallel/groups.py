@@ -63,7 +63,7 @@ class ParallelGroups:
 
     @property
     def context_group(self) -> dist.ProcessGroup:
-        """Ranks that share the tokens of one pack."""
+        """Ranks that share the tokens of one pack, or in a VAE run the frames of one clip."""
         return self.collection.cp
 
     @property

@@ -22,6 +22,7 @@ from megacogvx.models.transformer.config import CogVideoXConfig
 from megacogvx.models.vae.config import VAEConfig
 from megacogvx.models.vae.losses import VAELossConfig
 from megacogvx.parallel.config import ParallelConfig
+from megacogvx.parallel.frame_parallel import split_problem
 from megacogvx.parallel.groups import check_world_size
 from megacogvx.parallel.pipeline_parallel import split_layers
 
@@ -147,14 +148,20 @@ class VAETrainConfig(Section):
         raise_broken(list(self._split_rules(world_size)))
 
     def _split_rules(self, world_size: int) -> Iterator[str]:
-        for name in ("tensor_parallel_size", "context_parallel_size", "pipeline_parallel_size"):
+        for name in ("tensor_parallel_size", "pipeline_parallel_size"):
             if (size := getattr(self.parallel, name)) != 1:
-                yield f"parallel.{name}={size}: the VAE trains data-parallel; the size that works is 1"
-        batch = self.clips.clips_per_step
-        if batch % world_size:
+                yield f"parallel.{name}={size}: the VAE has no layers to cut; the size that works is 1"
+        context = self.parallel.context_parallel_size
+        if context > 1:
+            ratio = self.vae.temporal_compression_ratio
+            problem = split_problem(self.clips.frames, context, ratio, period=1 if ratio == 1 else 2 * ratio)
+            if problem:
+                yield f"clips.frames={self.clips.frames}, parallel.context_parallel_size={context}: {problem}"
+        batch, replicas = self.clips.clips_per_step, max(1, world_size // self.parallel.replica_size)
+        if batch % replicas:
             yield (
-                f"clips.clips_per_step={batch} doesn't divide over {world_size} processes; "
-                f"nearest that works: {(batch // world_size + 1) * world_size}"
+                f"clips.clips_per_step={batch} doesn't divide over {replicas} data-parallel replicas; "
+                f"nearest that works: {(batch // replicas + 1) * replicas}"
             )
 
 

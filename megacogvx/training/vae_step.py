@@ -1,4 +1,8 @@
-"""One training step of the VAE: reconstruct this rank's clips and score them (CogVideoX paper, section 2.1)."""
+"""One training step of the VAE: reconstruct this rank's clips and score them (CogVideoX paper, section 2.1).
+
+The context ranks share the frames of the same clips (`parallel.frame_parallel`). Every loss is a mean over frames, so
+a rank's part of it is the mean over its own frames times its share of the clip.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from megacogvx.data.clips import ClipBatch
 from megacogvx.models.vae.config import VAEConfig
 from megacogvx.models.vae.losses import VAELoss
 from megacogvx.models.vae.model import Reconstruction
+from megacogvx.parallel.frame_parallel import FrameShard, shard_pixels
 from megacogvx.parallel.groups import ParallelGroups
 from megacogvx.training.step import LossFunction
 
@@ -26,7 +31,7 @@ class VAEStep:
         config: section `vae`, for the shape of the latents.
         loss: the weighted terms.
         seed: of the posterior's noise.
-        groups: which clips of the step this rank holds.
+        groups: which clips of the step this rank holds, and which of their frames.
         dtype: the model's.
     """
 
@@ -38,26 +43,53 @@ class VAEStep:
     ) -> tuple[Reconstruction, LossFunction]:
         """Take the next clips forward; returns the reconstruction and the function that scores it."""
         batch = next(microbatches)
-        video_BCTHW = batch.video_BCTHW.to(self.groups.device, self.dtype)
-        reconstruction = model(video_BCTHW, self.noise(batch).to(video_BCTHW))
-        return reconstruction, partial(self.loss, video_BCTHW)
+        shard = self.shard(batch)
+        video_BCTHW = (batch.video_BCTHW if shard is None else shard.cut(batch.video_BCTHW)).to(
+            self.groups.device, self.dtype
+        )
+        reconstruction = model(video_BCTHW, self.noise(batch, shard).to(video_BCTHW), shard)
+        share = 1.0 / self.groups.context[1] if shard is None else shard.share
+        return reconstruction, partial(self.loss, video_BCTHW, share)
 
-    def noise(self, batch: ClipBatch) -> torch.Tensor:
-        """Draw the posterior's noise `[B, C, T', H', W']` fp32, from (seed, step, the clip's place in the step)."""
-        clips, _, frames, height, width = batch.video_BCTHW.shape
-        shape = self.config.latent_shape(frames, height, width)
+    def shard(self, batch: ClipBatch) -> FrameShard | None:
+        """Return this rank's frames of the clips; None if it takes all of them.
+
+        An image can't be split: all context ranks compute it, and each counts it in equal parts.
+        """
+        frames, group = batch.video_BCTHW.shape[2], self.groups.context_group
+        if frames == 1 or group.size() == 1:
+            return None
+        return shard_pixels(frames, self.config.temporal_compression_ratio, group)
+
+    def noise(self, batch: ClipBatch, shard: FrameShard | None = None) -> torch.Tensor:
+        """Draw the posterior's noise `[B, C, T', H', W']` fp32 for this rank's latent frames.
+
+        Each frame is drawn from (seed, step, the clip's place in the step, latent frame).
+        """
+        clips, _, total, height, width = batch.video_BCTHW.shape
+        channels, latent_frames, *cells = self.config.latent_shape(total, height, width)
+        mine = range(latent_frames)
+        if shard is not None:
+            latents = shard.halved(self.config.temporal_levels)
+            mine = range(latents.start, latents.stop)
         rank, size = self.groups.data
         places = range(rank, rank + clips * size, size)
-        return torch.stack([draws.normal(shape, self.seed, "posterior", batch.step, place) for place in places])
+        frame = (channels, *cells)
+        drawn = [draws.normal_frames(mine, frame, self.seed, "posterior", batch.step, place) for place in places]
+        return torch.stack(drawn).transpose(1, 2)
 
     def loss(
-        self, video_BCTHW: torch.Tensor, reconstruction: Reconstruction
+        self, video_BCTHW: torch.Tensor, share: float, reconstruction: Reconstruction
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-        """Return (loss summed over the clips, number of clips, sums for the log)."""
+        """Return this rank's part of (loss summed over the clips, number of clips, sums for the log).
+
+        The first context rank counts the clips, so that the count over all ranks is their true number.
+        """
         losses, clips = self.losses(video_BCTHW, *reconstruction), len(video_BCTHW)
         terms = [losses.terms.get(name, torch.zeros_like(losses.total)) for name in TERMS[1:]]
-        sums = torch.stack([losses.total, *terms, torch.ones_like(losses.total)]).detach() * clips
-        return losses.total * clips, torch.tensor(clips, dtype=torch.int32, device=video_BCTHW.device), {"sums": sums}
+        sums = torch.stack([losses.total, *terms, torch.ones_like(losses.total)]).detach() * clips * share
+        count = torch.tensor(clips if self.groups.context[0] == 0 else 0, dtype=torch.int32, device=video_BCTHW.device)
+        return losses.total * clips * share, count, {"sums": sums}
 
 
 def read_log_sums(sums: torch.Tensor) -> dict[str, float]:

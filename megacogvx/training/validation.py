@@ -14,6 +14,7 @@ from megacogvx.evaluation.reconstruction import psnr
 from megacogvx.models.vae import gaussian
 from megacogvx.models.vae.model import CogVideoXVAE
 from megacogvx.parallel.data_parallel import sum_over_data_and_context
+from megacogvx.parallel.frame_parallel import gather_frames, shard_pixels
 from megacogvx.parallel.groups import ParallelGroups
 
 MOST_CLIPS = 8  # measured at a time; the first of the list
@@ -22,7 +23,7 @@ SHOWN_FRAMES = 5
 
 
 class HeldOutClips:
-    """Measures a VAE on clips that it isn't trained on; the data ranks share the clips.
+    """Measures a VAE on clips that it isn't trained on; the data ranks share the clips, the context ranks their frames.
 
     Args:
         loader: knows which clips are held out.
@@ -43,13 +44,24 @@ class HeldOutClips:
         total = torch.zeros(2, dtype=torch.float64)
         parameter = next(self.model.parameters())
         for place, video in self.videos:
-            moments = self.model.encode(video.to(parameter))
-            reconstruction = self.model.decode(gaussian.mode(moments)).float().clamp(-1, 1).cpu()
+            reconstruction = self.reconstruct(video.to(parameter)).float().clamp(-1, 1).cpu()
+            if self.groups.context[0] != 0:
+                continue  # the first context rank has gathered the whole clip
             total += torch.tensor([float(psnr(video, reconstruction).mean()), 1.0], dtype=torch.float64)
             if place in self.shown:
                 self._draw(place, video[0], reconstruction[0])
         value, count = sum_over_data_and_context(total, self.groups).tolist()
         return {"psnr": value / count}
+
+    def reconstruct(self, video_BCTHW: torch.Tensor) -> torch.Tensor:
+        """Encode and decode a whole clip together with the context ranks; each of them gets all frames back."""
+        group, config = self.groups.context_group, self.model.config
+        if group.size() == 1 or video_BCTHW.shape[2] == 1:
+            return self.model.decode(gaussian.mode(self.model.encode(video_BCTHW)))
+        shard = shard_pixels(video_BCTHW.shape[2], config.temporal_compression_ratio, group)
+        moments = self.model.encode(shard.cut(video_BCTHW), shard=shard)
+        latent_shard = shard.halved(config.temporal_levels)
+        return gather_frames(self.model.decode(gaussian.mode(moments), shard=latent_shard), group)
 
     def _draw(self, place: int, video_CTHW: torch.Tensor, reconstruction_CTHW: torch.Tensor) -> None:
         """Write a few frames of the original above those of its reconstruction, over the picture of before."""

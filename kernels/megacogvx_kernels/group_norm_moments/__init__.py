@@ -7,9 +7,12 @@ place that computes them.
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 
 from megacogvx_kernels.checks import require_floating, require_shape
 from megacogvx_kernels.group_norm_moments import reference
+from megacogvx_kernels.group_norm_moments.exchange import SharedGroupNorm
 
 __all__ = ["group_norm_moments"]
 
@@ -21,6 +24,7 @@ def group_norm_moments(
     groups: int,
     eps: float,
     activation: bool = False,
+    group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
     """Normalise groups of channels over (C / groups, T, H, W), scale and shift, and optionally apply SiLU.
 
@@ -30,9 +34,13 @@ def group_norm_moments(
         groups: groups of consecutive channels; divides C.
         eps: added to the variance, > 0: a constant clip gives `bias_C`, never NaN.
         activation: y * sigmoid(y) at the end.
+        group: ranks that hold the clip, each some of its frames; T may differ between them. Every rank of the group
+            makes this call, and takes part in its backward pass if any does. None: this process holds all frames.
 
     Returns:
         `[B, C, T, H, W]`, dtype of x.
+        Backward: the gradient through the moments of the whole clip; the ranks exchange two sums per sample and
+        group. The gradients of `weight_C` and `bias_C` are those of this rank's frames, to be added over the ranks.
 
     Raises:
         TypeError: x is not floating.
@@ -49,4 +57,7 @@ def group_norm_moments(
         raise ValueError(f"groups={groups} must divide the {channels} channels of x_BCTHW")
     if eps <= 0:
         raise ValueError(f"eps={eps} must be greater than 0")
+    if group is not None and group.size() > 1:
+        y_BCTHW: torch.Tensor = SharedGroupNorm.apply(x_BCTHW, weight_C, bias_C, groups, eps, group)
+        return F.silu(y_BCTHW, inplace=not torch.is_grad_enabled()) if activation else y_BCTHW
     return reference.group_norm_moments(x_BCTHW, weight_C, bias_C, groups, eps, activation)

@@ -75,15 +75,15 @@ class Upsample(nn.Module):
 
 def halve_frames(x_BCTHW: torch.Tensor, frames: FrameSpan) -> torch.Tensor:
     """Average pairs of frames; of an odd count the first frame stays as it is."""
-    assert x_BCTHW.shape[2] == frames.total, (tuple(x_BCTHW.shape), frames.total)
+    assert x_BCTHW.shape[2] == frames.count, (tuple(x_BCTHW.shape), frames)
     start = int(frames.first_alone)
-    pairs_BCTHW = x_BCTHW[:, :, start:].unflatten(2, (-1, 2)).mean(dim=3) if frames.total > 1 else None
-    if pairs_BCTHW is None or not start:
-        return x_BCTHW if pairs_BCTHW is None else pairs_BCTHW
-    return torch.cat([x_BCTHW[:, :, :1], pairs_BCTHW], dim=2)
+    if frames.count == start:
+        return x_BCTHW
+    pairs_BCTHW = x_BCTHW[:, :, start:].unflatten(2, (-1, 2)).mean(dim=3)
+    return torch.cat([x_BCTHW[:, :, :1], pairs_BCTHW], dim=2) if start else pairs_BCTHW
 
 
 def double_frames(x_BCTHW: torch.Tensor, frames: FrameSpan) -> torch.Tensor:
     """Copy every frame once; of an odd count the first frame stays single."""
-    assert x_BCTHW.shape[2] == frames.total, (tuple(x_BCTHW.shape), frames.total)
+    assert x_BCTHW.shape[2] == frames.count, (tuple(x_BCTHW.shape), frames)
     return x_BCTHW.repeat_interleave(2, dim=2)[:, :, int(frames.first_alone) :]

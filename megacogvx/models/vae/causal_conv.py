@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from megacogvx.models.vae.frames import FrameSpan
-from megacogvx_kernels.causal_halo import causal_halo
+from megacogvx_kernels.causal_halo import causal_halo, start_halo
 
 
 class CausalConv3d(nn.Conv3d):
@@ -19,11 +19,24 @@ class CausalConv3d(nn.Conv3d):
         self.halo_frames = kernel_frames - 1
 
     def forward(self, x_BCTHW: torch.Tensor, frames: FrameSpan) -> torch.Tensor:  # type: ignore[override]
-        """Return `[B, out_channels, T, H, W]`."""
+        """Return `[B, out_channels, T, H, W]`.
+
+        Where the clip lies on several ranks, the frames that see this rank's frames alone are computed while the halo
+        is on its way.
+        """
+        if self.halo_frames and frames.group is not None and frames.count > self.halo_frames:
+            exchange = start_halo(x_BCTHW, self.halo_frames, frames.group)
+            interior_BCTHW = self._convolve(x_BCTHW)
+            edge_BCTHW = torch.cat([exchange.wait(), x_BCTHW[:, :, : self.halo_frames]], dim=2)
+            return torch.cat([self._convolve(edge_BCTHW), interior_BCTHW], dim=2)
         halos = frames.halos if self.halo_frames else None
-        padded_BCTHW = causal_halo(x_BCTHW, self.halo_frames, halos.previous() if halos else None)
+        padded_BCTHW = causal_halo(x_BCTHW, self.halo_frames, halos.previous() if halos else None, frames.group)
         if halos:
             halos.keep(padded_BCTHW, self.halo_frames)
+        return self._convolve(padded_BCTHW)
+
+    def _convolve(self, padded_BCTHW: torch.Tensor) -> torch.Tensor:
+        """Return the `halo_frames` fewer frames for which all they see is there."""
         return F.conv3d(padded_BCTHW, self.weight, self.bias, padding=self.padding)
 
 

@@ -1,13 +1,17 @@
 """What a layer must know of its frames beyond their tensor: how many belong together, and what came before.
 
+Frames before these lie on other ranks (`FrameShard`, from `parallel.frame_parallel`) or in the chunk before.
+
 Goes through `forward` beside the features, one for each resolution in time.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
+
+from megacogvx.parallel.frame_parallel import FrameShard
 
 
 class HaloStream:
@@ -37,31 +41,26 @@ class HaloStream:
 
 
 @dataclass(frozen=True)
-class FrameSpan:
-    """The frames that are encoded or decoded together, at one resolution in time.
+class FrameSpan(FrameShard):
+    """The frames that are encoded or decoded together, at one resolution in time, and which of them are here.
 
-    Odd or even is asked of `total`, never of a tensor: in an odd count the first frame stands alone.
+    `total` counts the clip's frames, or in chunked mode the chunk's, which is treated as a clip with a past.
 
     Attributes:
-        total: frames of the clip, or of the chunk in chunked mode, which treats each chunk as a clip with a past.
         halos: the frames between chunks; None for a whole clip.
     """
 
-    total: int
     halos: HaloStream | None = None
 
-    @property
-    def first_alone(self) -> bool:
-        """Whether the first frame is neither averaged with nor copied from another."""
-        return self.total % 2 == 1
+    @classmethod
+    def whole(cls, total: int, halos: HaloStream | None = None) -> FrameSpan:
+        """Return the span of a clip (or chunk) of `total` frames, all of which are here."""
+        return cls(0, total, total, halos=halos)
 
-    def halved(self) -> FrameSpan:
-        """Return the span after one halving in time."""
-        return replace(self, total=(self.total + 1) // 2)
-
-    def doubled(self) -> FrameSpan:
-        """Return the span after one doubling in time."""
-        return replace(self, total=2 * self.total - self.total % 2)
+    @classmethod
+    def of(cls, shard: FrameShard) -> FrameSpan:
+        """Return the span of one rank's frames of a clip."""
+        return cls(shard.start, shard.stop, shard.total, shard.group)
 
 
 def chunks(total: int, size: int) -> list[range]:

@@ -8,11 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from megacogvx.errors import ConfigError, DataError
 from megacogvx.models.vae import gaussian
 from megacogvx.models.vae.config import VAEConfig
 from megacogvx.models.vae.decoder import Decoder
 from megacogvx.models.vae.encoder import Encoder
 from megacogvx.models.vae.frames import FrameSpan, HaloStream, chunks
+from megacogvx.parallel.frame_parallel import FrameShard
 
 Halos = list[torch.Tensor]
 
@@ -29,6 +31,10 @@ class CogVideoXVAE(nn.Module):
 
     Norm statistics run over the frames that are coded together, so a clip coded in chunks differs from the whole one
     (by tens of percent beyond one chunk). Train on whole clips; the released pipelines infer by chunks of 8 frames.
+
+    A whole clip may lie on several ranks: each gives its frames and a `FrameShard` (`parallel.frame_parallel`) that
+    says which they are, gets its frames of the result, and all take part in every call and in its backward pass. The
+    gradients of the weights are then those of one rank's frames, to be added over the ranks.
     """
 
     def __init__(self, config: VAEConfig) -> None:
@@ -38,57 +44,74 @@ class CogVideoXVAE(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
 
-    def forward(self, video_BCTHW: torch.Tensor, noise_BCTHW: torch.Tensor | None = None) -> Reconstruction:
+    def forward(
+        self, video_BCTHW: torch.Tensor, noise_BCTHW: torch.Tensor | None = None, shard: FrameShard | None = None
+    ) -> Reconstruction:
         """Encode a whole training clip, draw latents from the posterior and decode them.
 
         Args:
-            video_BCTHW: `[B, 3, T, H, W]` in [-1, 1]; T is 1 or 2 r k + 1 for a temporal compression of r.
-            noise_BCTHW: N(0, 1) in the shape of the latents (`config.latent_shape`); None decodes the means.
+            video_BCTHW: `[B, 3, T, H, W]` in [-1, 1]; T is 1 or 2 r k + 1 for a temporal compression of r, or this
+                rank's frames of such a clip.
+            noise_BCTHW: N(0, 1) in the shape of the latents (`config.latent_shape`), or of this rank's; None decodes
+                the means.
+            shard: this rank's pixel frames (`shard_pixels`); None: the whole clip is here.
 
         Raises:
             DataError: the clip's shape doesn't fit.
         """
-        self.config.check_clip(video_BCTHW.shape)
-        moments = self.encode(video_BCTHW)
+        total = video_BCTHW.shape[2] if shard is None else shard.total
+        self.config.check_clip((*video_BCTHW.shape[:2], total, *video_BCTHW.shape[3:]))
+        moments = self.encode(video_BCTHW, shard=shard)
         latents = gaussian.mode(moments) if noise_BCTHW is None else gaussian.sample(moments, noise_BCTHW)
-        return Reconstruction(self.decode(latents), moments)
+        latent_shard = None if shard is None else shard.halved(self.config.temporal_levels)
+        return Reconstruction(self.decode(latents, shard=latent_shard), moments)
 
-    def encode(self, video_BCTHW: torch.Tensor, frames_per_chunk: int | None = None) -> torch.Tensor:
+    def encode(
+        self, video_BCTHW: torch.Tensor, frames_per_chunk: int | None = None, shard: FrameShard | None = None
+    ) -> torch.Tensor:
         """Encode pixels to moments.
 
         Args:
             video_BCTHW: `[B, 3, T, H, W]` in [-1, 1], H and W multiples of the spatial compression.
             frames_per_chunk: None codes the clip as one; 8 is what the released pipelines do (a remainder goes into
                 the first chunk).
+            shard: this rank's pixel frames (`shard_pixels`); None: the whole clip is here.
 
         Returns:
             `[B, 2 C, T', H', W']`: means, then log variances (`gaussian.split`).
 
         Raises:
             DataError: the video's shape doesn't fit.
-            ConfigError: chunks of this size don't stand for whole latent frames.
+            ConfigError: chunks of this size don't stand for whole latent frames, or both chunks and a shard are given.
         """
         self.config.check_video(video_BCTHW.shape)
+        if shard is not None:
+            return self._run_shard(self.encoder, video_BCTHW, shard, frames_per_chunk)
         if frames_per_chunk is None:
             return self.encode_chunk(video_BCTHW, None)[0]
         self.config.check_chunk(frames_per_chunk=frames_per_chunk)
         return _by_chunks(self.encode_chunk, video_BCTHW, frames_per_chunk)
 
-    def decode(self, latents_BCTHW: torch.Tensor, latents_per_chunk: int | None = None) -> torch.Tensor:
+    def decode(
+        self, latents_BCTHW: torch.Tensor, latents_per_chunk: int | None = None, shard: FrameShard | None = None
+    ) -> torch.Tensor:
         """Decode latents (not scaled by `scaling_factor`) to pixels.
 
         Args:
             latents_BCTHW: `[B, C, T', H', W']`.
             latents_per_chunk: None codes the clip as one; 2 is what the released pipelines do.
+            shard: this rank's latent frames (`shard_latents`); None: the whole clip is here.
 
         Returns:
             `[B, 3, T, H, W]`, about [-1, 1], not clamped.
 
         Raises:
             DataError: the latents' shape doesn't fit.
-            ConfigError: `latents_per_chunk` is odd.
+            ConfigError: `latents_per_chunk` is odd, or both chunks and a shard are given.
         """
         self.config.check_latents(latents_BCTHW.shape)
+        if shard is not None:
+            return self._run_shard(self.decoder, latents_BCTHW, shard, latents_per_chunk)
         if latents_per_chunk is None:
             return self.decode_chunk(latents_BCTHW, None)[0]
         self.config.check_chunk(latents_per_chunk=latents_per_chunk)
@@ -115,8 +138,21 @@ class CogVideoXVAE(nn.Module):
         if self.config.temporal_kernel_size == 1:
             return _each_frame(coder, x_BCTHW), halos
         stream = None if halos is None else HaloStream(halos)
-        y_BCTHW = coder(x_BCTHW, FrameSpan(x_BCTHW.shape[2], stream))
+        y_BCTHW = coder(x_BCTHW, FrameSpan.whole(x_BCTHW.shape[2], stream))
         return y_BCTHW, stream.after if stream else None
+
+    def _run_shard(self, coder: nn.Module, x_BCTHW: torch.Tensor, shard: FrameShard, chunk: int | None) -> torch.Tensor:
+        if chunk is not None:
+            raise ConfigError(f"chunks of {chunk} frames and frames over ranks exclude each other; give one of them")
+        if x_BCTHW.shape[2] != shard.count:
+            raise DataError(
+                f"{x_BCTHW.shape[2]} frames were given for a shard of frames {shard.start} to {shard.stop - 1} of "
+                f"{shard.total}; give {shard.count}"
+            )
+        if self.config.temporal_kernel_size == 1:
+            return _each_frame(coder, x_BCTHW)
+        y_BCTHW: torch.Tensor = coder(x_BCTHW, FrameSpan.of(shard))
+        return y_BCTHW
 
 
 def _by_chunks(
@@ -134,5 +170,5 @@ def _by_chunks(
 def _each_frame(coder: nn.Module, x_BCTHW: torch.Tensor) -> torch.Tensor:
     """Code every frame as a clip of its own: a 2D model, norm statistics included."""
     batch, frames = x_BCTHW.shape[0], x_BCTHW.shape[2]
-    y = coder(x_BCTHW.transpose(1, 2).flatten(0, 1).unsqueeze(2), FrameSpan(1))
+    y = coder(x_BCTHW.transpose(1, 2).flatten(0, 1).unsqueeze(2), FrameSpan.whole(1))
     return y.squeeze(2).unflatten(0, (batch, frames)).transpose(1, 2)

@@ -15,7 +15,7 @@ from megacogvx_kernels.group_norm_moments import group_norm_moments
 
 
 class GroupNormSiLU(nn.Module):
-    """Group normalisation over all frames of a clip, then SiLU."""
+    """Group normalisation over all frames of a clip, on whatever ranks they lie, then SiLU."""
 
     def __init__(self, channels: int, groups: int, eps: float) -> None:
         """Make the normalisation of `channels` channels."""
@@ -28,7 +28,9 @@ class GroupNormSiLU(nn.Module):
         self, x_BCTHW: torch.Tensor, frames: FrameSpan, latents_BCTHW: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Return `[B, C, T, H, W]`; the latents are the decoder's affair."""
-        return group_norm_moments(x_BCTHW, self.weight, self.bias, self.groups, self.eps, activation=True)
+        return group_norm_moments(
+            x_BCTHW, self.weight, self.bias, self.groups, self.eps, activation=True, group=frames.group
+        )
 
 
 class SpatialNormSiLU(nn.Module):
@@ -44,10 +46,10 @@ class SpatialNormSiLU(nn.Module):
         self.conv_b = nn.Conv3d(latent_channels, channels, 1)
 
     def forward(self, x_BCTHW: torch.Tensor, frames: FrameSpan, latents_BCTHW: torch.Tensor) -> torch.Tensor:
-        """Return `[B, C, T, H, W]` for the latents (of this chunk) that x grows from."""
+        """Return `[B, C, T, H, W]` for the latents (of this chunk, on this rank) that x grows from."""
         # A 1 x 1 x 1 convolution commutes with copying cells to their neighbours; before it, it costs a fraction.
         y, b = (spread(conv(latents_BCTHW), frames, *x_BCTHW.shape[3:]) for conv in (self.conv_y, self.conv_b))
-        x_BCTHW = group_norm_moments(x_BCTHW, self.weight, self.bias, self.groups, self.eps)
+        x_BCTHW = group_norm_moments(x_BCTHW, self.weight, self.bias, self.groups, self.eps, group=frames.group)
         x_BCTHW = torch.addcmul(b, x_BCTHW.unflatten(3, (b.shape[3], -1)), y).flatten(3, 4)
         return F.silu(x_BCTHW, inplace=not torch.is_grad_enabled())
 
@@ -61,17 +63,17 @@ def spread(z_BCTHW: torch.Tensor, frames: FrameSpan, height: int, width: int) ->
         height, width: of the features, multiples of h and w.
 
     Returns:
-        `[B, C, frames.total, h, 1, width]`: cell row i stands for the feature rows i * height / h and on.
+        `[B, C, frames.count, h, 1, width]`: cell row i stands for the feature rows i * height / h and on.
     """
     cells, rows, columns = z_BCTHW.shape[2:]
     assert height % rows == 0 and width % columns == 0, (tuple(z_BCTHW.shape), height, width)
     z_BCTHW = _repeat(z_BCTHW, 4, width // columns)
     if frames.first_alone and cells > 1:
-        rest = _repeat(z_BCTHW[:, :, 1:], 2, (frames.total - 1) // (cells - 1))
+        rest = _repeat(z_BCTHW[:, :, 1:], 2, (frames.count - 1) // (cells - 1))
         z_BCTHW = torch.cat([z_BCTHW[:, :, :1], rest], dim=2)
     else:
-        z_BCTHW = _repeat(z_BCTHW, 2, frames.total // cells)
-    assert z_BCTHW.shape[2] == frames.total, (tuple(z_BCTHW.shape), frames.total)
+        z_BCTHW = _repeat(z_BCTHW, 2, frames.count // cells)
+    assert z_BCTHW.shape[2] == frames.count, (tuple(z_BCTHW.shape), frames)
     return z_BCTHW.unsqueeze(4)
 
 

@@ -93,10 +93,33 @@ def test_vae_has_no_stages():
         build_config(VAETrainConfig, values).validate_layout(2)
 
 
-def test_vae_trains_data_parallel_only():
-    values = {"clips": {"paths": ["c"], "clips_per_step": 3}, "parallel": {"context_parallel_size": 2}}
-    with pytest.raises(ConfigError, match=r"context_parallel_size=2.*\n?.*clips_per_step=3"):
-        build_config(VAETrainConfig, values).validate_layout(2)
+def vae_config(frames=17, clips_per_step=4, **parallel) -> VAETrainConfig:
+    clips = {"paths": ["c"], "frames": frames, "clips_per_step": clips_per_step}
+    return build_config(VAETrainConfig, {"clips": clips, "parallel": parallel})
+
+
+@pytest.mark.parametrize(("frames", "context", "world"), [(17, 2, 2), (17, 5, 5), (9, 3, 6), (9, 2, 8), (1, 1, 4)])
+def test_frame_splits_that_work(frames, context, world):
+    vae_config(frames, context_parallel_size=context).validate_layout(world)
+
+
+@pytest.mark.parametrize(
+    ("frames", "context", "named"),
+    [
+        (17, 6, r"clips\.frames=17, parallel\.context_parallel_size=6.*that works: 25; .*for 17 frames: 5$"),
+        (9, 4, r"nearest number of frames that works: 17; .*for 9 frames: 3$"),
+        (13, 2, r"takes 8k \+ 1 frames .*that works: 17; .*for 9 frames: 3$"),
+        (1, 2, r"that works: 9; .*for 1 frames: 1$"),
+    ],
+)
+def test_frames_that_cannot_be_split_name_what_can(frames, context, named):
+    with pytest.raises(ConfigError, match=named):
+        vae_config(frames, context_parallel_size=context).validate_layout(context)
+
+
+def test_the_vae_has_no_tensor_parallelism_and_clips_divide_over_replicas():
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size=2.*\n.*clips_per_step=3.*2 data-par.*works: 4"):
+        vae_config(clips_per_step=3, tensor_parallel_size=2).validate_layout(4)
 
 
 @pytest.mark.parametrize("name", ["demo.yaml", "vae_demo.yaml"])

@@ -17,12 +17,12 @@ def _frames(*values):
     [((5,), (5,)), ((1, 3), (2,)), ((7, 1, 3), (7, 2)), ((1, 3, 5, 9), (2, 7)), ((7, 1, 3, 5, 9), (7, 2, 7))],
 )
 def test_halving_averages_pairs_and_keeps_the_first_of_an_odd_count(before, after):
-    assert halve_frames(_frames(*before), FrameSpan(len(before))).flatten().tolist() == list(after)
+    assert halve_frames(_frames(*before), FrameSpan.whole(len(before))).flatten().tolist() == list(after)
 
 
 @pytest.mark.parametrize(("before", "after"), [((5,), (5,)), ((1, 2), (1, 1, 2, 2)), ((1, 2, 3), (1, 2, 2, 3, 3))])
 def test_doubling_copies_frames_and_keeps_the_first_of_an_odd_count_single(before, after):
-    assert double_frames(_frames(*before), FrameSpan(len(before))).flatten().tolist() == list(after)
+    assert double_frames(_frames(*before), FrameSpan.whole(len(before))).flatten().tolist() == list(after)
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_doubling_copies_frames_and_keeps_the_first_of_an_odd_count_single(befor
 def test_latents_are_spread_over_the_frames_and_pixels_they_stand_for(cells, total, frames):
     z = draws.normal((1, 2, cells, 2, 3), 0, "z")
     x = draws.normal((1, 2, total, 8, 12), 0, "x")
-    product = (x.unflatten(3, (2, -1)) * spread(z, FrameSpan(total), 8, 12)).flatten(3, 4)
+    product = (x.unflatten(3, (2, -1)) * spread(z, FrameSpan.whole(total), 8, 12)).flatten(3, 4)
     for t in range(total):
         for row in range(8):
             for column in range(12):
@@ -42,5 +42,5 @@ def test_latents_are_spread_over_the_frames_and_pixels_they_stand_for(cells, tot
 
 def test_spread_sums_gradients_of_copies():
     z = torch.zeros(1, 1, 3, 1, 2, requires_grad=True)
-    (spread(z, FrameSpan(9), 4, 4) + torch.zeros(1, 1, 9, 1, 4, 4)).sum().backward()
+    (spread(z, FrameSpan.whole(9), 4, 4) + torch.zeros(1, 1, 9, 1, 4, 4)).sum().backward()
     assert_close(z.grad, torch.tensor([8.0, 32.0, 32.0]).view(1, 1, 3, 1, 1).expand_as(z.grad), 1e-6)

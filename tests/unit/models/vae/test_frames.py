@@ -16,7 +16,7 @@ def test_the_remainder_goes_into_the_first_chunk(total, size, lengths):
 
 @pytest.mark.parametrize(("total", "halved", "doubled"), [(1, 1, 1), (2, 1, 4), (3, 2, 5), (8, 4, 16), (9, 5, 17)])
 def test_spans(total, halved, doubled):
-    span = FrameSpan(total)
+    span = FrameSpan.whole(total)
     assert (span.halved().total, span.doubled().total, span.first_alone) == (halved, doubled, total % 2 == 1)
 
 

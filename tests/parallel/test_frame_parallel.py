@@ -1,0 +1,321 @@
+"""The VAE with its frames on several ranks equals one rank with the whole clip: outputs, gradients, trained weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from megacogvx import draws
+from megacogvx.errors import ConfigError, DataError
+from megacogvx.testing.spawn import on_ranks
+from megacogvx.testing.tolerance import assert_all_close, assert_close
+
+OUTPUT_BOUND, GRADIENT_BOUND = 1e-5, 1e-4
+SMALL = {"block_out_channels": (4, 8, 8, 12), "layers_per_block": 1, "norm_num_groups": 2, "latent_channels": 4}
+FRAMES = (9, 13, 17, 21, 25)  # 3 to 7 latent frames; of three and four ranks most hold a single one
+HEIGHT, WIDTH, RATIO = 16, 24, 4
+ADAM_EPS = 1e-3  # so large that the first step is no mere sign: it sees a wrong scale, and doesn't blow up rounding
+
+
+def make_model(**settings):
+    from megacogvx.config import build_config
+    from megacogvx.models.vae import CogVideoXVAE, VAEConfig
+
+    model = CogVideoXVAE(build_config(VAEConfig, {**SMALL, **settings}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            fan_in = parameter[0].numel() if parameter.dim() > 1 else 12
+            norm = float("norm" in name and name.endswith("weight") and parameter.dim() == 1)
+            parameter.copy_(draws.normal(tuple(parameter.shape), 0, name) * fan_in**-0.5 + norm)
+    return model
+
+
+def make_video(frames, batch=1):
+    steps = draws.normal((batch, 3, frames, HEIGHT, WIDTH), 0, "steps")
+    return (draws.normal((batch, 3, 1, HEIGHT, WIDTH), 0, "still") + 0.3 * steps.cumsum(2)).tanh()
+
+
+def code(model, x, shard, decode):
+    return model.decode(x, shard=shard) if decode else model.encode(x, shard=shard)
+
+
+def gradients(model):
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def check_coder(groups, frames, decode, **settings):
+    """Run encoder or decoder on the whole clip and on the ranks' frames; compare output and all gradients."""
+    from megacogvx.parallel.frame_parallel import shard_latents, shard_pixels
+
+    group, device = groups.context_group, groups.device
+    whole_model, model = make_model(**settings).to(device), make_model(**settings).to(device)
+    ratio, levels = model.config.temporal_compression_ratio, model.config.temporal_levels
+    latents = model.config.latent_frames(frames)
+    if decode:
+        whole = draws.normal((1, SMALL["latent_channels"], latents, HEIGHT // 8, WIDTH // 8), 0, "latents")
+        shard = out_shard = shard_latents(latents, group)
+        for _ in range(levels):
+            out_shard = out_shard.doubled()
+    else:
+        whole, shard = make_video(frames), shard_pixels(frames, ratio, group)
+        out_shard = shard.halved(levels)
+    x = whole.to(device, copy=True).requires_grad_()
+    mine = shard.cut(whole).to(device, copy=True).requires_grad_()
+    expected, actual = code(whole_model, x, None, decode), code(model, mine, shard, decode)
+    name = f"{'decode' if decode else 'encode'} {frames} frames over {group.size()} ranks:"
+    assert_close(actual, out_shard.cut(expected), OUTPUT_BOUND, name)
+
+    weights = draws.normal(tuple(expected.shape), 0, "loss").to(device)
+    (expected * weights).sum().backward()
+    (actual * out_shard.cut(weights)).sum().backward()
+    assert_close(mine.grad, shard.cut(x.grad), GRADIENT_BOUND, f"{name} gradient of the input")
+    for gradient in gradients(model).values():
+        dist.all_reduce(gradient, group=group)
+    assert_all_close(gradients(model), gradients(whole_model), GRADIENT_BOUND)
+
+
+def check_all(groups, **settings):
+    for frames in FRAMES:
+        if (frames - 1) // RATIO + 1 >= groups.context[1]:
+            check_coder(groups, frames, decode=False, **settings)
+            check_coder(groups, frames, decode=True, **settings)
+
+
+def alone(groups):
+    """Groups of this rank by itself, for the reference."""
+    solo = [dist.new_group([rank]) for rank in range(groups.world_size)][groups.rank]
+    collection = SimpleNamespace(tp=solo, cp=solo, dp=solo, dp_cp=solo)
+    place = dict(tensor=(0, 1), context=(0, 1), data=(0, 1))
+    return dataclasses.replace(groups, collection=collection, rank=0, world_size=1, **place)
+
+
+def vae_step(model, groups):
+    from megacogvx.models.vae import VAELoss, VAELossConfig
+    from megacogvx.training.vae_step import VAEStep
+
+    loss = VAELoss(VAELossConfig(kl_weight=0.1)).to(groups.device)
+    return VAEStep(model.config, loss, 7, groups, torch.float32)
+
+
+def check_step(groups, frames, clips=2):
+    """Take one optimizer step with megatron-core, and one with torch on a rank of its own; compare all there is."""
+    from megacogvx.data.clips import ClipBatch
+    from megacogvx.parallel.config import ParallelConfig
+    from megacogvx.parallel.data_parallel import forward_backward, sum_over_tokens, wrap
+    from megacogvx.parallel.megatron import plain_core_config
+    from megacogvx.parallel.optimizer import build_optimizer
+
+    step, video = 3, make_video(frames, clips)
+    reference, single = make_model().to(groups.device), alone(groups)
+    before = {name: parameter.detach().clone() for name, parameter in reference.named_parameters()}
+    output, score = vae_step(reference, single)(iter([ClipBatch(step, video)]), reference)
+    loss, count, expected_metrics = score(output)
+    (loss / count).backward()
+    torch.optim.AdamW(reference.parameters(), lr=1e-3, eps=ADAM_EPS, weight_decay=0.0).step()
+
+    parallel = ParallelConfig(context_parallel_size=groups.context[1])
+    model = make_model()
+    ddp = wrap(model, plain_core_config(parallel, groups, torch.float32), groups)
+    optimizer = build_optimizer(
+        ddp, groups, lr=1e-3, min_lr=1e-3, total_steps=10, decay="constant", weight_decay=0.0, clip_grad=0.0,
+        betas=(0.9, 0.999), eps=ADAM_EPS,
+    )  # fmt: skip
+    optimizer.zero_grad()
+    optimizer.schedule(0)
+    batch = ClipBatch(step, video[groups.data[0] :: groups.data[1]])
+    metrics = forward_backward(vae_step(model, groups), [batch], ddp, groups, num_microbatches=1)
+    sums = sum_over_tokens(metrics[0]["sums"], groups)
+    assert_close(sums.cpu(), expected_metrics["sums"].cpu(), 1e-5, "sums for the log")
+    taken, norm = optimizer.step()
+    squares = sum(float(p.grad.double().square().sum()) for p in reference.parameters())
+    assert taken and abs(norm / squares**0.5 - 1) < GRADIENT_BOUND
+
+    left_out = total = 0
+    for name, parameter in model.named_parameters():
+        gradient = reference.get_parameter(name).grad
+        counts = gradient.abs() >= 1e-6 * gradient.abs().max()
+        left_out, total = left_out + int((~counts).sum()), total + counts.numel()
+        actual, expected = parameter.detach() - before[name], reference.get_parameter(name).detach() - before[name]
+        assert_close(actual[counts], expected[counts], 3e-4, f"step of {name}")
+    print(f"left out: {left_out} of {total}")
+    assert left_out <= 1e-3 * total
+
+
+@on_ranks(2, {"context_parallel_size": 2})
+def test_two_ranks_equal_one(groups):
+    check_all(groups)
+
+
+@on_ranks(2, {"context_parallel_size": 2})
+def test_other_compressions(groups):
+    for frames in (16, 17):
+        check_coder(groups, frames, False, temporal_compression_ratio=1)
+        check_coder(groups, frames, True, temporal_compression_ratio=1, temporal_kernel_size=1)
+    check_coder(groups, 17, False, temporal_compression_ratio=8)
+    check_coder(groups, 17, True, temporal_compression_ratio=8)
+    check_coder(groups, 7, False, temporal_compression_ratio=2)
+
+
+@on_ranks(2, {"context_parallel_size": 2})
+def test_one_training_step_on_two_ranks(groups):
+    check_step(groups, 9)
+    check_step(groups, 1)  # an image, which both ranks compute
+
+
+@on_ranks(3, {"context_parallel_size": 3})
+def test_three_ranks_equal_one(groups):
+    check_all(groups)
+
+
+@on_ranks(3, {"context_parallel_size": 3})
+def test_one_training_step_on_three_ranks(groups):
+    check_step(groups, 17)
+
+
+@on_ranks(4, {"context_parallel_size": 4})
+def test_four_ranks_equal_one(groups):
+    check_all(groups)
+
+
+@on_ranks(4, {"context_parallel_size": 2}, {"context_parallel_size": 4})
+def test_one_training_step_on_four_ranks(groups):
+    check_step(groups, 25)
+
+
+@pytest.mark.slow
+@on_ranks(8, {"context_parallel_size": 8})
+def test_eight_ranks_equal_one(groups):
+    check_coder(groups, 33, decode=False)
+    check_coder(groups, 41, decode=True)
+    check_step(groups, 33, clips=1)
+
+
+@on_ranks(3, {"context_parallel_size": 3})
+def test_bytes_exchanged(groups):
+    """Every convolution sends two frames of its input to the next rank, every normalisation two numbers per group."""
+    from megacogvx.models.vae.causal_conv import CausalConv3d
+    from megacogvx.parallel.frame_parallel import shard_pixels
+
+    model, shard = make_model().to(groups.device), shard_pixels(17, RATIO, groups.context_group)
+    halo_bytes, norms = [], [name for name, _ in model.encoder.named_modules() if "norm" in name]
+    for module in model.encoder.modules():
+        if isinstance(module, CausalConv3d):
+            module.register_forward_pre_hook(lambda _, args: halo_bytes.append(2 * args[0][:, :, 0].nbytes))
+    video = shard.cut(make_video(17)).to(groups.device).clone().requires_grad_()
+    with counted_bytes() as forward:
+        moments = model.encode(video, shard=shard)
+    with counted_bytes() as backward:
+        moments.square().sum().backward()
+
+    convolutions = sum(isinstance(module, CausalConv3d) for module in model.encoder.modules())
+    assert len(halo_bytes) == convolutions > 10
+    rank, statistics = groups.context[0], 2 * SMALL["norm_num_groups"]
+    assert forward == {
+        "isend": sum(halo_bytes) * (rank < 2),
+        "irecv": sum(halo_bytes) * (rank > 0),
+        "all_gather_into_tensor": 4 * (statistics + 1) * len(norms),
+        "all_reduce": 0,
+    }
+    assert backward == {
+        "isend": sum(halo_bytes) * (rank > 0),
+        "irecv": sum(halo_bytes) * (rank < 2),
+        "all_gather_into_tensor": 0,
+        "all_reduce": 4 * statistics * len(norms),
+    }
+
+
+class counted_bytes:  # noqa: N801
+    """Count what this rank gives to, and takes from, messages and collectives, in bytes, by name."""
+
+    def __enter__(self):
+        self.patch, self.count = pytest.MonkeyPatch(), Counter(isend=0, irecv=0, all_gather_into_tensor=0, all_reduce=0)
+        messages, gather, reduce = dist.batch_isend_irecv, dist.all_gather_into_tensor, dist.all_reduce
+
+        def batch_isend_irecv(ops):
+            for op in ops:
+                self.count[op.op.__name__] += op.tensor.nbytes
+            return messages(ops)
+
+        def all_gather_into_tensor(output, tensor, **settings):
+            self.count["all_gather_into_tensor"] += tensor.nbytes
+            return gather(output, tensor, **settings)
+
+        def all_reduce(tensor, **settings):
+            self.count["all_reduce"] += tensor.nbytes
+            return reduce(tensor, **settings)
+
+        for function in (batch_isend_irecv, all_gather_into_tensor, all_reduce):
+            self.patch.setattr(dist, function.__name__, function)
+        return self.count
+
+    def __exit__(self, *_):
+        self.patch.undo()
+
+
+@on_ranks(2, {"context_parallel_size": 2})
+def test_interior_frames_are_convolved_while_the_halo_travels(groups):
+    from megacogvx.models.vae.causal_conv import CausalConv3d
+    from megacogvx.models.vae.frames import FrameSpan
+    from megacogvx.parallel.frame_parallel import shard_pixels
+    from megacogvx_kernels.causal_halo import HaloExchange
+
+    events, shard = [], shard_pixels(17, RATIO, groups.context_group)
+    post, finish, conv3d = HaloExchange._post, HaloExchange._finish, F.conv3d
+
+    def convolve(x, *arguments, **settings):
+        events.append(f"convolve {x.shape[2]}")
+        y = conv3d(x, *arguments, **settings)
+        y.grad_fn.register_hook(lambda *_: events.append(f"gradient {x.shape[2]}"))
+        return y
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HaloExchange, "_post", lambda *a, **k: (events.append("post"), post(*a, **k))[1])
+        patch.setattr(HaloExchange, "_finish", lambda *a: (events.append("wait"), finish(*a))[1])
+        patch.setattr(F, "conv3d", convolve)
+        x = shard.cut(make_video(17)).to(groups.device).clone().requires_grad_()
+        y = CausalConv3d(3, 4, 3).to(groups.device)(x, FrameSpan.of(shard))
+        assert events == ["post", f"convolve {shard.count}", "wait", "convolve 4"]
+        events.clear()
+        y.sum().backward()
+        assert events == ["gradient 4", "post", f"gradient {shard.count}", "wait"]
+
+
+@on_ranks(2, {"context_parallel_size": 2})
+def test_held_out_psnr_and_pictures_are_those_of_the_whole_clip(groups, folder):
+    from megacogvx.data.images import read_image
+    from megacogvx.training.validation import HeldOutClips
+
+    clips = [(None, make_video(17)), (None, make_video(1))]
+    loader = SimpleNamespace(held_out_videos=lambda: iter(clips))
+    model = make_model().to(groups.device)
+    single = HeldOutClips(loader, model, folder / f"single{groups.rank}", alone(groups)).measure(0)
+    assert abs(HeldOutClips(loader, model, folder, groups).measure(0)["psnr"] - single["psnr"]) < 1e-4
+    dist.barrier()
+    for name in ("clip0.png", "clip1.png"):
+        paths = (folder / "reconstructions" / name, folder / "single0" / "reconstructions" / name)
+        actual, expected = (read_image(path).int() for path in paths)
+        assert (actual - expected).abs().max() <= 1, f"{name}: more than rounding"
+
+
+@on_ranks(2, {"context_parallel_size": 2})
+def test_what_cannot_be_split_is_named(groups):
+    from megacogvx.parallel.frame_parallel import shard_latents, shard_pixels
+
+    with pytest.raises(DataError, match=r"16 frames .*4k \+ 1 .*frames that works: 17; .*for 13 frames: 4"):
+        shard_pixels(16, RATIO, groups.context_group)
+    with pytest.raises(DataError, match=r"1 latent frames .*over 2 ranks.*works: 1"):
+        shard_latents(1, groups.context_group)
+    model, shard = make_model(), shard_pixels(17, RATIO, groups.context_group)
+    with pytest.raises(DataError, match=rf"17 frames were given .*give {shard.count}"):
+        model.encode(make_video(17), shard=shard)
+    with pytest.raises(ConfigError, match="exclude each other"):
+        model.encode(shard.cut(make_video(17)), frames_per_chunk=8, shard=shard)
+    odd = shard_pixels(13, RATIO, groups.context_group)
+    with pytest.raises(DataError, match="training clip of 13 frames"):
+        model(odd.cut(make_video(13)), shard=odd)
