@@ -43,6 +43,7 @@ def run(tmp_path, monkeypatch):
         loop, "forward_backward", lambda step, microbatches, *_, **__: [{"sums": m} for m in microbatches]
     )
     monkeypatch.setattr(loop, "sum_over_tokens", lambda sums, groups: sums * groups.world_size)
+    monkeypatch.setattr(loop, "from_last_stage", lambda sums, groups: sums)
     monkeypatch.setattr(loop, "save_checkpoint", lambda run: saved.append(run.state.step))
 
     def build(start: int = 0, bad_from: int | None = None) -> SimpleNamespace:
@@ -58,7 +59,7 @@ def run(tmp_path, monkeypatch):
             optimizer=FakeOptimizer(bad_from), state=TrainState(start), inputs=inputs, forward_step=None,
             read_sums=lambda sums: {"loss": sums.item()}, validate=lambda step: {"psnr": 10.0 + step},
             checkpoints=SimpleNamespace(latest=lambda: "the last good one"), metrics=MetricsFile(tmp_path, start, True),
-            resolved={"a": 1}, saved=saved,
+            resolved={"a": 1}, pack_tokens=64, saved=saved,
         )  # fmt: skip
 
     return build

@@ -16,6 +16,8 @@ from megacogvx.training.validation import SHOWN_FRAMES, HeldOutClips
 class Offset(torch.nn.Module):
     """A codec that moves every pixel by `offset`; its moments have a deviation that must not be drawn from."""
 
+    config = None  # read where frames are cut over ranks
+
     def __init__(self, offset: float):
         super().__init__()
         self.offset = torch.nn.Parameter(torch.tensor(offset))
