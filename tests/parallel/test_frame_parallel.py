@@ -20,6 +20,7 @@ OUTPUT_BOUND, GRADIENT_BOUND = 1e-5, 1e-4
 SMALL = {"block_out_channels": (4, 8, 8, 12), "layers_per_block": 1, "norm_num_groups": 2, "latent_channels": 4}
 FRAMES = (9, 13, 17, 21, 25)  # 3 to 7 latent frames; of three and four ranks most hold a single one
 HEIGHT, WIDTH, RATIO = 16, 24, 4
+RATE = 0.1  # so large that the step is well above the rounding of the weights
 ADAM_EPS = 1e-3  # so large that the first step is no mere sign: it sees a wrong scale, and doesn't blow up rounding
 
 
@@ -95,16 +96,19 @@ def alone(groups):
     return dataclasses.replace(groups, collection=collection, rank=0, world_size=1, **place)
 
 
-def vae_step(model, groups):
+def vae_step(model, groups, net):
     from megacogvx.models.vae import VAELoss, VAELossConfig
     from megacogvx.training.vae_step import VAEStep
 
-    loss = VAELoss(VAELossConfig(kl_weight=0.1)).to(groups.device)
+    loss = VAELoss(VAELossConfig(kl_weight=0.1, perceptual="random_net" if net else "none")).to(groups.device)
     return VAEStep(model.config, loss, 7, groups, torch.float32)
 
 
-def check_step(groups, frames, clips=2):
-    """Take one optimizer step with megatron-core, and one with torch on a rank of its own; compare all there is."""
+def check_step(groups, frames, clips=2, net=False):
+    """Take one optimizer step with megatron-core, and one with torch on a rank of its own; compare all there is.
+
+    With the random `net` in the loss, rounding of 1e-7 in the pixels flips ReLUs, which moves some gradients by 1e-4.
+    """
     from megacogvx.data.clips import ClipBatch
     from megacogvx.parallel.config import ParallelConfig
     from megacogvx.parallel.data_parallel import forward_backward, sum_over_tokens, wrap
@@ -114,22 +118,22 @@ def check_step(groups, frames, clips=2):
     step, video = 3, make_video(frames, clips)
     reference, single = make_model().to(groups.device), alone(groups)
     before = {name: parameter.detach().clone() for name, parameter in reference.named_parameters()}
-    output, score = vae_step(reference, single)(iter([ClipBatch(step, video)]), reference)
+    output, score = vae_step(reference, single, net)(iter([ClipBatch(step, video)]), reference)
     loss, count, expected_metrics = score(output)
     (loss / count).backward()
-    torch.optim.AdamW(reference.parameters(), lr=1e-3, eps=ADAM_EPS, weight_decay=0.0).step()
+    torch.optim.AdamW(reference.parameters(), lr=RATE, eps=ADAM_EPS, weight_decay=0.0).step()
 
     parallel = ParallelConfig(context_parallel_size=groups.context[1])
     model = make_model()
     ddp = wrap(model, plain_core_config(parallel, groups, torch.float32), groups)
     optimizer = build_optimizer(
-        ddp, groups, lr=1e-3, min_lr=1e-3, total_steps=10, decay="constant", weight_decay=0.0, clip_grad=0.0,
+        ddp, groups, lr=RATE, min_lr=RATE, total_steps=10, decay="constant", weight_decay=0.0, clip_grad=0.0,
         betas=(0.9, 0.999), eps=ADAM_EPS,
     )  # fmt: skip
     optimizer.zero_grad()
     optimizer.schedule(0)
     batch = ClipBatch(step, video[groups.data[0] :: groups.data[1]])
-    metrics = forward_backward(vae_step(model, groups), [batch], ddp, groups, num_microbatches=1)
+    metrics = forward_backward(vae_step(model, groups, net), [batch], ddp, groups, num_microbatches=1)
     sums = sum_over_tokens(metrics[0]["sums"], groups)
     assert_close(sums.cpu(), expected_metrics["sums"].cpu(), 1e-5, "sums for the log")
     taken, norm = optimizer.step()
@@ -142,7 +146,7 @@ def check_step(groups, frames, clips=2):
         counts = gradient.abs() >= 1e-6 * gradient.abs().max()
         left_out, total = left_out + int((~counts).sum()), total + counts.numel()
         actual, expected = parameter.detach() - before[name], reference.get_parameter(name).detach() - before[name]
-        assert_close(actual[counts], expected[counts], 3e-4, f"step of {name}")
+        assert_close(actual[counts], expected[counts], 2e-3 if net else GRADIENT_BOUND, f"step of {name}")
     print(f"left out: {left_out} of {total}")
     assert left_out <= 1e-3 * total
 
@@ -165,6 +169,7 @@ def test_other_compressions(groups):
 @on_ranks(2, {"context_parallel_size": 2})
 def test_one_training_step_on_two_ranks(groups):
     check_step(groups, 9)
+    check_step(groups, 9, net=True)
     check_step(groups, 1)  # an image, which both ranks compute
 
 
