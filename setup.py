@@ -33,7 +33,7 @@ class BuildKernels(build_ext):
 
     def _build(self, tools: toolchain.Tools) -> None:
         source = PROJECT / "kernels" / "megacogvx_kernels"
-        target = source if self.inplace else Path(self.build_lib) / "megacogvx_kernels"
+        target = source if self.inplace or self.editable_mode else Path(self.build_lib) / "megacogvx_kernels"
         if not toolchain.is_current(source, tools):
             toolchain.compile_library(tools, target, Path(self.build_temp) / "kernels")
         elif target != source:

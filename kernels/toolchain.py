@@ -10,11 +10,13 @@ the .cu files include no torch header.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import platform
 import shutil
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -70,8 +72,10 @@ def find_compiler() -> str | None:
 
 
 def find_torch() -> Path | None:
-    """Return the folder of the torch that is installed beside us; also from within pip's isolated build."""
-    places = {Path(sysconfig.get_path(name)) / "torch" for name in ("platlib", "purelib")}
+    """Return the folder of the torch that we would import; from pip's isolated build, of the one that is installed."""
+    spec = importlib.util.find_spec("torch")
+    places = [Path(spec.origin).parent] if spec and spec.origin else []
+    places += [Path(sysconfig.get_path(name)) / "torch" for name in ("platlib", "purelib")]
     return next((place for place in places if (place / "include" / "torch" / "csrc" / "stable").is_dir()), None)
 
 
@@ -221,3 +225,8 @@ def _link_flags(tools: Tools) -> list[str]:
     """libtorch is needed though nothing of it is called: with CUDA it is what brings libtorch_cuda along."""
     pass_on = ("-Xlinker", "--no-as-needed") if tools.nvcc else ("-Wl,--no-as-needed",)
     return [f"-L{tools.torch / 'lib'}", *pass_on, "-ltorch", "-ltorch_cpu", "-lc10"]
+
+
+if __name__ == "__main__":  # `python kernels/toolchain.py nvcc`: where it is; fails if it is nowhere
+    file = find_cuda_program(sys.argv[1])
+    sys.exit(print(file) if file else f"{sys.argv[1]} not found")

@@ -3,6 +3,7 @@
 // reading outside its tensors. The fake implementations and the gradients are registered in Python too.
 #include "adaln/args.h"
 #include "common/tensors.h"
+#include "group_norm_moments/args.h"
 #include "qk_norm_rope/args.h"
 
 using namespace mcv;
@@ -386,6 +387,45 @@ SixTensors gated_residual_adaln_backward(
 
 }  // namespace
 
+// -------------------------------------------------------------------------------------- group_norm_moments
+
+#if defined(MCV_KERNELS)
+namespace {
+
+// Sums [B, chunks, C, 2] of kinds 0 and 1; the values themselves of kinds 2 and 3. `gradient` is x where none is read.
+Tensor group_norm(
+    const Tensor& x, const Tensor& gradient, const Tensor& coefficients, int64_t kind, bool is_channels_last,
+    bool has_silu) {
+  STD_TORCH_CHECK(x.dim() == 3 && x.numel() > 0, "x must be [B, C, P] or, channels-last, [B, P, C]");
+  check_contiguous(x, "x"), check_contiguous(gradient, "gradient"), check_contiguous(coefficients, "coefficients");
+  GroupNormArgs args = {};
+  args.batch = x.size(0), args.channels = x.size(is_channels_last ? 2 : 1);
+  args.positions = x.size(is_channels_last ? 1 : 2);
+  args.is_channels_last = is_channels_last, args.has_silu = has_silu;
+  const int64_t in_chunk = is_channels_last ? kChunkPositionsLast : kChunkPositions;
+  args.chunks = (args.positions + in_chunk - 1) / in_chunk;
+  const int dtype = dtype_of(x, "x");
+  STD_TORCH_CHECK(
+      dtype != kFloat64 && gradient.numel() == x.numel() && gradient.scalar_type() == x.scalar_type() &&
+          coefficients.scalar_type() == ScalarType::Float &&
+          coefficients.numel() == args.batch * args.channels * kCoefficients &&
+          (is_channels_last ? args.channels % 8 == 0 && args.channels <= 2048 : args.positions % 8 == 0),
+      "group_norm: what is contiguous comes in eights, coefficients are fp32 [B, C, 6]");
+  args.x = x.data_ptr(), args.gradient = gradient.data_ptr();
+  args.coefficients = static_cast<const float*>(coefficients.data_ptr());
+  check_aligned(args.x, "x"), check_aligned(args.gradient, "gradient");
+  const OnDevice device(x);
+  Tensor out = kind == kMoments || kind == kGradientSums
+                   ? empty(x, {args.batch, args.chunks, args.channels, 2}, ScalarType::Float)
+                   : empty(x, {x.sizes().begin(), x.sizes().end()}, x.scalar_type());
+  args.out = out.data_ptr();
+  check_launch(mcv_group_norm_cuda(&args, int(kind), dtype, device.stream), "group_norm");
+  return out;
+}
+
+}  // namespace
+#endif
+
 // ---------------------------------------------------------------------------------------------- registration
 
 #define ADALN_GATE "Tensor branch, Tensor gates, "
@@ -406,6 +446,9 @@ STABLE_TORCH_LIBRARY(MCV_OPS, library) {
   library.def(
       "qk_norm_rope_backward(Tensor grad_q, Tensor grad_k, " QK_NORM_ROPE_SCHEMA
       ") -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "group_norm(Tensor x, Tensor gradient, Tensor coefficients, int kind, bool is_channels_last, bool has_silu) "
+      "-> Tensor");
   library.def("adaln_modulate(Tensor x, " ADALN_MODULATION ADALN_ROWS ", float eps) -> Tensor");
   library.def(
       "adaln_modulate_backward(Tensor gradient, Tensor x, " ADALN_MODULATION ADALN_ROWS
@@ -431,6 +474,7 @@ STABLE_TORCH_LIBRARY_IMPL(MCV_OPS, CPU, library) {
 STABLE_TORCH_LIBRARY_IMPL(MCV_OPS, MCV_DEVICE, library) {
   library.impl("qk_norm_rope", TORCH_BOX(&qk_norm_rope_kernel));
   library.impl("qk_norm_rope_backward", TORCH_BOX(&qk_norm_rope_backward_kernel));
+  library.impl("group_norm", TORCH_BOX(&group_norm));
   FOR_EACH_ADALN_OP(IMPLEMENT)
 }
 #endif

@@ -34,16 +34,17 @@ def available() -> frozenset[str]:
     return frozenset(("cpu", "cuda") if facts["cuda"] and torch.version.cuda else ("cpu",))
 
 
-def answers(op: str, tensor: torch.Tensor, fits_kernel: bool) -> bool:
+def answers(op: str, tensor: torch.Tensor, fits_kernel: bool, on_cpu: bool = True) -> bool:
     """Tell whether the compiled op takes this call, and log the choice the first time.
 
     Args:
         op: its name, for the log.
         tensor: the main argument; its device decides.
         fits_kernel: what the CUDA kernel asks of dtype, sizes and layout is given; C++ takes everything.
+        on_cpu: the op has a C++ version; False where torch's own is as good.
     """
     device = tensor.device.type
-    chosen = not _is_off and device in available() and (device == "cpu" or fits_kernel)
+    chosen = not _is_off and device in available() and (on_cpu if device == "cpu" else fits_kernel)
     _name_once(op, {"cpu": "C++", "cuda": "CUDA"}[device] if chosen else "reference", device)
     return chosen
 

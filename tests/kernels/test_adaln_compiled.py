@@ -97,7 +97,7 @@ def test_cpp_equals_the_reference_on_random_shapes(need_compiled, name):
 
 @pytest.mark.parametrize("name", OPS)
 def test_the_kernels_equal_the_reference_on_random_shapes(simt, name):
-    for seed in range(SHAPES):
+    for seed in range(list(OPS).index(name), SHAPES, len(OPS)):
         arguments = adaln_arguments(20_000 + seed, widths=KERNEL_WIDTHS)
         results, gradients = run_with_gradients(_positional(name, _in_kernel(simt, name)), arguments, seed)
         _hold_to_the_reference(name, results, gradients, arguments, seed)

@@ -123,17 +123,20 @@ def gated_residual_adaln(
 
 
 def _check_tokens(rows_S: torch.Tensor, **tokens: torch.Tensor) -> None:
-    first_SD = next(iter(tokens.values()))
-    for name, x_SD in tokens.items():
-        if not isinstance(x_SD, torch.Tensor):
-            raise TypeError(f"{name} must be a tensor, not {type(x_SD).__name__}")
-        require_floating(name, x_SD)
-        if x_SD.dim() not in (2, 3) or (x_SD.dim() == 3 and x_SD.shape[1] != 1) or not x_SD.shape[-1]:
-            raise ValueError(f"{name} has the shape {tuple(x_SD.shape)}; expected [S, D] or [S, 1, D]")
-        require_shape(name, x_SD, tuple(first_SD.shape))
-        require_vectors(name, x_SD)
-    require_shape("rows_S", rows_S, (first_SD.shape[0],))
+    (name, first_SD), *others = tokens.items()
+    if not isinstance(first_SD, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(first_SD).__name__}")
+    require_floating(name, first_SD)
+    shape = tuple(first_SD.shape)
+    if len(shape) not in (2, 3) or (len(shape) == 3 and shape[1] != 1) or not shape[-1]:
+        raise ValueError(f"{name} has the shape {shape}; expected [S, D] or [S, 1, D]")
+    require_shape("rows_S", rows_S, shape[:1])
     require_integer("rows_S", rows_S)
+    for other, x_SD in others:
+        require_shape(other, x_SD, shape)
+        require_floating(other, x_SD)
+    for each, x_SD in tokens.items():
+        require_vectors(each, x_SD)
     require_one_device(**tokens, rows_S=rows_S)
 
 
