@@ -1,7 +1,7 @@
 """Read the kernels' machine code and hold it to budgets.json: registers, shared memory, no local memory, wide accesses.
 
 `ptxas` reports "no spills" also for a kernel whose arrays live in local memory, so the disassembly is asked too. Needs
-nvcc and cuobjdump (of a CUDA toolkit, or the wheel nvidia-cuda-cuobjdump); nothing runs on a GPU.
+nvcc, and cuobjdump with nvdisasm (of a CUDA toolkit, or NVIDIA's wheels); nothing runs on a GPU.
 
     python kernels/machine_code.py [--architectures 80 90 100] [--write]
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import toolchain  # noqa: E402  (beside this file)
 
 BUDGETS = Path(__file__).resolve().parent / "budgets.json"
+PROGRAMS = ("cuobjdump", "nvdisasm")
 SPARE_REGISTERS = 8  # what --write leaves for another compiler version
 
 
@@ -66,9 +68,10 @@ def read(cubin: Path) -> dict[str, MachineCode]:
     Raises:
         toolchain.BuildError: no cuobjdump, or it failed.
     """
-    program = toolchain.find_cuda_program("cuobjdump")
-    if program is None:
-        raise toolchain.BuildError("no cuobjdump found: pip install nvidia-cuda-cuobjdump")
+    program, disassembler = (toolchain.find_cuda_program(name) for name in PROGRAMS)
+    if program is None or disassembler is None:
+        raise toolchain.BuildError("no cuobjdump or nvdisasm found: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+    os.environ["NVDISASM_PATH"] = str(disassembler.parent)  # cuobjdump calls it
     usage = toolchain.run([str(program), "--dump-resource-usage", str(cubin)])
     listing = toolchain.run([str(program), "--dump-sass", str(cubin)])
     code = _instructions(listing)

@@ -2,6 +2,7 @@
 // Arguments are checked in Python, for every backend alike; what is checked here keeps a direct call of torch.ops from
 // reading outside its tensors. The fake implementations and the gradients are registered in Python too.
 #include "adaln/args.h"
+#include "causal_halo/args.h"
 #include "common/tensors.h"
 #include "group_norm_moments/args.h"
 #include "qk_norm_rope/args.h"
@@ -423,6 +424,44 @@ Tensor group_norm(
   return out;
 }
 
+// ---------------------------------------------------------------------------------------------- causal_halo
+
+FramesArgs frames_args(const Tensor& clip, int64_t first, int64_t count) {
+  STD_TORCH_CHECK(clip.dim() == 5 && clip.numel() > 0, "x_BCTHW must be [B, C, T, H, W]");
+  check_contiguous(clip, "x_BCTHW");
+  STD_TORCH_CHECK(first >= 0 && count > 0 && first + count <= clip.size(2), "the frames must be some of the clip's");
+  const int64_t frame = clip.size(3) * clip.size(4), size = dtype_of(clip, "x_BCTHW") == kFloat32 ? 4 : 2;
+  STD_TORCH_CHECK(dtype_of(clip, "x_BCTHW") != kFloat64, "the kernel takes float32, bfloat16 and float16");
+  FramesArgs args = {};
+  args.clip = static_cast<char*>(clip.data_ptr()) + first * frame * size;
+  args.rows = clip.size(0) * clip.size(1), args.length = count * frame, args.stride = clip.size(2) * frame;
+  args.is_wide = frame % 8 == 0 && reinterpret_cast<uintptr_t>(args.clip) % 16 == 0;
+  return args;
+}
+
+Tensor halo_pack(const Tensor& clip, int64_t first, int64_t count) {
+  FramesArgs args = frames_args(clip, first, count);
+  const OnDevice device(clip);
+  Tensor message =
+      empty(clip, {clip.size(0), clip.size(1), count, clip.size(3), clip.size(4)}, clip.scalar_type());
+  args.message = message.data_ptr();
+  check_launch(mcv_halo_frames_cuda(&args, dtype_of(clip, "x_BCTHW"), device.stream), "halo_pack");
+  return message;
+}
+
+void halo_unpack_add(Tensor clip, const Tensor& message, int64_t first) {
+  check_contiguous(message, "the message");
+  STD_TORCH_CHECK(
+      message.dim() == 5 && message.scalar_type() == clip.scalar_type() &&
+          message.numel() == clip.size(0) * clip.size(1) * message.size(2) * clip.size(3) * clip.size(4),
+      "the message must be frames of the clip");
+  FramesArgs args = frames_args(clip, first, message.size(2));
+  const OnDevice device(clip);
+  args.message = message.data_ptr(), args.is_unpack = 1;
+  args.is_wide = args.is_wide && reinterpret_cast<uintptr_t>(args.message) % 16 == 0;
+  check_launch(mcv_halo_frames_cuda(&args, dtype_of(clip, "x_BCTHW"), device.stream), "halo_unpack_add");
+}
+
 }  // namespace
 #endif
 
@@ -449,6 +488,8 @@ STABLE_TORCH_LIBRARY(MCV_OPS, library) {
   library.def(
       "group_norm(Tensor x, Tensor gradient, Tensor coefficients, int kind, bool is_channels_last, bool has_silu) "
       "-> Tensor");
+  library.def("halo_pack(Tensor clip, int first, int count) -> Tensor");
+  library.def("halo_unpack_add(Tensor(a!) clip, Tensor message, int first) -> ()");
   library.def("adaln_modulate(Tensor x, " ADALN_MODULATION ADALN_ROWS ", float eps) -> Tensor");
   library.def(
       "adaln_modulate_backward(Tensor gradient, Tensor x, " ADALN_MODULATION ADALN_ROWS
@@ -475,6 +516,8 @@ STABLE_TORCH_LIBRARY_IMPL(MCV_OPS, MCV_DEVICE, library) {
   library.impl("qk_norm_rope", TORCH_BOX(&qk_norm_rope_kernel));
   library.impl("qk_norm_rope_backward", TORCH_BOX(&qk_norm_rope_backward_kernel));
   library.impl("group_norm", TORCH_BOX(&group_norm));
+  library.impl("halo_pack", TORCH_BOX(&halo_pack));
+  library.impl("halo_unpack_add", TORCH_BOX(&halo_unpack_add));
   FOR_EACH_ADALN_OP(IMPLEMENT)
 }
 #endif

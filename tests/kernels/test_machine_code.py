@@ -9,7 +9,7 @@ ARCHITECTURES = [int(each) for each in os.environ.get("MEGACOGVX_KERNELS_ARCHITE
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_keeps_its_budget(machine_code, cannot, toolchain, architecture):
-    for program in ("nvcc", "cuobjdump"):
+    for program in ("nvcc", *machine_code.PROGRAMS):
         if toolchain.find_cuda_program(program) is None:
             cannot(f"no {program}")
     code = machine_code.examine(architecture)
