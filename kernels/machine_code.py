@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import toolchain  # noqa: E402  (beside this file)
+import toolchain
 
 BUDGETS = Path(__file__).resolve().parent / "budgets.json"
 PROGRAMS = ("cuobjdump", "nvdisasm")
@@ -70,7 +70,7 @@ def read(cubin: Path) -> dict[str, MachineCode]:
     """
     program, disassembler = (toolchain.find_cuda_program(name) for name in PROGRAMS)
     if program is None or disassembler is None:
-        raise toolchain.BuildError("no cuobjdump or nvdisasm found: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+        raise toolchain.BuildError("no cuobjdump and nvdisasm found; NVIDIA's wheels nvidia-cuda-... have them")
     os.environ["NVDISASM_PATH"] = str(disassembler.parent)  # cuobjdump calls it
     usage = toolchain.run([str(program), "--dump-resource-usage", str(cubin)])
     listing = toolchain.run([str(program), "--dump-sass", str(cubin)])

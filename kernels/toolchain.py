@@ -117,7 +117,7 @@ def compile_library(tools: Tools, folder: Path, work: Path) -> Path:
         BuildError: a compiler failed; the message is its output.
     """
     work.mkdir(parents=True, exist_ok=True)
-    commands = {output: command for output, command in _objects(tools, work)}
+    commands = dict(_objects(tools, work))
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         list(pool.map(run, commands.values()))
     library = folder / LIBRARY
@@ -217,12 +217,12 @@ def _host(tools: Tools) -> list[str]:
 
 
 def _linker(tools: Tools) -> list[str]:
-    """nvcc knows where its runtime lies, and links it statically: the library loads without a driver."""
+    """The runtime is linked statically, by nvcc, which knows where it lies: the library loads without a driver."""
     return [str(tools.nvcc), "-ccbin", tools.compiler, "-cudart", "static"] if tools.nvcc else [tools.compiler]
 
 
 def _link_flags(tools: Tools) -> list[str]:
-    """libtorch is needed though nothing of it is called: with CUDA it is what brings libtorch_cuda along."""
+    """Nothing of libtorch is called, but with CUDA it is what brings libtorch_cuda along, and with it the streams."""
     pass_on = ("-Xlinker", "--no-as-needed") if tools.nvcc else ("-Wl,--no-as-needed",)
     return [f"-L{tools.torch / 'lib'}", *pass_on, "-ltorch", "-ltorch_cpu", "-lc10"]
 

@@ -77,8 +77,9 @@ def main() -> int:
     if parser.parse_args().table:
         write_table(latest())
         return 0
-    import toolchain
     import torch
+
+    import toolchain
 
     if not torch.cuda.is_available():
         sys.exit("run_all.py measures on a GPU, and torch sees none here")
@@ -144,7 +145,8 @@ def _cells(found: dict[str, Any]) -> list[str]:
     if "note" in found:
         return [found["note"], "", "", ""]
     share = f"{found['share']:.0%}" if found.get("share") else ""
-    return [f"{found['ms']:.3f}", share, *(f"{found[key]:.3f}" if key in found else "" for key in ("eager", "compiled"))]
+    others = (f"{found[key]:.3f}" if key in found else "" for key in ("eager", "compiled"))
+    return [f"{found['ms']:.3f}", share, *others]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the tests of the compiled ops share: kernels/toolchain.py, the SIMT shim's library, and how skips are counted."""
+"""What the tests of the compiled ops share: kernels/toolchain.py, the SIMT shim's library, and what a skip means."""
 
 import importlib
 import os

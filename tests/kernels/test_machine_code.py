@@ -21,10 +21,10 @@ def test_every_way_to_break_a_budget_is_seen(machine_code):
     good = machine_code.MachineCode(registers=80, shared=64, stack=0, local=0, wide_loads=2, wide_stores=1)
     budget = {"kernel": {"registers": 80, "shared": 64, "wide_loads": 2, "wide_stores": 1}}
     assert machine_code.problems({"kernel": good}, budget) == []
-    for change in ({"registers": 81}, {"shared": 65}, {"stack": 32}, {"local": 1}, {"wide_loads": 1}, {"wide_stores": 0}):
-        changed = machine_code.MachineCode(**{**vars(good), **change})
+    for key, value in dict(registers=81, shared=65, stack=32, local=1, wide_loads=1, wide_stores=0).items():
+        changed = machine_code.MachineCode(**{**vars(good), key: value})
         (problem,) = machine_code.problems({"kernel": changed}, budget)
-        assert next(iter(change)) in problem
+        assert key in problem
     assert machine_code.problems({}, budget)
     assert machine_code.problems({"kernel": good}, {})
 

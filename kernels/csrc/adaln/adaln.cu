@@ -98,7 +98,7 @@ MCV_KERNEL(256, 4) adaln_forward(MCV_ARGUMENT(AdalnArgs) a) {
   }
 }
 
-// What a thread reads of one token, still as stored: the next token's is on its way while this one's is computed.
+// What a thread reads of one token, still as stored: the next token's can be on its way while this one's is computed.
 template <class S, bool has_branch, bool is_modulated>
 struct Inputs {
   Raw8<S> x, dy, dr, branch;
@@ -127,12 +127,13 @@ MCV_KERNEL(512, 1) adaln_backward(MCV_ARGUMENT(AdalnArgs) a) {
     load_vector(gate, a.gates, a.gates_dtype, row * a.gates_stride + kGate * int64_t(a.width) + channel);
   }
   float sums[3][kChunk] = {};
-  Inputs<S, has_branch, is_modulated> next = {};
-  next.load(a, first * a.width + channel, is_live);
+  constexpr bool has_next = sizeof(S) == 2;  // of fp32, two tokens don't fit into the registers
+  Inputs<S, has_branch, is_modulated> now = {}, next = {};
+  if (has_next) next.load(a, first * a.width + channel, is_live);
   for (int64_t token = first; token < end; ++token) {
-    const Inputs<S, has_branch, is_modulated> now = next;
     const int64_t at = token * a.width + channel;
-    next.load(a, at + a.width, is_live && token + 1 < end);
+    if (has_next) now = next, next.load(a, at + a.width, is_live && token + 1 < end);
+    else now.load(a, at, is_live);
     float dr[1][kChunk] = {};
     if (is_modulated) {
       float x[1][kChunk], dy[kChunk], sum_g[kChunk] = {}, sum_gx[kChunk] = {};

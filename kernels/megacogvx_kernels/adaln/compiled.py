@@ -1,6 +1,6 @@
-"""The ops of `adaln` as registered ops, `megacogvx::adaln_modulate` and so on, each with its gradient as an op of its own.
+"""The ops of `adaln` as registered ops, `megacogvx::adaln_modulate` and so on, each with its gradient as another op.
 
-They are defined and implemented in csrc/ for CPU and CUDA. Here are their shapes for tracing, and the autograd formulas.
+They are defined and implemented in csrc/ for CPU and CUDA. Here are their shapes for tracing and the autograd formulas.
 Forward takes what only backward needs, the runs of tokens of one row, so that autograd keeps them beside the inputs.
 """
 

@@ -1,4 +1,4 @@
-"""Which tokens share a row of a modulation table: the order in which its gradient is summed, on every device the same."""
+"""Which tokens share a row of a modulation table: the order in which its gradient is summed, alike on all devices."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The last frames of a clip as a message, and a message's gradient back: what moves in memory, and what needn't.
 
-Of a channels-last clip of one sample the frames lie in one piece, and are sent as they are. Of any other they are packed,
-on a GPU by a kernel (csrc/causal_halo/).
+Of a channels-last clip of one sample the frames lie in one piece, and are sent as they are. Of any other they are
+packed, on a GPU by a kernel (csrc/causal_halo/).
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def last_frames(tail_BCTHW: torch.Tensor, layout: torch.memory_format) -> torch.
         return tail_BCTHW
     clip = _clip_of(tail_BCTHW)
     if clip is not None and layout == torch.contiguous_format and _takes(clip):
-        packed: torch.Tensor = torch.ops.megacogvx.halo_pack(clip, clip.shape[2] - tail_BCTHW.shape[2], tail_BCTHW.shape[2])
+        count = tail_BCTHW.shape[2]
+        packed: torch.Tensor = torch.ops.megacogvx.halo_pack(clip, clip.shape[2] - count, count)
         return packed
     return tail_BCTHW.contiguous(memory_format=layout)
 

@@ -65,7 +65,7 @@ def qk_norm_rope(
     parameters = {"q_weight_K": q_weight_K, "q_bias_K": q_bias_K, "k_weight_K": k_weight_K, "k_bias_K": k_bias_K}
     tables = {"sample_table_M5": sample_table_M5, "rope_grid_M6": rope_grid_M6}
     _check_parameters(split_SN3K, parameters, tables)
-    _check_rotation(split_SN3K, tables, token_offset, axes, rotate)
+    _check_rotation(split_SN3K, sample_table_M5, token_offset, axes, rotate)
     implementation = compiled if compiled.takes(split_SN3K, rotate) else reference
     return implementation.qk_norm_rope(
         split_SN3K, q_weight_K, q_bias_K, k_weight_K, k_bias_K, sample_table_M5, rope_grid_M6, token_offset,
@@ -102,7 +102,7 @@ def _check_parameters(
 
 
 def _check_rotation(
-    split_SN3K: torch.Tensor, tables: dict[str, torch.Tensor], token_offset: int, axes: tuple[int, int, int], rotate: bool
+    split_SN3K: torch.Tensor, table_M5: torch.Tensor, token_offset: int, axes: tuple[int, int, int], rotate: bool
 ) -> None:
     width = split_SN3K.shape[-1]
     if width % 2:
@@ -111,4 +111,4 @@ def _check_rotation(
         raise ValueError(f"axes={tuple(axes)} must be three even numbers that sum to K={width}")
     if token_offset < 0:
         raise ValueError(f"token_offset={token_offset} must not be negative")
-    require_sample_table("sample_table_M5", tables["sample_table_M5"], token_offset, split_SN3K.shape[0])
+    require_sample_table("sample_table_M5", table_M5, token_offset, split_SN3K.shape[0])
