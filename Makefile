@@ -12,11 +12,11 @@ PYTHON ?= $(shell for python in python3.11 python3 python; do \
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test faults lint format clean
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo '  ARGS="..." is handed to the demo and to pytest, PYTHON=... names another interpreter for the set-up'
+	@echo '  ARGS="..." is handed to the demo, the faults and pytest, PYTHON=... names another interpreter for the set-up'
 
 setup: $(STAMP)  ## make .venv/ with the pinned packages; the other targets do this themselves
 
@@ -37,6 +37,9 @@ demo: $(STAMP)  ## the whole road on one small machine: videos to a pretrained t
 # Lint first: it takes seconds, and its complaints are read best in the tools' own words.
 test: lint  ## lint, then the default tests
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(ARGS)
+
+faults: $(STAMP)  ## every fault of the matrix, planted and recovered; at most an hour, goes on where it was stopped
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python tests/faults/matrix.py $(ARGS)
 
 lint: $(STAMP)  ## ruff, mypy and the import rule
 	$(BIN)/ruff check .

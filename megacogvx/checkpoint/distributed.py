@@ -203,7 +203,7 @@ def load_newest(
     Raises:
         CheckpointError: the newest is damaged and `go_back` is off, all are damaged, or one is of another model.
     """
-    steps = broadcast_json(_together(groups, directory.steps) if groups.is_first else None, groups)
+    steps = broadcast_json(_together(groups, lambda: directory.steps() if groups.is_first else None), groups)
     for step in reversed(steps):
         path = directory.path(step)
         problems = verify_together(path, groups)
