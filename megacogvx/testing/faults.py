@@ -1,8 +1,8 @@
 """Trainings of a tiny model on several processes, with one fault planted, as tests and `make faults` start them.
 
 A start is all ranks of one `megacogvx train`, forked from the server that has imported megatron-core. A fault is a
-function of this module, called by name in the rank that it is for, which changes what the training will meet at a
-certain step: it kills the process, spoils a gradient, fills the disk. Only the processes of that start see it.
+function of `fault_points.py`, called by name in the rank that it is for, which changes what the training will meet at
+a certain step: it kills the process, spoils a gradient, fills the disk. Only the processes of that start see it.
 """
 
 from __future__ import annotations
@@ -11,19 +11,20 @@ import contextlib
 import faulthandler
 import json
 import os
-import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 from megacogvx.testing import spawn
+from megacogvx.testing.fault_points import FAULTS
 from megacogvx.testing.tiny_dataset import write_tiny_dataset
 
 START_SECONDS = 120.0  # for one start, all of it
@@ -50,7 +51,7 @@ class Fault:
     """One planted fault.
 
     Attributes:
-        name: a function of `FAULTS`.
+        name: a function of `fault_points.FAULTS`.
         rank: where; None on all ranks.
         settings: its arguments.
     """
@@ -141,6 +142,18 @@ class Training:
         statuses = _wait(processes, began + START_SECONDS)
         texts = [(output / str(rank)).read_text(errors="replace") for rank in range(self.ranks)]
         return Ended(statuses, time.monotonic() - began, texts)
+
+    def start_by_torchrun(self, *faults: Fault, restarts: int = 1) -> Ended:
+        """Start under torchrun, which starts all ranks again when one has failed; the faults strike the first time."""
+        plan = self.folder / "torchrun.json"
+        plan.write_text(json.dumps({"config": self.config(), "faults": [vars(fault) for fault in faults]}))
+        words = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(self.ranks)]
+        words += ["--max-restarts", str(restarts), "-m", "megacogvx.testing.faults", str(plan)]
+        began = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-m", *words], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        return Ended([done.returncode], time.monotonic() - began, [done.stdout + done.stderr])
 
     def steps(self) -> list[int]:
         """Return the steps of the complete checkpoints."""
@@ -289,297 +302,17 @@ def _note_consumed(run: Path, rank: int, started: float) -> None:
     loop._advance = noted
 
 
-# ------------------------------------------------------------------------------------------------------- the faults
-
-
-def kill_at(point: str, step: int) -> None:
-    """End this process by SIGKILL in step `step`: in forward, backward, reduce or optimizer."""
-    here = {"step": -1}
-    _follow_steps(here)
-
-    def kill(*_: Any, **__: Any) -> None:
-        if here["step"] == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    _before(point, kill)
-
-
-def kill_at_call(name: str, number: int, step: int) -> None:
-    """End this process by SIGKILL before call `number` of `os.<name>`, counted from the save after step `step` on."""
-    here = {"step": -1, "calls": 0}
-    _follow_steps(here)
-    real = getattr(os, name)
-
-    def counted(*arguments: Any, **options: Any) -> Any:
-        if here["step"] >= step and "checkpoints" in str(arguments[0] if name != "fsync" else _path_of(arguments[0])):
-            if here["calls"] == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            here["calls"] += 1
-        return real(*arguments, **options)
-
-    setattr(os, name, counted)
-
-
-def kill_writer(step: int) -> None:
-    """End the child that writes the checkpoint after `step`, by SIGKILL, before its first byte."""
-    _in_writer(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
-
-
-def kill_beside_writer(step: int) -> None:
-    """End this process by SIGKILL while its child still writes the checkpoint after `step`."""
-    training = os.getpid()
-
-    def kill_and_go_on() -> None:
-        os.kill(training, signal.SIGKILL)
-        time.sleep(0.2)
-
-    _in_writer(step, kill_and_go_on)
-
-
-def spoil(what: str, value: float, step: int, times: int = 1) -> None:
-    """Make the loss or the gradient of a step `value` (nan, inf), or multiply it; `times`: passes that are spoiled.
-
-    Args:
-        what: "loss", "gradient", "sample" (one sample's latents) or "spike" (the loss times `value`).
-        value: what it becomes, or is multiplied with.
-        step: of the run.
-        times: 1 is a fault that has passed when the step is redone; 2 or more is a lasting one.
-    """
-    import torch
-
-    here = {"step": -1, "left": times}
-    _follow_steps(here)
-
-    def strikes() -> bool:
-        if here["step"] != step or here["left"] <= 0:
-            return False
-        here["left"] -= 1
-        return True
-
-    if what == "gradient":
-        from megacogvx.training import loop
-
-        real = loop.forward_backward
-
-        def spoiled(forward_step: Any, microbatches: Any, model: Any, *rest: Any, **options: Any) -> Any:
-            result = real(forward_step, microbatches, model, *rest, **options)
-            if strikes():
-                for parameter in model.parameters():  # one of them at least in this rank's share
-                    parameter.main_grad.view(-1)[0] = value
-            return result
-
-        loop.forward_backward = spoiled
-        return
-    from megacogvx.training.batch import BatchMaker
-    from megacogvx.training.step import TransformerStep
-
-    if what == "sample":
-        prepare = BatchMaker.prepare
-
-        def with_bad_sample(self: BatchMaker, pack: Any, timesteps: list[int]) -> Any:
-            batch = prepare(self, pack, timesteps)
-            if strikes():
-                batch.video_SP[0] = value
-            return batch
-
-        BatchMaker.prepare = with_bad_sample  # type: ignore[method-assign]
-        return
-    loss = TransformerStep.loss
-
-    def spoiled_loss(self: TransformerStep, batch: Any, prediction: torch.Tensor) -> Any:
-        total, count, sums = loss(self, batch, prediction)
-        if strikes():
-            factor = value if what == "spike" else total.new_tensor(value)
-            return total * factor, count, {"sums": sums["sums"] * factor}
-        return total, count, sums
-
-    TransformerStep.loss = spoiled_loss  # type: ignore[method-assign]
-
-
-def hang(how: str, step: int) -> None:
-    """Stop this rank in step `step`: "stop" (SIGSTOP), "sleep" (in the loader), "lock" (Python's), "skip"."""
-    here = {"step": -1}
-    _follow_steps(here)
-    if how == "sleep":
-        from megacogvx.training import setup
-
-        pack_inputs = setup._pack_inputs
-
-        def sleepy(*arguments: Any) -> Iterator[Any]:
-            for number, inputs in enumerate(pack_inputs(*arguments)):
-                if number == step:
-                    time.sleep(START_SECONDS)
-                yield inputs
-
-        setup._pack_inputs = sleepy
-        return
-
-    def strike(*_: Any, **__: Any) -> None:
-        if here["step"] != step:
-            return
-        if how == "stop":
-            os.kill(os.getpid(), signal.SIGSTOP)
-        elif how == "lock":
-            import re
-
-            re.match(r"(a|a)*b", "a" * 200)
-        else:  # this rank leaves out a collective in which the others wait
-            time.sleep(START_SECONDS)
-
-    _before("forward" if how != "skip" else "reduce", strike)
-
-
-def slow(seconds: float) -> None:
-    """Let every forward pass of this rank take so much longer."""
-    _before("forward", lambda *_, **__: time.sleep(seconds))
-
-
-def limit_files(size: int, step: int) -> None:
-    """Let no file of this process grow beyond `size` bytes from the save after `step` until the next step's end."""
-    here = {"step": -1}
-
-    def change(now: int) -> None:
-        at = resource.RLIM_INFINITY if now != step + 1 else size
-        resource.setrlimit(resource.RLIMIT_FSIZE, (at, resource.RLIM_INFINITY))
-
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    _follow_steps(here, change)
-
-
-def fail_call(name: str, step: int, number: int, error: int) -> None:
-    """Let call `number` of `os.<name>` on a checkpoint after `step` fail with the error code (5 is EIO)."""
-    here = {"step": -1, "calls": 0}
-    _follow_steps(here)
-    real = getattr(os, name)
-
-    def failing(*arguments: Any, **options: Any) -> Any:
-        if here["step"] >= step and "checkpoints" in str(arguments[0] if name != "fsync" else _path_of(arguments[0])):
-            here["calls"] += 1
-            if here["calls"] == number + 1:
-                raise OSError(error, os.strerror(error))
-        return real(*arguments, **options)
-
-    setattr(os, name, failing)
-
-
-def signal_self(names: Sequence[str], step: int, point: str = "forward") -> None:
-    """Send this process signals in step `step`, as Slurm or Kubernetes would; at "save" while it is saving."""
-    here = {"step": -1, "sent": 0}
-    _follow_steps(here)
-
-    def send(*_: Any, **__: Any) -> None:
-        if here["step"] >= step and not here["sent"]:
-            here["sent"] = 1
-            for name in names:
-                os.kill(os.getpid(), getattr(signal, name))
-
-    _before(point, send)
-
-
-def fail_reading(step: int) -> None:
-    """Let the loader's thread fail on a sample of step `step`."""
-    from megacogvx.data import loader
-    from megacogvx.errors import DataError
-
-    real = loader.read_pack
-
-    def failing(corpus: Any, indices: Any, patch: Any, tokens: int, at: int, place: int) -> Any:
-        pack = real(corpus, indices, patch, tokens, at, place)
-        if at == step:
-            raise DataError(f"sample {pack.layout.samples[0].sample_id} can't be read")
-        return pack
-
-    loader.read_pack = failing
-
-
-def jump_clock(seconds: float, step: int) -> None:
-    """Set the clock of the day forward or back in step `step`, as this process sees it."""
-    here = {"step": -1}
-    _follow_steps(here)
-    real, real_ns = time.time, time.time_ns
-    time.time = lambda: real() + (seconds if here["step"] >= step else 0.0)
-    time.time_ns = lambda: real_ns() + int((seconds if here["step"] >= step else 0.0) * 1e9)
-
-
-FAULTS: dict[str, Callable[..., None]] = {
-    function.__name__: function
-    for function in (
-        kill_at, kill_at_call, kill_writer, kill_beside_writer, spoil, hang, slow, limit_files, fail_call, signal_self,
-        fail_reading, jump_clock,
+def main() -> int:
+    """Be one rank under torchrun; the faults of the plan are for the first time that it starts the ranks."""
+    plan, rank = json.loads(Path(sys.argv[1]).read_text()), int(os.environ["RANK"])
+    _note_consumed(
+        Path(plan["config"]["training"]["run_folder"]), rank, float(os.environ["TORCHELASTIC_RESTART_COUNT"])
     )
-}  # fmt: skip
+    for fault in plan["faults"] if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" else []:
+        if fault["rank"] in (None, rank):
+            FAULTS[fault["name"]](**fault["settings"])
+    return _train(plan["config"])
 
 
-def _follow_steps(here: dict[str, int], then: Callable[[int], None] | None = None) -> None:
-    """Keep `here["step"]` at the step that the loop is in; call `then` with each new one."""
-    from megacogvx.parallel.optimizer import Optimizer
-
-    schedule = Optimizer.schedule
-
-    def followed(self: Optimizer, step: int) -> float:
-        if sys._getframe(1).f_code.co_name == "train":  # not the one at the making of the optimizer
-            here["step"] = step
-            if then is not None:
-                then(step)
-        return schedule(self, step)
-
-    Optimizer.schedule = followed  # type: ignore[method-assign]
-
-
-def _before(point: str, act: Callable[..., None]) -> None:
-    """Let `act` run just before a point of the step: forward, backward, reduce, optimizer or save."""
-    from megacogvx.checkpoint import distributed
-    from megacogvx.parallel import data_parallel, fused_adam
-    from megacogvx.training.step import TransformerStep
-
-    def wrap(owner: Any, name: str, *, after: bool = False) -> None:
-        real = getattr(owner, name)
-
-        def wrapped(*arguments: Any, **options: Any) -> Any:
-            if not after:
-                act()
-            result = real(*arguments, **options)
-            if after:
-                act()
-            return result
-
-        setattr(owner, name, wrapped)
-
-    if point == "forward":
-        wrap(TransformerStep, "__call__")
-    elif point == "reduce":
-        wrap(data_parallel, "finalize_model_grads")
-    elif point == "optimizer":
-        wrap(fused_adam.FusedAdam, "step", after=True)  # this rank's share is new, the others don't have it yet
-    elif point == "save":
-        wrap(distributed, "_plan_tensors")
-    else:
-        assert point == "backward", point
-        loss = TransformerStep.loss
-
-        def hooked(self: TransformerStep, batch: Any, prediction: Any) -> Any:
-            if prediction.requires_grad:
-                prediction.register_hook(lambda gradient: act())
-            return loss(self, batch, prediction)
-
-        TransformerStep.loss = hooked  # type: ignore[method-assign]
-
-
-def _in_writer(step: int, act: Callable[[], None]) -> None:
-    """Let `act` run in the child that writes the first checkpoint after `step`, before it writes."""
-    from megacogvx.checkpoint import writing
-
-    here = {"step": -1}
-    _follow_steps(here)
-    training, real = os.getpid(), writing._write
-
-    def wrapped(*arguments: Any) -> Any:
-        if here["step"] >= step and os.getpid() != training:
-            act()
-        return real(*arguments)
-
-    writing._write = wrapped
-
-
-def _path_of(descriptor: int) -> str:
-    return os.readlink(f"/proc/self/fd/{descriptor}")
+if __name__ == "__main__":
+    sys.exit(main())

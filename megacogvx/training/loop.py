@@ -11,7 +11,7 @@ import yaml
 
 from megacogvx.checkpoint.config import CheckpointConfig
 from megacogvx.checkpoint.directory import CheckpointDirectory
-from megacogvx.log import get_logger
+from megacogvx.log import get_logger, progress
 from megacogvx.parallel.data_parallel import DistributedDataParallel, ForwardStep, forward_backward, sum_over_tokens
 from megacogvx.parallel.groups import ParallelGroups, barrier, gather_json
 from megacogvx.parallel.optimizer import Optimizer
@@ -111,7 +111,7 @@ def train(run: Run) -> bool:
     stragglers = Stragglers(run.guard.slow_factor) if run.guard.slow_factor else None
     tracking = Tracking(run.tracking, settings.run_folder, state.step, run.resolved, groups.is_first)
     with watch, tracking, profile_window(run.tracking, settings.run_folder, groups) as profiler:
-        for step in range(state.step, settings.steps):
+        for step in progress(range(state.step, settings.steps), "train", plain=False):
             watch.at(step, "data")
             inputs = next(run.inputs)
             meter.start_step()

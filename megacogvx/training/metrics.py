@@ -65,6 +65,8 @@ class MetricsFile:
                 os.fsync(file.fileno())
 
 
+NOT_SHOWN = ("step", "samples", "tokens", "flops", "layout")  # in a line of the log; the rates tell it
+
 # Dense bf16 FLOP/s of one GPU, from NVIDIA's data sheets; the first name that the device's contains counts.
 PEAK_FLOPS = {
     "GB200": 2.5e15, "B200": 2.25e15, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
@@ -136,7 +138,7 @@ class Meter:
 
 def log_line(row: dict[str, Any], steps: int, seconds_left: float) -> None:
     """Write the numbers of `row` as one line: `step 20/150  loss 0.912  ...  12 s left`."""
-    numbers = [f"{name} {_short(value)}" for name, value in row.items() if name != "step" and _short(value)]
+    numbers = [f"{name} {_short(value)}" for name, value in row.items() if name not in NOT_SHOWN and _short(value)]
     logger.info("step %d/%d  %s  %s left", row["step"] + 1, steps, "  ".join(numbers), _duration(seconds_left))
 
 

@@ -143,6 +143,15 @@ def row_1() -> Iterator[Case]:
             fault = Fault("kill_at", rank, {"point": point, "step": 3})
             yield Case(1, f"{layout} rank {rank} in {point}", recovery(layout, fault, holds=killed(rank)))
 
+    yield Case(1, "torchrun starts the ranks again", _restarted_by_torchrun)
+
+
+def _restarted_by_torchrun(session: Session, folder: Path) -> Outcome:
+    training = session.training(folder, "dp2")
+    ended = check(training.start_by_torchrun(Fault("kill_at", 1, {"point": "backward", "step": 3})))
+    assert "resumed from" in ended.output[0]
+    return compare(session, training, "dp2", Outcome())
+
 
 def row_2() -> Iterator[Case]:
     """Rank 0 killed before each rename, sync and deletion of a save; the writers, or the ranks beside them."""
