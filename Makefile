@@ -14,11 +14,11 @@ PYTHON ?= $(shell for python in python3.11 python3 python; do \
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test kernels lint format clean
+.PHONY: help setup demo test kernels lint format clean faults
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo '  ARGS="..." is handed to the demo and to pytest, PYTHON=... names another interpreter for the set-up'
+	@echo '  ARGS="..." is handed to the demo, the faults and pytest, PYTHON=... names another interpreter for the set-up'
 
 setup: $(COMPILED)  ## make .venv/ with the pinned packages; the other targets do this themselves
 
@@ -56,6 +56,9 @@ kernels: $(STAMP)  ## build the CUDA kernels and prove them without a GPU; where
 	MEGACOGVX_KERNELS_MUST_RUN=1 MEGACOGVX_KERNELS_SHAPES=2000 ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
 		LD_PRELOAD=$$($${CXX:-g++} -print-file-name=libasan.so) \
 		$(BIN)/python -m pytest tests/kernels --ignore tests/kernels/test_machine_code.py --timeout 1800 $(ARGS)
+
+faults: $(STAMP)  ## every fault of the matrix, planted and recovered; at most an hour, goes on where it was stopped
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python tests/faults/matrix.py $(ARGS)
 
 lint: $(STAMP)  ## ruff, mypy and the import rule
 	$(BIN)/ruff check .
