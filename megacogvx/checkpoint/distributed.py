@@ -12,7 +12,7 @@ import json
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
@@ -47,6 +47,16 @@ Result = TypeVar("Result")
 logger = get_logger(__name__)
 
 
+class Kept(Protocol):
+    """Something that learns beside the model and is kept with it, such as a discriminator or averaged weights."""
+
+    def sharded_state_dict(self, metadata: dict[str, Any], *, is_loading: bool = False) -> dict[str, Any]:
+        """Return its sharded tensors, under names of their own; `metadata` is megatron-core's choice of format."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what `sharded_state_dict` described."""
+
+
 def save(
     directory: CheckpointDirectory,
     step: int,
@@ -56,6 +66,7 @@ def save(
     groups: ParallelGroups,
     *,
     texts: Mapping[str, str] | None = None,
+    beside: Mapping[str, Kept] | None = None,
 ) -> Path:
     """Write the checkpoint of `step`; every rank calls it, and it is complete on disk when this returns.
 
@@ -67,6 +78,7 @@ def save(
         extra: what else a restart needs, as JSON values; rank 0's counts.
         groups: process groups.
         texts: files to put beside, `{name: text}`, such as the config; rank 0's count.
+        beside: what else learns, by name.
 
     Returns:
         the checkpoint's folder.
@@ -76,7 +88,7 @@ def save(
     """
     check_writer()
     partial = Path(broadcast_json(_together(groups, lambda: _begin(directory, step, groups)), groups))
-    _together(groups, lambda: _save_tensors(partial, model, optimizer, groups))
+    _together(groups, lambda: _save_tensors(partial, model, optimizer, beside or {}, groups))
     if groups.is_first:
         texts = {**(texts or {}), STATE: json.dumps(extra, indent=1)}
     _together(groups, lambda: _write_texts(partial, texts or {}) if groups.is_first else None)
@@ -90,7 +102,14 @@ def save(
     return path
 
 
-def load(path: Path, model: nn.Module, optimizer: Optimizer | None, groups: ParallelGroups) -> dict[str, Any]:
+def load(
+    path: Path,
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    groups: ParallelGroups,
+    *,
+    beside: Mapping[str, Kept] | None = None,
+) -> dict[str, Any]:
     """Load a checkpoint into `model` and `optimizer`, whatever layout wrote it; every rank calls it.
 
     Args:
@@ -99,6 +118,7 @@ def load(path: Path, model: nn.Module, optimizer: Optimizer | None, groups: Para
         optimizer: None loads the weights alone. An optimizer that exists already and isn't loaded must
             `reload_weights()` afterwards.
         groups: process groups.
+        beside: what else is loaded, by the names that `save` was given; what isn't named is left alone.
 
     Returns:
         what `save` got as `extra`.
@@ -113,7 +133,7 @@ def load(path: Path, model: nn.Module, optimizer: Optimizer | None, groups: Para
         logger.info("loading %s: checking %d files", path, len(entries))
     _together(groups, lambda: folders.verify(path, _share(sorted(entries), groups)))
     extra: dict[str, Any] = _together(groups, lambda: json.loads((path / STATE).read_text()))
-    _together(groups, lambda: _load_tensors(path, model, optimizer, groups))
+    _together(groups, lambda: _load_tensors(path, model, optimizer, beside or {}, groups))
     return extra
 
 
@@ -138,32 +158,46 @@ def _write_texts(path: Path, texts: Mapping[str, str]) -> None:
         (path / name).write_text(text)
 
 
-def _save_tensors(path: Path, model: nn.Module, optimizer: Optimizer | None, groups: ParallelGroups) -> None:
+def _save_tensors(
+    path: Path, model: nn.Module, optimizer: Optimizer | None, beside: Mapping[str, Kept], groups: ParallelGroups
+) -> None:
     writer = FullyParallelSaveStrategyWrapper(
         TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=WRITER_THREADS), groups.data_context_group, True
     )
-    state = _state(model, optimizer, groups, is_loading=False)
+    state = _state(model, optimizer, beside, groups, is_loading=False)
     dist_checkpointing.save(state, str(path), writer, content_metadata=FORMAT)
 
 
-def _load_tensors(path: Path, model: nn.Module, optimizer: Optimizer | None, groups: ParallelGroups) -> None:
-    state = _state(model, optimizer, groups, is_loading=True)
+def _load_tensors(
+    path: Path, model: nn.Module, optimizer: Optimizer | None, beside: Mapping[str, Kept], groups: ParallelGroups
+) -> None:
+    state = _state(model, optimizer, beside, groups, is_loading=True)
     _check_tensors(path, state, groups)
     reader = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), groups.data_context_group)
     loaded = dist_checkpointing.load(state, str(path), reader)
     unwrap(model).load_state_dict({name.removeprefix("model."): value for name, value in loaded["model"].items()})
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
+    for name, kept in beside.items():
+        kept.load_state_dict(loaded[name])
 
 
 def _state(
-    model: nn.Module, optimizer: Optimizer | None, groups: ParallelGroups, *, is_loading: bool
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    beside: Mapping[str, Kept],
+    groups: ParallelGroups,
+    *,
+    is_loading: bool,
 ) -> dict[str, Any]:
     """Return the sharded tensors of everything that is kept, under the names of one process."""
     model_state = sharded_state_dict(unwrap(model), groups, prefix="model.")
     state: dict[str, Any] = {"model": model_state}
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(model_state, FORMAT, is_loading=is_loading)
+    assert not state.keys() & beside.keys(), sorted(beside)
+    for name, kept in beside.items():
+        state[name] = kept.sharded_state_dict(FORMAT, is_loading=is_loading)
     return state
 
 

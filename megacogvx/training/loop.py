@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import yaml
 
 from megacogvx.checkpoint.directory import CheckpointDirectory
-from megacogvx.checkpoint.distributed import save
+from megacogvx.checkpoint.distributed import Kept, save
 from megacogvx.errors import DataError
 from megacogvx.log import get_logger
 from megacogvx.parallel.data_parallel import DistributedDataParallel, ForwardStep, forward_backward, sum_over_tokens
@@ -56,6 +56,9 @@ class Run:
         metrics: RUN/metrics.jsonl.
         resolved: the resolved config, kept in each checkpoint.
         pack_tokens: tokens of each pack; pipeline stages have to know it.
+        after_step: what follows the model's optimizer step, called with its number: a discriminator's step, averaged
+            weights. Each returns numbers for the log row.
+        beside: what else learns and is kept in checkpoints, by name.
     """
 
     settings: TrainingConfig
@@ -71,6 +74,8 @@ class Run:
     metrics: MetricsFile
     resolved: dict[str, Any]
     pack_tokens: int = 1
+    after_step: tuple[Callable[[int], dict[str, Any]], ...] = ()
+    beside: Mapping[str, Kept] = field(default_factory=dict)
 
 
 def train(run: Run) -> None:
@@ -91,6 +96,8 @@ def train(run: Run) -> None:
         meter.start_step()
         run.optimizer.schedule(step)
         row = {"step": step, **train_step(run, inputs), **inputs.facts, "lr": run.optimizer.lr}
+        for follow in run.after_step:
+            row |= follow(step)
         _advance(run.state, inputs)
         if run.validate is not None and _is_due(step, run.settings.validate_every, run.settings.steps):
             row |= run.validate(step)
@@ -129,7 +136,7 @@ def save_checkpoint(run: Run) -> None:
     """Write RUN/checkpoints/step-N with model, optimizer, state and resolved config."""
     extra = {"state": run.state.to_json(), "config": run.resolved}
     texts = {"config.yaml": yaml.safe_dump(run.resolved, sort_keys=False)}
-    save(run.checkpoints, run.state.step, run.model, run.optimizer, extra, run.groups, texts=texts)
+    save(run.checkpoints, run.state.step, run.model, run.optimizer, extra, run.groups, texts=texts, beside=run.beside)
 
 
 class _Meter:

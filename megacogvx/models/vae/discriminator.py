@@ -6,6 +6,7 @@ gives no sizes; these are the common ones.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -67,7 +68,7 @@ class Discriminator(nn.Module):
         # The last layer keeps height and width.
         self.convs = nn.ModuleList(
             CausalConv3d(before, width, 3, kernel_size=4, stride=1 if index == config.layers else 2)
-            for index, (before, width) in enumerate(zip(widths, widths[1:], strict=False), start=1)
+            for index, (before, width) in enumerate(itertools.pairwise(widths), start=1)
         )
         self.norms = nn.ModuleList(_Norm(width, config.norm_num_groups) for width in widths[1:])
         self.conv_out = CausalConv3d(widths[-1], 1, 3, kernel_size=4)
@@ -85,7 +86,8 @@ class Discriminator(nn.Module):
             if level < self.temporal_levels:
                 x_BCTHW, frames = halve_frames(x_BCTHW, frames), frames.halved()
             x_BCTHW = F.leaky_relu(norm(conv(x_BCTHW, frames), frames), SLOPE)
-        return self.conv_out(x_BCTHW, frames)
+        logits_BCTHW: torch.Tensor = self.conv_out(x_BCTHW, frames)
+        return logits_BCTHW
 
     def share(self, shard: FrameShard | None, ranks: int) -> float:
         """Return the part of a clip's logits that are here.
@@ -99,8 +101,8 @@ class Discriminator(nn.Module):
     def smallest_side(self) -> int:
         """Return the fewest pixels along height and along width that give a logit."""
         side = 1
-        for conv in [self.conv_out, *reversed(self.convs), self.conv_in]:
-            side = (side - 1) * conv.stride[1] + conv.kernel_size[1] - 2 * conv.padding[1]
+        for conv in reversed([module for module in self.modules() if isinstance(module, CausalConv3d)]):
+            side = (side - 1) * conv.stride[1] + conv.kernel_size[1] - 2  # a ring of zeros
         return side
 
 

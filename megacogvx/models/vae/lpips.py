@@ -43,7 +43,8 @@ class LPIPS(nn.Module):
             CheckpointError: a file is missing or unreadable, or holds other tensors than these.
         """
         super().__init__()
-        shapes, before = {}, 3
+        shapes: dict[str, tuple[int, ...]] = {}
+        before = 3
         for index, width in (convolution for stage in STAGES for convolution in stage):
             shapes[f"features.{index}.weight"], before = (width, before, 3, 3), width
             shapes[f"features.{index}.bias"] = (width,)
@@ -71,7 +72,7 @@ class LPIPS(nn.Module):
 
     def features(self, video_BCTHW: torch.Tensor) -> list[torch.Tensor]:
         """Return `[B * T, C, H, W]` after the last ReLU of each stage: relu1_2, 2_2, 3_3, 4_3 and 5_3."""
-        x = (video_BCTHW.float().transpose(1, 2).flatten(0, 1) - self.shift) / self.scale
+        x = (video_BCTHW.float().transpose(1, 2).flatten(0, 1) - self.get_buffer("shift")) / self.get_buffer("scale")
         found = []
         for number, stage in enumerate(STAGES):
             x = F.max_pool2d(x, 2) if number else x
