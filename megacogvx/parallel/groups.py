@@ -45,6 +45,7 @@ class ParallelGroups:
         device: where this rank's tensors live.
         tensor, context, data, pipeline: (rank, size) along each axis; along `pipeline` a rank is a stage.
         rank, world_size: among all processes.
+        ring: (rank, size) among the context ranks that exchange keys and values in a ring.
     """
 
     collection: ProcessGroupCollection
@@ -55,6 +56,7 @@ class ParallelGroups:
     pipeline: tuple[int, int]
     rank: int
     world_size: int
+    ring: tuple[int, int] = (0, 1)
 
     @property
     def tensor_group(self) -> dist.ProcessGroup:
@@ -65,6 +67,16 @@ class ParallelGroups:
     def context_group(self) -> dist.ProcessGroup:
         """Ranks that share the tokens of one pack, or in a VAE run the frames of one clip."""
         return self.collection.cp
+
+    @property
+    def ulysses_group(self) -> dist.ProcessGroup:
+        """Context ranks that exchange heads for tokens: neighbours, all of them without a ring."""
+        return self.collection.cp if self.ring[1] == 1 else self.collection.hcp[0]
+
+    @property
+    def ring_group(self) -> dist.ProcessGroup:
+        """Context ranks with the same heads and other tokens; there is none without a ring."""
+        return self.collection.hcp[1]
 
     @property
     def data_group(self) -> dist.ProcessGroup:
@@ -284,6 +296,8 @@ def _make_groups(
         tensor_model_parallel_size=config.tensor_parallel_size,
         context_parallel_size=config.context_parallel_size,
         pipeline_model_parallel_size=config.pipeline_parallel_size,
+        # inner ranks first: those that exchange heads, then those that form a ring
+        hierarchical_context_parallel_sizes=[config.ulysses_size, config.ring_size] if config.ring_size > 1 else None,
         # A language model shares its word embedding between first and last stage; no weight of ours is.
         get_embedding_ranks=_first_alone,
         get_position_embedding_ranks=_first_alone,
@@ -301,6 +315,7 @@ def _make_groups(
         pipeline=(collection.pp.rank(), collection.pp.size()),
         rank=environment.rank,
         world_size=environment.world_size,
+        ring=(collection.hcp[1].rank(), config.ring_size) if config.ring_size > 1 else (0, 1),
     )
 
 

@@ -46,21 +46,14 @@ def core_config(
         ffn_hidden_size: inner width of the MLP.
         parallel: config section `parallel`.
         groups: process groups.
-        dtype: of the weights; `torch.float32` or `torch.bfloat16`.
+        dtype: of the weights; `torch.float32`, `torch.bfloat16` or `torch.float16`.
         norm_eps: of the layer norms.
 
     Raises:
-        ConfigError: the heads don't divide by tensor x context ranks, or a pipeline stage would hold no layer.
+        ConfigError: the heads don't divide by tensor x context ranks (a ring apart), or a pipeline stage would hold no layer.
     """
-    ranks = parallel.stage_size
-    if num_attention_heads % ranks:
-        works = [number for number in range(1, num_attention_heads + 1) if num_attention_heads % number == 0]
-        raise ConfigError(
-            f"model.num_attention_heads={num_attention_heads} cannot be split over "
-            f"parallel.tensor_parallel_size={parallel.tensor_parallel_size} x "
-            f"parallel.context_parallel_size={parallel.context_parallel_size} = {ranks}; "
-            f"products that work: {', '.join(map(str, works))}"
-        )
+    if problem := parallel.head_problem(num_attention_heads):
+        raise ConfigError(problem)
     stage, stages = groups.pipeline
     return CoreConfig(
         hidden_size=hidden_size,
@@ -77,6 +70,7 @@ def core_config(
         deallocate_pipeline_outputs=True,  # once it is sent
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
         calculate_per_token_loss=True,
         attention_dropout=0.0,
         hidden_dropout=0.0,

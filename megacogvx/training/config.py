@@ -32,7 +32,7 @@ class TrainingConfig(Section):
 
     steps: int = Field(1000, ge=1, description="optimizer steps of the whole run")
     seed: int = 0
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="of the weights; sums stay fp32")
     run_folder: Path = Path("runs/default")
     save_every: int = Field(500, ge=1, description="steps between two checkpoints; the last step always saves one")
     log_every: int = Field(10, ge=1, description="steps between two lines of the log; metrics.jsonl has every step")
@@ -42,7 +42,7 @@ class TrainingConfig(Section):
         """Return the parameters' dtype: `auto` is bf16 on a GPU and fp32 on a CPU."""
         if self.precision == "auto":
             return torch.bfloat16 if device.type == "cuda" else torch.float32
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
 
 
 class OptimizerConfig(Section):
@@ -61,6 +61,8 @@ class OptimizerConfig(Section):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(1e-4, ge=0)
     clip_gradient: float = Field(1.0, ge=0, description="largest norm of the whole gradient; 0 is off")
+    initial_loss_scale: float = Field(2.0**16, ge=1, description="fp16 alone: what the loss is first multiplied by")
+    loss_scale_window: int = Field(1000, ge=1, description="fp16 alone: steps without overflow until the scale doubles")
 
 
 class TrainConfig(Section):
@@ -84,16 +86,8 @@ class TrainConfig(Section):
         raise_broken([*self._head_rules(), *self._stage_rules(world_size), *self._pack_rules(world_size)])
 
     def _head_rules(self) -> Iterator[str]:
-        heads, tensor, context = (
-            self.model.num_attention_heads,
-            self.parallel.tensor_parallel_size,
-            self.parallel.context_parallel_size,
-        )
-        if heads % (tensor * context):
-            yield (
-                f"model.num_attention_heads={heads} cannot be split over parallel.tensor_parallel_size={tensor} x "
-                f"parallel.context_parallel_size={context}; products that work: {divisors(heads)}"
-            )
+        if problem := self.parallel.head_problem(self.model.num_attention_heads):
+            yield problem
 
     def _stage_rules(self, world_size: int) -> Iterator[str]:
         parallel, packs = self.parallel, self.data.packs_per_step
@@ -148,9 +142,13 @@ class VAETrainConfig(Section):
         raise_broken(list(self._split_rules(world_size)))
 
     def _split_rules(self, world_size: int) -> Iterator[str]:
-        for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+        for name, what in (
+            ("tensor_parallel_size", "layers to cut"),
+            ("pipeline_parallel_size", "layers to cut"),
+            ("ring_size", "keys and values to exchange"),
+        ):
             if (size := getattr(self.parallel, name)) != 1:
-                yield f"parallel.{name}={size}: the VAE has no layers to cut; the size that works is 1"
+                yield f"parallel.{name}={size}: the VAE has no {what}; the size that works is 1"
         context = self.parallel.context_parallel_size
         if context > 1:
             ratio = self.vae.temporal_compression_ratio
@@ -163,11 +161,6 @@ class VAETrainConfig(Section):
                 f"clips.clips_per_step={batch} doesn't divide over {replicas} data-parallel replicas; "
                 f"nearest that works: {(batch // replicas + 1) * replicas}"
             )
-
-
-def divisors(number: int) -> str:
-    """Return the divisors of `number` as text, for messages."""
-    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
 
 
 def raise_broken(rules: list[str]) -> None:

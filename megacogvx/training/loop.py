@@ -103,7 +103,15 @@ def train(run: Run) -> None:
 
 
 def train_step(run: Run, inputs: StepInput) -> dict[str, Any]:
-    """Take one optimizer step; return the loss (over all ranks) and the gradient's norm before clipping."""
+    """Take one optimizer step; return the loss (over all ranks) and the gradient's norm before clipping.
+
+    With fp16 weights also `loss_scale`, what the loss of this step was multiplied by, and `skipped`: 1 if the gradient
+    overflowed under it, so that the step wasn't taken.
+
+    Raises:
+        DataError: the gradient is not finite, and not for a loss scale that could be lowered.
+    """
+    loss_scale = run.optimizer.loss_scale if run.optimizer.scales_loss else None
     run.optimizer.zero_grad()
     metrics = forward_backward(
         run.forward_step,
@@ -114,7 +122,12 @@ def train_step(run: Run, inputs: StepInput) -> dict[str, Any]:
         pack_tokens=run.pack_tokens,
     )
     taken, gradient_norm = run.optimizer.step()
-    if not taken:
+    if not taken and run.optimizer.lowers_loss_scale:
+        logger.warning(
+            "step %d is skipped: its gradient overflowed under a loss scale of %g; the next one has %g",
+            run.state.step + 1, loss_scale, run.optimizer.loss_scale,
+        )  # fmt: skip
+    elif not taken:
         raise DataError(
             f"the gradient of step {run.state.step} is not finite (norm {gradient_norm}); the step was not taken. "
             f"Lower optimizer.learning_rate or look at the samples of this step; the last checkpoint is "
@@ -122,7 +135,8 @@ def train_step(run: Run, inputs: StepInput) -> dict[str, Any]:
         )
     local = torch.stack([metric["sums"] for metric in metrics]).sum(dim=0) if metrics else None
     sums = sum_over_tokens(from_last_stage(local, run.groups), run.groups)
-    return {**run.read_sums(sums), "grad_norm": gradient_norm}
+    row = {**run.read_sums(sums), "grad_norm": gradient_norm if taken else None}
+    return row if loss_scale is None else {**row, "loss_scale": loss_scale, "skipped": int(not taken)}
 
 
 def save_checkpoint(run: Run) -> None:

@@ -172,6 +172,7 @@ def _train_ready(
         warmup_steps=min(settings.warmup_steps, steps - 1), decay=settings.decay,
         betas=(settings.beta1, settings.beta2), eps=settings.eps, weight_decay=settings.weight_decay,
         clip_grad=settings.clip_gradient,
+        initial_loss_scale=settings.initial_loss_scale, loss_scale_window=settings.loss_scale_window,
     )  # fmt: skip
     count = sum(parameter.numel() for parameter in model.parameters())
     logger.info("model: %s parameters on this rank, %s", f"{count:,}", next(model.parameters()).dtype)

@@ -75,7 +75,7 @@ class CogVideoXBlock(nn.Module):
         q_and_k = Discarded(self.policy == "selective")
         # fmt: off
         q_SNK, k_SNK, v_SNK = below.run(self._below, hidden_S1D, modulation1_R3D, layout, local, q_and_k)
-        out_SNK = self.attention.attend(q_SNK, k_SNK, v_SNK, layout)                         # [S, N/(t c), K]
+        out_SNK = self.attention.attend(q_SNK, k_SNK, v_SNK, layout)                         # [S/r, N/(t u), K]
         below.until(out_SNK)
         q_and_k.until(out_SNK)
         above = (hidden_S1D, out_SNK, modulation1_R3D, modulation2_R3D, local)
@@ -90,7 +90,7 @@ class CogVideoXBlock(nn.Module):
         local: LocalPack,
         q_and_k: Discarded,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return what attention reads: q, k and v, `[S, N/(t c), K]` each."""
+        """Return what attention reads: q, k and v, `[S/r, N/(t u), K]` each."""
         norm = Discarded(self.policy == "selective")
         normed_S1D = norm.run(self._modulate, self.attention_norm, hidden_S1D, modulation1_R3D, local)
         heads = self.attention.heads(normed_S1D, layout, local, q_and_k)
