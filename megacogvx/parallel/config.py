@@ -28,6 +28,12 @@ class ParallelConfig(Section):
             parts (norms with modulation, QK-norm with rotation, gates, GELU); "keep_attention": everything of a block
             but the attention itself; "full": each block from its input; "block:N": the same for the first N blocks of
             each pipeline stage.
+        attention_backend: the kernel of `packed_attention`; "auto" chooses for each pack: on Hopper FlashAttention 3
+            where it is installed, else one dense cuDNN call a sample where samples are long, else a kernel for
+            samples of unequal length; "reference" elsewhere.
+        transformer_impl: whose linear layers: megatron-core's own ("local"), or Transformer Engine's.
+        fp8_recipe: how Transformer Engine's linear layers scale FP8; "none": they stay in the weights' precision. The
+            recipes have no history, so recompute and resumed runs give the same.
     """
 
     tensor_parallel_size: int = Field(1, ge=1)
@@ -39,6 +45,12 @@ class ParallelConfig(Section):
     timeout_minutes: float = Field(10.0, gt=0)
     recompute: str = Field("none", pattern=r"^(none|selective|keep_attention|full|block:[1-9]\d*)$")
 
+    attention_backend: Literal["auto", "reference", "cudnn", "flash2", "flash3", "varlen", "transformer_engine"] = (
+        "auto"
+    )
+    transformer_impl: Literal["local", "transformer_engine"] = "local"
+    fp8_recipe: Literal["none", "tensorwise", "blockwise", "mxfp8"] = "none"
+
     @model_validator(mode="after")
     def _check(self) -> ParallelConfig:
         """Check what one size demands of another."""
@@ -46,6 +58,16 @@ class ParallelConfig(Section):
             raise ValueError(
                 f"ring_size={self.ring_size} doesn't divide context_parallel_size={self.context_parallel_size}, whose "
                 f"ranks it groups; sizes that work: {divisors(self.context_parallel_size)}"
+            )
+        if self.ring_size > 1 and self.attention_backend not in ("auto", "reference"):
+            raise ValueError(
+                f"attention_backend={self.attention_backend} doesn't return what ring_size={self.ring_size} has to "
+                "merge; use attention_backend=auto, or ring_size=1"
+            )
+        if self.fp8_recipe != "none" and self.transformer_impl != "transformer_engine":
+            raise ValueError(
+                f"fp8_recipe={self.fp8_recipe} needs transformer_impl=transformer_engine, not "
+                f"{self.transformer_impl}; or set fp8_recipe=none"
             )
         return self
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megacogvx import log
 from megacogvx.errors import LaunchError
 from megacogvx.parallel.config import ParallelConfig
+from megacogvx.parallel.software import check_software
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -151,7 +152,9 @@ def initialize(config: ParallelConfig, seed: int = 0) -> ParallelGroups:
     Raises:
         LaunchError: too few processes, sizes that don't divide, no GPU for `parallel.device=cuda`, or the other
             processes can't be reached. The first three are raised before any group exists.
+        ConfigError: a kernel or layer that is named can't be used on this machine; before any group exists, too.
     """
+    check_software(config)
     environment = launch_environment()
     check_world_size(config, environment.world_size)
     device = choose_device(config, environment)

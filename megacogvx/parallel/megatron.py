@@ -12,6 +12,9 @@ from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.groups import ParallelGroups
 from megacogvx.parallel.pipeline_parallel import split_layers
 
+# of FP8's two formats: gradients in e5m2, all else e4m3; where scales are of blocks, e4m3 has range enough for all
+FP8_FORMATS = {"tensorwise": "hybrid", "blockwise": "e4m3", "mxfp8": "e4m3"}
+
 
 @dataclass
 class CoreConfig(TransformerConfig):
@@ -19,10 +22,12 @@ class CoreConfig(TransformerConfig):
 
     Attributes:
         recompute: `parallel.recompute`; megatron-core's own settings of that name are for its own blocks.
+        packed_attention_backend: `parallel.attention_backend`; megatron-core's own is for its own attention.
         stage_layers: which layers this rank's pipeline stage holds; all of them without stages.
     """
 
     recompute: str = "none"
+    packed_attention_backend: str = "auto"
     stage_layers: range = range(0)
 
 
@@ -50,7 +55,7 @@ def core_config(
         norm_eps: of the layer norms.
 
     Raises:
-        ConfigError: the heads don't divide by tensor x context ranks (a ring apart), or a pipeline stage would hold no layer.
+        ConfigError: the heads can't be cut over tensor and context ranks, or a pipeline stage would hold no layer.
     """
     if problem := parallel.head_problem(num_attention_heads):
         raise ConfigError(problem)
@@ -80,6 +85,10 @@ def core_config(
         # Needs a CUDA extension of Apex; the sums in fp32 of the gradient buffers don't.
         gradient_accumulation_fusion=False,
         recompute=parallel.recompute,
+        packed_attention_backend=parallel.attention_backend,
+        transformer_impl=parallel.transformer_impl,
+        fp8=FP8_FORMATS.get(parallel.fp8_recipe),
+        fp8_recipe=parallel.fp8_recipe if parallel.fp8_recipe in FP8_FORMATS else "delayed",  # not read without fp8
         cuda_graph_scope=[],
     )
 

@@ -196,9 +196,7 @@ def _room(like: torch.Tensor, rows: slice) -> torch.Tensor:
     return like.new_empty(2, rows.stop - rows.start, *like.shape[1:])
 
 
-def _merge(
-    out: torch.Tensor, lse: torch.Tensor, rows: slice, out_part: torch.Tensor, lse_part: torch.Tensor
-) -> None:
+def _merge(out: torch.Tensor, lse: torch.Tensor, rows: slice, out_part: torch.Tensor, lse_part: torch.Tensor) -> None:
     """Take one more part into `out` and `lse`, both fp32, in place."""
     both = torch.logaddexp(lse[rows], lse_part)
     # 1 / (1 + e^-x) of the difference of two logs of sums is the share of the first sum in both.

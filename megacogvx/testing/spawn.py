@@ -229,7 +229,9 @@ def _run_case(case: Case) -> None:
     from megacogvx.parallel import groups as parallel_groups
     from megacogvx.parallel.config import ParallelConfig
 
-    groups = parallel_groups.initialize(ParallelConfig(**{"device": case.device, "timeout_minutes": 2.0, **case.layout}))
+    groups = parallel_groups.initialize(
+        ParallelConfig(**{"device": case.device, "timeout_minutes": 2.0, **case.layout})
+    )
     folder = None
     if "folder" in inspect.signature(case.function).parameters:
         folder = Path(parallel_groups.broadcast_json(tempfile.mkdtemp(prefix="megacogvx-case-"), groups))

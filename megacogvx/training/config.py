@@ -25,6 +25,9 @@ from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.frame_parallel import split_problem
 from megacogvx.parallel.groups import check_world_size
 from megacogvx.parallel.pipeline_parallel import split_layers
+from megacogvx.parallel.software import software_problems
+
+FP8_BLOCK = 32  # rows and columns of a matrix that Transformer Engine takes as FP8 come in these
 
 
 class TrainingConfig(Section):
@@ -83,7 +86,8 @@ class TrainConfig(Section):
             ConfigError: naming every broken rule, the values and the sizes that would work.
         """
         check_world_size(self.parallel, world_size)
-        raise_broken([*self._head_rules(), *self._stage_rules(world_size), *self._pack_rules(world_size)])
+        rules = (self._head_rules(), self._stage_rules(world_size), self._pack_rules(world_size), self._fp8_rules())
+        raise_broken([*software_problems(self.parallel), *(problem for rule in rules for problem in rule)])
 
     def _head_rules(self) -> Iterator[str]:
         if problem := self.parallel.head_problem(self.model.num_attention_heads):
@@ -119,6 +123,21 @@ class TrainConfig(Section):
                 f"data.packs_per_step={packs} doesn't divide over {replicas} data-parallel replicas; "
                 f"nearest that work: {max(1, packs // replicas) * replicas}, {(packs // replicas + 1) * replicas}"
             )
+
+    def _fp8_rules(self) -> Iterator[str]:
+        if self.parallel.fp8_recipe == "none":
+            return
+        for key, number, ranks in (
+            ("data.tokens_per_pack", self.data.tokens_per_pack, self.parallel.stage_size),
+            ("model's hidden size", self.model.hidden_size, self.parallel.tensor_parallel_size),
+        ):
+            whole = FP8_BLOCK * ranks
+            if number % whole:
+                yield (
+                    f"parallel.fp8_recipe={self.parallel.fp8_recipe}: {key}={number} must divide into blocks of "
+                    f"{FP8_BLOCK} on each of {ranks} ranks; nearest that work: {max(1, number // whole) * whole}, "
+                    f"{(number // whole + 1) * whole}"
+                )
 
 
 class VAETrainConfig(Section):

@@ -24,6 +24,7 @@ from megacogvx.diffusion.schedule import NoiseSchedule
 from megacogvx.diffusion.timesteps import step_timesteps
 from megacogvx.errors import CheckpointError, ConfigError
 from megacogvx.log import get_logger
+from megacogvx.models.transformer.checks import rope_grid_problem
 from megacogvx.models.transformer.flops import cost_coefficients, training_flops
 from megacogvx.models.transformer.initialize import initialize_weights
 from megacogvx.models.transformer.model import CogVideoXTransformer, transformer_core
@@ -31,7 +32,8 @@ from megacogvx.models.transformer.rope import place_on_rope_grid
 from megacogvx.models.vae.initialize import initialize_weights as initialize_vae
 from megacogvx.models.vae.losses import VAELoss
 from megacogvx.models.vae.model import CogVideoXVAE
-from megacogvx.pack_layout import PackLayout
+from megacogvx.models.weights import check_finite
+from megacogvx.pack_layout import PackLayout, place_sample
 from megacogvx.parallel.data_parallel import DistributedDataParallel, wrap
 from megacogvx.parallel.groups import ParallelGroups, initialize, launch_environment
 from megacogvx.parallel.megatron import TransformerConfig, plain_core_config
@@ -118,7 +120,8 @@ def check_corpus(config: TrainConfig, corpus: Corpus) -> None:
     """Check that the model can read what the corpus holds.
 
     Raises:
-        ConfigError: latent channels or text width differ, or its captions are longer than the model's limit.
+        ConfigError: latent channels or text width differ, its captions are longer than the model's limit, or its
+            videos larger than the rope grid.
     """
     encoder, model = corpus.encoder, config.model
     wanted = {
@@ -134,6 +137,9 @@ def check_corpus(config: TrainConfig, corpus: Corpus) -> None:
             f"model.max_text_seq_length={model.max_text_seq_length}, but the dataset has a text of {longest} tokens; "
             f"set it to at least {longest}, or encode again with shorter captions"
         )
+    largest = place_sample(0, 1, int(corpus.columns.height.max()), int(corpus.columns.width.max()), 0, model.patch)
+    if problem := rope_grid_problem(model, largest):
+        raise ConfigError(f"the dataset's largest height and width: {problem}")
 
 
 def _with_scaling_factor(config: TrainConfig, corpus: Corpus) -> TrainConfig:
@@ -180,6 +186,7 @@ def _train_ready(
     if latest is None:
         return ddp, optimizer, TrainState()
     state = TrainState.from_json(load(latest, ddp, optimizer, groups)["state"])
+    check_finite(model, str(latest))
     logger.info("resumed from %s", latest)
     return ddp, optimizer, state
 

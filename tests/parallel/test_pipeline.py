@@ -106,7 +106,9 @@ def test_checkpoints_change_the_number_of_stages(groups, folder):
         other = switch(layout)
         check(other, *load_and_step(path, other))
     # and from one stage back to two
-    last = save(CheckpointDirectory(folder / "whole"), 3, *wrapped_with_optimizer(other, Setting()), {"steps": 2}, other)
+    last = save(
+        CheckpointDirectory(folder / "whole"), 3, *wrapped_with_optimizer(other, Setting()), {"steps": 2}, other
+    )
     load_and_step(last, switch(PP2))
 
 

@@ -46,9 +46,9 @@ def test_half_precision_equals_one_process_in_fp32(groups):
     """fp16 is the published precision of 2B; its loss is scaled. Bounds: about three times what was measured."""
     from megacogvx.testing.one_process import Bounds
 
-    fp16 = Bounds(rows=2e-3, gradients=1e-2, weights=1e-3, updates=5e-2, loss=1e-3)
+    fp16 = Bounds(rows=2e-3, gradients=4e-3, weights=3e-4, updates=0.1, loss=1e-3)
     check(groups, variant="2b", dtype=torch.float16, bounds=fp16)
-    bf16 = Bounds(rows=2e-2, gradients=6e-2, weights=8e-3, updates=0.3, loss=1e-2)
+    bf16 = Bounds(rows=2e-2, gradients=5e-2, weights=1e-3, updates=0.3, loss=1e-2)
     check(groups, variant="5b", dtype=torch.bfloat16, bounds=bf16)
 
 

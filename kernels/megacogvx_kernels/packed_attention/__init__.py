@@ -36,8 +36,8 @@ def packed_attention(
         `[S, N, K]`; zeros for the padding, which neither reads nor is read.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type or shape, the boundaries don't fit, or the backend can't be used; it is
-            named.
+        TypeError, ValueError: an argument has the wrong type or shape, the boundaries don't fit, or the backend can't
+            be used; it is named.
     """
     require_floating("q_SNK", q_SNK)
     require_shape("q_SNK", q_SNK, (None, None, None))

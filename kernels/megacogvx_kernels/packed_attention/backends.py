@@ -1,8 +1,8 @@
 """The kernels that can compute `packed_attention`, each called as its maker says, and what each needs.
 
-Signatures: flash-attn 2.8.3 (`flash_attn/flash_attn_interface.py`), FlashAttention 3 (`hopper/flash_attn_interface.py` of
-the same repository), Transformer Engine 2.x (`transformer_engine/pytorch/attention/dot_product_attention`), torch 2.11
-to 2.13 (`torch/nn/attention/varlen.py`). All but `reference` compute in bf16 and fp16 on a GPU only.
+Signatures: flash-attn 2.8.3 (`flash_attn/flash_attn_interface.py`), FlashAttention 3 (`hopper/flash_attn_interface.py`
+of the same repository), Transformer Engine 2.x (`transformer_engine/pytorch/attention/dot_product_attention`), torch
+2.11 to 2.13 (`torch/nn/attention/varlen.py`). All but `reference` compute in bf16 and fp16 on a GPU only.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def flash3(tensors: Tensors, packed: Packed) -> torch.Tensor:
 
 
 def varlen(tensors: Tensors, packed: Packed) -> torch.Tensor:
-    """torch's own copy of flash-attn 2."""
+    """The copy of flash-attn 2 in torch itself."""
     from torch.nn.attention.varlen import varlen_attn
 
     return _first(varlen_attn(*tensors, *_twice(packed)))

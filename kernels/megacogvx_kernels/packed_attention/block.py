@@ -17,9 +17,7 @@ aten = torch.ops.aten
 CHUNK = 1024  # queries at a time where there is no kernel: scores are [N, CHUNK, keys], never [N, queries, keys]
 
 
-def attend_block(
-    q_SNK: torch.Tensor, k_TNK: torch.Tensor, v_TNK: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def attend_block(q_SNK: torch.Tensor, k_TNK: torch.Tensor, v_TNK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return softmax(q k^T K^-0.5) v over these keys, and its lse.
 
     Args:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
-from megatron.core.transformer import TransformerConfig
 from torch import nn
 
+from megacogvx.log import get_logger
 from megacogvx.models.transformer.config import CogVideoXConfig
 from megacogvx.pack_layout import LocalPack, PackLayout
 from megacogvx.parallel.context_parallel import heads_to_tokens, tokens_to_heads
 from megacogvx.parallel.groups import ParallelGroups
+from megacogvx.parallel.megatron import CoreConfig
 from megacogvx.parallel.recompute import Discarded
 from megacogvx.parallel.ring_attention import ring_attention
 from megacogvx.parallel.sequence_parallel import sum_gradient_over_tensor_ranks
 from megacogvx.parallel.tensor_parallel import column_linear, row_linear
-from megacogvx_kernels.packed_attention import packed_attention
+from megacogvx_kernels.packed_attention import choose_backend, packed_attention
 from megacogvx_kernels.qk_norm_rope import qk_norm_rope
+
+logger = get_logger(__name__)
 
 
 class JointAttention(nn.Module):
@@ -26,9 +31,9 @@ class JointAttention(nn.Module):
     `qkv` is laid out per head, q then k then v, so that a cut by rows is a cut by heads.
     """
 
-    def __init__(self, config: CogVideoXConfig, core: TransformerConfig, groups: ParallelGroups) -> None:
+    def __init__(self, config: CogVideoXConfig, core: CoreConfig, groups: ParallelGroups) -> None:
         super().__init__()
-        self.config, self.groups = config, groups
+        self.config, self.groups, self.backend = config, groups, core.packed_attention_backend
         width, dtype = config.attention_head_dim, core.params_dtype
         self.qkv = column_linear(config.hidden_size, 3 * config.hidden_size, core, groups)
         self.q_norm = nn.LayerNorm(width, config.qk_norm_eps, dtype=dtype)
@@ -57,9 +62,14 @@ class JointAttention(nn.Module):
 
     def attend(self, q_SNK: torch.Tensor, k_SNK: torch.Tensor, v_SNK: torch.Tensor, layout: PackLayout) -> torch.Tensor:
         """Return the attention `[S/r, N/(t u), K]` of what `heads` gave."""
-        if self.groups.ring[1] > 1:
-            return ring_attention(q_SNK, k_SNK, v_SNK, layout.boundaries[:-1], self.groups.ring_group)
-        return packed_attention(q_SNK, k_SNK, v_SNK, layout.boundaries[:-1])
+        boundaries, ring = layout.boundaries[:-1], self.groups.ring[1]
+        if ring > 1:
+            _say(f"ring of {ring}", "parallel.ring_size")
+            return ring_attention(q_SNK, k_SNK, v_SNK, boundaries, self.groups.ring_group)
+        chosen = choose_backend(q_SNK, boundaries, self.backend)
+        _say(chosen.name, chosen.why)
+        cu_seqlens = layout.cu_seqlens(q_SNK.device)
+        return packed_attention(q_SNK, k_SNK, v_SNK, boundaries, cu_seqlens=cu_seqlens, backend=chosen.name)
 
     def project(self, out_SNK: torch.Tensor) -> torch.Tensor:
         """Return the output `[S_local, 1, D]` for this rank's tokens of what `attend` gave."""
@@ -93,3 +103,9 @@ class JointAttention(nn.Module):
             theta=self.config.rope_theta,
             rotate=self.config.use_rotary_positional_embeddings,
         )
+
+
+@lru_cache
+def _say(backend: str, why: str) -> None:
+    """Log which kernel answers, once for each."""
+    logger.info("attention: %s (%s)", backend, why)

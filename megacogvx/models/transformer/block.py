@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from megatron.core.transformer import TransformerConfig
 from torch import nn
 
 from megacogvx.models.transformer.attention import JointAttention
@@ -12,6 +11,7 @@ from megacogvx.models.transformer.mlp import MLP
 from megacogvx.models.transformer.modulation import ExpertModulation
 from megacogvx.pack_layout import LocalPack, PackLayout
 from megacogvx.parallel.groups import ParallelGroups
+from megacogvx.parallel.megatron import CoreConfig
 from megacogvx.parallel.recompute import Discarded, recompute
 from megacogvx.parallel.sequence_parallel import sum_gradient_over_tensor_ranks
 from megacogvx_kernels.adaln import adaln_modulate, gated_residual, gated_residual_adaln
@@ -31,9 +31,7 @@ class CogVideoXBlock(nn.Module):
             small and always kept.
     """
 
-    def __init__(
-        self, config: CogVideoXConfig, core: TransformerConfig, groups: ParallelGroups, policy: str = "none"
-    ) -> None:
+    def __init__(self, config: CogVideoXConfig, core: CoreConfig, groups: ParallelGroups, policy: str = "none") -> None:
         super().__init__()
         self.policy = policy
         dtype = core.params_dtype

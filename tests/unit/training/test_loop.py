@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -16,13 +17,21 @@ from megacogvx.training.state import TrainState
 
 
 class FakeOptimizer:
-    """Counts what the loop asks of it; from `bad_from` on the gradient is not finite."""
+    """Counts what the loop asks of it; from `bad_from` on the gradient is not finite.
+
+    With `loss_scale` (fp16) that halves the scale, down to 1.
+    """
 
     lr = 0.5
 
-    def __init__(self, bad_from: int | None = None):
+    def __init__(self, bad_from: int | None = None, loss_scale: float | None = None):
         self.scheduled: list[int] = []
         self.bad_from = bad_from
+        self.scales_loss, self.loss_scale = loss_scale is not None, loss_scale or 1.0
+
+    @property
+    def lowers_loss_scale(self):
+        return self.scales_loss and self.loss_scale > 1.0
 
     def schedule(self, step):
         self.scheduled.append(step)
@@ -32,6 +41,8 @@ class FakeOptimizer:
 
     def step(self):
         bad = self.bad_from is not None and self.scheduled[-1] >= self.bad_from
+        if bad and self.scales_loss:
+            self.loss_scale = max(1.0, self.loss_scale / 2)
         return (False, float("nan")) if bad else (True, 2.0)
 
 
@@ -109,3 +120,22 @@ def test_gradient_that_is_not_finite_stops_before_anything_is_written(run):
         loop.train(broken)
     assert [row["step"] for row in rows(broken)] == [0, 1, 2, 3]
     assert broken.saved == [3] and broken.state.step == 4
+    assert not any("loss_scale" in row for row in rows(broken))
+
+
+def test_an_overflow_under_the_loss_scale_skips_the_step_and_is_logged(run, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("megacogvx"), "propagate", True)
+    half = run()
+    half.optimizer = FakeOptimizer(bad_from=4, loss_scale=8.0)
+    with pytest.raises(DataError, match="step 6 is not finite"):  # 8, 4, 2: at 1 there is nothing left to lower
+        loop.train(half)
+    told = rows(half)
+    assert [row["skipped"] for row in told] == [0, 0, 0, 0, 1, 1]
+    assert [row["loss_scale"] for row in told] == [8.0, 8.0, 8.0, 8.0, 8.0, 4.0]
+    assert [row["grad_norm"] for row in told] == [2.0] * 4 + [None] * 2
+    skipped = [record.getMessage() for record in caplog.records if "is skipped" in record.getMessage()]
+    assert skipped == [
+        "step 5 is skipped: its gradient overflowed under a loss scale of 8; the next one has 4",
+        "step 6 is skipped: its gradient overflowed under a loss scale of 4; the next one has 2",
+    ]
+    assert half.state.step == 6 and half.saved == [3, 6]
