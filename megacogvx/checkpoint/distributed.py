@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import queue
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
@@ -143,6 +145,8 @@ def _save_tensors(path: Path, model: nn.Module, optimizer: Optimizer | None, gro
         TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=WRITER_THREADS), groups.data_context_group, True
     )
     state = _state(model, optimizer, groups, is_loading=False)
+    # megatron-core would start a server process, which imports torch, for a queue between this process and itself.
+    filesystem_async._results_queue = queue.Queue()
     dist_checkpointing.save(state, str(path), writer, content_metadata=FORMAT)
 
 
