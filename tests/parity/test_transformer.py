@@ -47,13 +47,16 @@ FULL_TEXT = tuple((t, h, w, TEXT) for t, h, w, _ in SIZES)  # additive positions
 ROTARY = {"use_rotary_positional_embeddings": True}
 VARIANTS = {
     "2b": Variant({"in_channels": 4}, FULL_TEXT),
-    "5b": Variant({"in_channels": 4, **ROTARY}, SIZES),
+    "5b": Variant({"in_channels": 4, **ROTARY, "sample_width": 16}, SIZES),
     "5b_crop": Variant({"in_channels": 4, **ROTARY, "rope_grid": "crop"}, SIZES),
     "5b_i2v": Variant(
         {"in_channels": 8, **ROTARY, "use_learned_positional_embeddings": True},
         ((3, 8, 12, TEXT), (1, 8, 12, TEXT), (2, 8, 12, TEXT)),
     ),
-    "1_5": Variant({"in_channels": 4, **ROTARY, "patch_size_t": 2}, ((4, 8, 12, TEXT), (1, 4, 6, 3), (5, 6, 16, 5))),
+    "1_5": Variant(
+        {"in_channels": 4, **ROTARY, "patch_size_t": 2, "sample_width": 16},
+        ((4, 8, 12, TEXT), (1, 4, 6, 3), (5, 6, 16, 5)),
+    ),
     "1_5_i2v": Variant(
         {"in_channels": 8, **ROTARY, "patch_size_t": 2, "ofs_embed_dim": 32}, ((4, 8, 12, TEXT), (1, 4, 6, 3))
     ),
