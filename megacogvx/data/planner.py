@@ -156,26 +156,22 @@ class PackPlan:
         pack may hold it twice.
         """
         wanted = int(self.config.buffer * self.config.packs_per_step * self.config.tokens_per_pack)
-        wanted -= int(self.lengths[buffer.indices].sum())
-        copies = dict(zip(*(part.tolist() for part in np.unique(buffer.indices, return_counts=True)), strict=True))
         chunk = max(64, 2 * wanted * len(self.lengths) // int(self.lengths.sum()))
-        drawn: list[int] = []
-        while wanted > 0:
-            start = buffer.drawn + len(drawn)
-            for index in self._order.at(np.arange(start, start + chunk)).tolist():
-                copies[index] = copies.get(index, 0) + 1
-                if wanted <= 0 or copies[index] > self.config.packs_per_step:
-                    wanted = 0
-                    break
-                drawn.append(index)
-                wanted -= int(self.lengths[index])
-        positions = np.arange(buffer.drawn, buffer.drawn + len(drawn))
+        indices, held = buffer.indices, len(buffer.indices)
+        while True:
+            start = buffer.drawn + len(indices) - held
+            indices = np.concatenate([indices, self._order.at(np.arange(start, start + chunk))])
+            full = np.cumsum(self.lengths[indices]) - self.lengths[indices] >= wanted
+            ended = full | (_copies_before(indices) >= self.config.packs_per_step)
+            if ended[held:].any():
+                count = int(np.argmax(ended[held:]))
+                break
         return _Buffer(
             buffer.step,
-            buffer.drawn + len(drawn),
-            np.concatenate([buffer.positions, positions]),
-            np.concatenate([buffer.born, np.full(len(drawn), buffer.step)]),
-            np.concatenate([buffer.indices, np.array(drawn, np.int64)]),
+            buffer.drawn + count,
+            np.concatenate([buffer.positions, np.arange(buffer.drawn, buffer.drawn + count)]),
+            np.concatenate([buffer.born, np.full(count, buffer.step)]),
+            indices[: held + count],
         )
 
     @property
@@ -198,3 +194,13 @@ class PackPlan:
                 f"{int(self.columns.text_length[longest])} text tokens), has {self.lengths[longest]}; set "
                 f"data.tokens_per_pack to at least {self.lengths[longest]}, or leave such samples out"
             )
+
+
+def _copies_before(indices: np.ndarray) -> np.ndarray:
+    """Return how many times each entry's value occurs before it."""
+    order = np.argsort(indices, kind="stable")
+    new = np.diff(indices[order], prepend=-1) != 0
+    first = np.maximum.accumulate(np.where(new, np.arange(len(order)), 0))
+    copies = np.empty(len(order), np.int64)
+    copies[order] = np.arange(len(order)) - first
+    return copies
