@@ -70,6 +70,7 @@ class PackPlan:
         self._check_lengths()
         self._costs = integer_costs(self.lengths, *cost, config.tokens_per_pack)
         self._order = SampleOrder(columns.groups, seed)
+        self._admitted: tuple[int, np.ndarray] = (-1, np.empty(0, bool))
         self._buffer = self._empty()
         self._recent: dict[int, Step] = {}
 
@@ -93,6 +94,7 @@ class PackPlan:
             "seed": self.seed,
             "corpus": f"{self.columns.checksum:016x}",
             "drawn": self._buffer.drawn,
+            "threshold_generation": self.config.threshold_generation(self._buffer.step),
             "waiting": [self._buffer.positions.tolist(), self._buffer.born.tolist()],
         }
 
@@ -152,27 +154,48 @@ class PackPlan:
     def _filled(self, buffer: _Buffer) -> _Buffer:
         """Return `buffer` with samples drawn until it holds `config.buffer` steps of tokens.
 
-        A corpus smaller than a step comes several times; a sample waits at most once per pack of the step, since no
-        pack may hold it twice.
+        Samples that the step's thresholds don't admit are passed over, or leave the buffer. A corpus smaller than a
+        step comes several times; a sample waits at most once per pack of the step, since no pack may hold it twice.
         """
         wanted = int(self.config.buffer * self.config.packs_per_step * self.config.tokens_per_pack)
         chunk = max(64, 2 * wanted * len(self.lengths) // int(self.lengths.sum()))
-        indices, held = buffer.indices, len(buffer.indices)
+        admitted = self._admits(buffer.step)
+        stays = admitted[buffer.indices]
+        indices, positions = buffer.indices[stays], buffer.positions[stays]
+        held, drawn = len(indices), buffer.drawn
         while True:
-            start = buffer.drawn + len(indices) - held
-            indices = np.concatenate([indices, self._order.at(np.arange(start, start + chunk))])
+            new = np.arange(drawn, drawn + chunk)
+            drawn_indices = self._order.at(new)
+            passed = admitted[drawn_indices]
+            indices = np.concatenate([indices, drawn_indices[passed]])
+            positions = np.concatenate([positions, new[passed]])
+            drawn, chunk = drawn + chunk, 2 * chunk
             full = np.cumsum(self.lengths[indices]) - self.lengths[indices] >= wanted
             ended = full | (_copies_before(indices) >= self.config.packs_per_step)
             if ended[held:].any():
-                count = int(np.argmax(ended[held:]))
+                count = held + int(np.argmax(ended[held:]))
                 break
-        return _Buffer(
-            buffer.step,
-            buffer.drawn + count,
-            np.concatenate([buffer.positions, np.arange(buffer.drawn, buffer.drawn + count)]),
-            np.concatenate([buffer.born, np.full(count, buffer.step)]),
-            indices[: held + count],
-        )
+        born = np.concatenate([buffer.born[stays], np.full(count - held, buffer.step)])
+        return _Buffer(buffer.step, int(positions[count]), positions[:count], born, indices[:count])
+
+    def _admits(self, step: int) -> np.ndarray:
+        """Return which samples the thresholds of `step` admit: bool `[n]`.
+
+        Raises:
+            DataError: none of them.
+        """
+        generation = self.config.threshold_generation(step)
+        if self._admitted[0] != generation:
+            admitted, active = np.ones(len(self.lengths), bool), self.config.active_thresholds(step)
+            for threshold in active:
+                admitted &= threshold.admits(self.columns.scores[threshold.column])
+            listed = ", ".join(f"{t.column} in [{t.minimum}, {t.maximum}]" for t in active)
+            if not admitted.any():
+                raise DataError(f"data.thresholds of step {step} ({listed}) admit none of {len(admitted)} samples")
+            if active:
+                logger.info("from step %d on %d of %d samples: %s", step, admitted.sum(), len(admitted), listed)
+            self._admitted = (generation, admitted)
+        return self._admitted[1]
 
     @property
     def _protected_age(self) -> int:
