@@ -1,4 +1,4 @@
-"""New datasets of old ones: merge (whole shards), split and filter (record by record); sample ids stay what they are."""
+"""New datasets of old ones: merge (whole shards), split and filter (by record); sample ids stay what they are."""
 
 from __future__ import annotations
 
