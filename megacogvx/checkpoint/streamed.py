@@ -93,9 +93,7 @@ def write_streamed(
         the checkpoint's folder.
     """
     partial = directory.begin(step)
-    state = {
-        PREFIX + name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in tensors.items()
-    }
+    state = {PREFIX + name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in tensors.items()}
     writer = FileSystemWriter(partial, thread_count=WRITER_THREADS, sync_files=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")

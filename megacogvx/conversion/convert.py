@@ -27,11 +27,11 @@ from megacogvx.log import get_logger, progress
 EXAMPLE = """\
 example:
   megacogvx convert CogVideoX-5b --to megacogvx --output runs/5b
-  megacogvx convert runs/pretrain runs/vae --to diffusers --text-encoder t5-v1_1-xxl --dtype bf16 --output CogVideoX-mine
+  megacogvx convert runs/pretrain runs/vae --to diffusers --text-encoder t5-v1_1-xxl --dtype bf16 --output CogVideoX
   megacogvx convert CogVideoX-2b-sat --to diffusers --lora adapters/style --output CogVideoX-2b-style
 
-A source is a diffusers folder, a SAT release (transformer/latest, vae/3d-vae.pt) or one of its files, or a run folder or
-checkpoint of ours; which one is seen from what lies in it. Several are put together.
+A source is a diffusers folder, a SAT release (transformer/latest, vae/3d-vae.pt) or one of its files, or a run folder
+or checkpoint of ours; which one is seen from what lies in it. Several are put together.
 """
 
 FORMATS: dict[str, ModuleType] = {module.NAME: module for module in (diffusers, sat, megacogvx)}
@@ -92,7 +92,37 @@ def open_parts(sources: Sequence[Path], options: ReadOptions) -> dict[Kind, Part
             if kind in parts:
                 raise ConfigError(f"{parts[kind].tensors.path} and {part.tensors.path} both hold a {kind}; name one")
             parts[kind] = part
-    return _agreeing(parts)
+    return agreeing(parts)
+
+
+def agreeing(parts: dict[Kind, Part]) -> dict[Kind, Part]:
+    """Return the parts with the transformer's scale of the latents in the VAE, where formats keep it.
+
+    Raises:
+        ConfigError: the VAE's latents aren't the transformer's, or nobody knows the VAE's scale.
+    """
+    vae, transformer = parts.get("vae"), parts.get("transformer")
+    if vae is None:
+        return parts
+    if transformer is None:
+        if not vae.knows_scale:
+            raise ConfigError(
+                f"{vae.tensors.path} doesn't say what its latents are multiplied by; name the model that it belongs to "
+                "with --variant, or convert it together with the transformer"
+            )
+        return parts
+    made, settings = transformer.transformer, vae.vae.vae
+    for key, ours, theirs in (
+        ("out_channels", made.model.out_channels, settings.latent_channels),
+        ("temporal_compression_ratio", made.model.temporal_compression_ratio, settings.temporal_compression_ratio),
+    ):
+        if ours != theirs:
+            raise ConfigError(
+                f"model.{key}={ours} of the transformer {transformer.tensors.path}, but the VAE {vae.tensors.path} has "
+                f"{theirs}; they don't belong together"
+            )
+    scaled = settings.model_copy(update={"scaling_factor": made.scaling_factor})
+    return {**parts, "vae": replace(vae, settings=VAESettings(scaled))}
 
 
 def merged_and_cast(
@@ -207,36 +237,6 @@ def _open(source: Path, options: ReadOptions) -> dict[Kind, Part]:
     )
 
 
-def _agreeing(parts: dict[Kind, Part]) -> dict[Kind, Part]:
-    """Return the parts with the transformer's scale of the latents in the VAE, where formats keep it.
-
-    Raises:
-        ConfigError: the VAE's latents aren't the transformer's, or nobody knows the VAE's scale.
-    """
-    vae, transformer = parts.get("vae"), parts.get("transformer")
-    if vae is None:
-        return parts
-    if transformer is None:
-        if not vae.knows_scale:
-            raise ConfigError(
-                f"{vae.tensors.path} doesn't say what its latents are multiplied by; name the model that it belongs to "
-                "with --variant, or convert it together with the transformer"
-            )
-        return parts
-    made, settings = transformer.transformer, vae.vae.vae
-    for key, ours, theirs in (
-        ("out_channels", made.model.out_channels, settings.latent_channels),
-        ("temporal_compression_ratio", made.model.temporal_compression_ratio, settings.temporal_compression_ratio),
-    ):
-        if ours != theirs:
-            raise ConfigError(
-                f"model.{key}={ours} of the transformer {transformer.tensors.path}, but the VAE {vae.tensors.path} has "
-                f"{theirs}; they don't belong together"
-            )
-    scaled = settings.model_copy(update={"scaling_factor": made.scaling_factor})
-    return {**parts, "vae": replace(vae, settings=VAESettings(scaled))}
-
-
 def _log_losses(part: Part, module: ModuleType) -> None:
     if part.kind == "transformer" and module is not megacogvx:
         for lost in module.not_carried(part.transformer):
@@ -261,6 +261,8 @@ def _check_equal(parts: Mapping[Kind, Part], module: ModuleType, output: Path) -
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(
-        a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
     )

@@ -52,7 +52,7 @@ SHARED_TRANSFORMER = (
 )  # fmt: skip
 SHARED_VAE = ("in_channels", "out_channels", "latent_channels", "layers_per_block", "norm_eps", "norm_num_groups",
               "temporal_compression_ratio", "scaling_factor")  # fmt: skip
-# What our models are by construction, with the classes' own defaults for what a file leaves out: name -> (ours, default).
+# What our models are by construction: name -> (ours, the class's default for what a file leaves out).
 FIXED_TRANSFORMER = {
     "flip_sin_to_cos": (True, True), "freq_shift": (0, 0), "attention_bias": (True, True), "dropout": (0.0, 0.0),
     "activation_fn": ("gelu-approximate", "gelu-approximate"), "timestep_activation_fn": ("silu", "silu"),
@@ -80,8 +80,8 @@ def find(path: Path) -> dict[Kind, Path]:
                 break
     if not found and (path / INDEX).is_file():
         raise CheckpointError(
-            f"{path} is a pipeline of {read_json(path / INDEX).get('_class_name')!r} without a {CLASSES['transformer']} "
-            f"and a {CLASSES['vae']} in transformer/ and vae/"
+            f"{path} is a {read_json(path / INDEX).get('_class_name')!r}, and no CogVideoX pipeline: it has neither "
+            f"{CLASSES['transformer']} in transformer/ nor {CLASSES['vae']} in vae/"
         )
     return found
 

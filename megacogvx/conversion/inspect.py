@@ -139,14 +139,15 @@ def summary(tensor: torch.Tensor) -> Summary:
     values = tensor.reshape(-1)
     finite = values if not values.dtype.is_floating_point else values[values.isfinite()]
     nans = int(values.isnan().sum()) if values.dtype.is_floating_point else 0
-    facts = [math.nan] * 4
+    low = high = mean = deviation = math.nan
     if finite.numel():
         # Sums in fp64, whose accumulator doesn't need the elements as fp64.
         mean = float(finite.sum(dtype=torch.float64)) / finite.numel()
         square = float(torch.linalg.vector_norm(finite.float() - mean, dtype=torch.float64)) ** 2
-        facts = [float(finite.min()), float(finite.max()), mean, math.sqrt(square / finite.numel())]
+        low, high, deviation = float(finite.min()), float(finite.max()), math.sqrt(square / finite.numel())
     zeros = int((values == 0).sum())
-    return Summary(dtype, shape, *facts, zeros, nans, values.numel() - finite.numel() - nans, digest)
+    infinities = values.numel() - finite.numel() - nans
+    return Summary(dtype, shape, low, high, mean, deviation, zeros, nans, infinities, digest)
 
 
 def comparable(path: Path, other: Path, weights: str = LIVE) -> tuple[dict[str, TensorSource], dict[str, TensorSource]]:

@@ -70,7 +70,7 @@ def write_part(part: Part, root: Path, max_shard_bytes: int) -> Path:
     write_streamed(
         CheckpointDirectory(folder / CHECKPOINTS),
         FIRST_STEP,
-        {name: tuple(part.tensors.infos[name]) for name in shapes_of(part.settings)},
+        {name: (info.shape, info.dtype) for name, info in part.tensors.infos.items()},
         part.tensors.read,
         {"state": {"step": FIRST_STEP, "samples": 0, "tokens": 0, "data": {}}, "config": sections},
         {"config.yaml": yaml.safe_dump(sections, sort_keys=False)},

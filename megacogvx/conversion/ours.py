@@ -30,8 +30,10 @@ def transformer_shapes(config: CogVideoXConfig) -> Shapes:
     for layer in range(config.num_layers):
         shapes |= {f"blocks.{layer}.{name}": shape for name, shape in _block(config).items()}
     shapes |= _norm("head.norm_final", width) | _norm("head.norm_out", width)
-    return shapes | _linear("head.modulation.linear", condition, 2 * width) | _linear(
-        "head.proj", width, config.row_size_out
+    return (
+        shapes
+        | _linear("head.modulation.linear", condition, 2 * width)
+        | _linear("head.proj", width, config.row_size_out)
     )
 
 

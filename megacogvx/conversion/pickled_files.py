@@ -79,7 +79,7 @@ class PickledFile:
         """Return where the tensor's elements begin in the file and how many bytes they span, gaps included."""
         size = tensor.dtype.itemsize
         reach = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        return _offset(tensor) + tensor.storage_offset() * size, reach * size
+        return _offset(tensor) + int(tensor.storage_offset()) * size, int(reach) * size
 
     def _check_inside(self) -> None:
         size = self.path.stat().st_size

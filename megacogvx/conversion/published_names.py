@@ -4,13 +4,13 @@ diffusers: `CogVideoXTransformer3DModel` and `AutoencoderKLCogVideoX` (0.42). SA
 github.com/THUDM/CogVideo (`sat/dit_video_concat.py`, `sat/vae_modules/`); what its converter
 `tools/convert_weight_sat2hf.py` does in one direction follows from the two tables in both.
 
-    tensor                    ours                              diffusers                    SAT
-    q, k, v                   one, per head q k v               three                        one, all q, all k, all v
-    AdaLN of a block          one for attention, one for MLP:   the same                     one: attention and MLP of the
-                              shift scale gate, video, text                                  video, then both of the text
-    patches, q = 1            [D, C p p]                        [D, C, p, p]                 [D, C, p, p], or ours
-    position table (5B I2V)   [S, D]                            [1, S, D]                    [1, S, D]
-    VAE decoder stages        from the latents                  the same                     from the pixels
+    tensor                    ours                             diffusers       SAT
+    q, k, v                   one: per head q, k, v            three           one: all q, all k, all v
+    AdaLN of a block          attention's and the MLP's, each  the same        one: attention and MLP of the video, then
+                              of the video, then of the text                   both of the text
+    patches, q = 1            [D, C p p]                       [D, C, p, p]    [D, C, p, p], or ours
+    position table (5B I2V)   [S, D]                           [1, S, D]       [1, S, D]
+    VAE decoder stages        from the latents                 the same        from the pixels
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def write_safetensors(
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
     """Return the bytes of a contiguous CPU tensor, not copied."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _files(path: Path) -> dict[Path, set[str] | None]:

@@ -1,4 +1,4 @@
-"""SAT's files, as the CogVideoX weights were released and as its training saves them (github.com/THUDM/CogVideo, `sat/`).
+"""SAT's files, as the CogVideoX weights were released and its training saves them (github.com/THUDM/CogVideo, `sat/`).
 
     transformer/latest                              the step, as text
     transformer/1000/mp_rank_00_model_states.pt     {"module": {"model.diffusion_model.<name>": tensor, ...}, ...}

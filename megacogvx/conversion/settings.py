@@ -1,7 +1,7 @@
 """What has to travel with the weights: sizes, and every convention in which the formats differ.
 
-Settings are the sections of our resolved config. What a foreign format has no word for goes into a small file beside its
-weights (`megacogvx.json`), which only we read, so that a way there and back keeps it.
+Settings are the sections of our resolved config. What a foreign format has no word for goes into a small file beside
+its weights (`megacogvx.json`), which only we read, so that a way there and back keeps it.
 """
 
 from __future__ import annotations
@@ -198,4 +198,3 @@ def read_section(sections: Mapping[str, Any], name: str, kind: type[AnySection],
         return build_config(kind, dict(sections[name]), source=f"{source}, section {name}")
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
-

@@ -14,6 +14,7 @@ import torch
 from megacogvx.checkpoint.distributed import load
 from megacogvx.checkpoint.find import Checkpoint, find_checkpoint
 from megacogvx.checkpoint.whole import load_whole
+from megacogvx.conversion.settings import Conventions
 from megacogvx.data.indexed.layout import EncoderInfo
 from megacogvx.diffusion.config import DiffusionConfig
 from megacogvx.errors import ConfigError
@@ -35,11 +36,13 @@ class TransformerCheckpoint(Checkpoint):
     Attributes:
         config, diffusion: its sections `model` and `diffusion`.
         encoder: what its dataset was encoded with.
+        conventions: how else its weights expect to be used; converted ones may differ from ours.
     """
 
     config: CogVideoXConfig
     diffusion: DiffusionConfig
     encoder: EncoderInfo
+    conventions: Conventions
 
     @classmethod
     def find(cls, path: Path) -> TransformerCheckpoint:
@@ -56,6 +59,7 @@ class TransformerCheckpoint(Checkpoint):
             found.section("model", CogVideoXConfig),
             found.section("diffusion", DiffusionConfig),
             found.section("encoder", EncoderInfo),
+            found.section("conventions", Conventions) if "conventions" in found.resolved else Conventions(),
         )
 
     @property

@@ -4,17 +4,14 @@ The way from SAT's names to diffusers' is written here a second time, after the 
 (CogVideo `tools/convert_weight_sat2hf.py`), so that both can't be wrong in the same way.
 """
 
-import json
-
 import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 
 from megacogvx import draws
-from megacogvx.conversion.convert import convert, merged_and_cast, open_parts
+from megacogvx.conversion.convert import convert, open_parts
 from megacogvx.conversion.part import ReadOptions
 from megacogvx.conversion.sat import PREFIX
-from megacogvx.errors import CheckpointError, ConfigError
 
 SMALL = {
     "num_layers": 2, "num_attention_heads": 3, "attention_head_dim": 16, "text_embed_dim": 24, "time_embed_dim": 20,
@@ -50,7 +47,9 @@ def diffusers_folder(root, variant, dtype=torch.float32, with_vae=True):
     scale, shift = PUBLISHED_SCALE.get(variant, (0.7, 1.0))
     models = {"transformer": CogVideoXTransformer3DModel(**{**SMALL, **VARIANTS[variant]})}
     if with_vae:
-        models["vae"] = AutoencoderKLCogVideoX(**VAE, scaling_factor=scale, invert_scale_latents=variant == "1.5-5b-i2v")
+        models["vae"] = AutoencoderKLCogVideoX(
+            **VAE, scaling_factor=scale, invert_scale_latents=variant == "1.5-5b-i2v"
+        )
     for name, model in models.items():
         model.load_state_dict(random_state(model))
         model.to(dtype).save_pretrained(root / name)
