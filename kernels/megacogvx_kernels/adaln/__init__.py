@@ -6,9 +6,11 @@ row 2 m + 1 for its text tokens, so nothing of the size of the sequence is store
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 
-from megacogvx_kernels.adaln import reference
+from megacogvx_kernels.adaln import chunked, reference
 from megacogvx_kernels.checks import require_floating, require_integer, require_shape
 
 __all__ = ["adaln_modulate", "gated_residual", "gated_residual_adaln"]
@@ -41,7 +43,7 @@ def adaln_modulate(
     _check_tokens("x_SD", x_SD, rows_S)
     _check_affine(weight_D, bias_D, x_SD.shape[-1])
     _check_table("modulation_R3D", modulation_R3D, 2, x_SD.shape[-1])
-    return reference.adaln_modulate(x_SD, weight_D, bias_D, modulation_R3D, rows_S, eps=eps)
+    return _of(x_SD).adaln_modulate(x_SD, weight_D, bias_D, modulation_R3D, rows_S, eps=eps)
 
 
 def gated_residual(
@@ -63,7 +65,7 @@ def gated_residual(
     _check_tokens("residual_SD", residual_SD, rows_S)
     require_shape("branch_SD", branch_SD, tuple(residual_SD.shape))
     _check_table("modulation_R3D", modulation_R3D, 3, residual_SD.shape[-1])
-    return reference.gated_residual(residual_SD, branch_SD, modulation_R3D, rows_S)
+    return _of(residual_SD).gated_residual(residual_SD, branch_SD, modulation_R3D, rows_S)
 
 
 def gated_residual_adaln(
@@ -100,9 +102,14 @@ def gated_residual_adaln(
     _check_table("gate_modulation_R3D", gate_modulation_R3D, 3, width)
     _check_affine(weight_D, bias_D, width)
     _check_table("modulation_R3D", modulation_R3D, 2, width)
-    return reference.gated_residual_adaln(
+    return _of(residual_SD).gated_residual_adaln(
         residual_SD, branch_SD, gate_modulation_R3D, weight_D, bias_D, modulation_R3D, rows_S, eps=eps
     )
+
+
+def _of(tokens: torch.Tensor) -> ModuleType:
+    """Return the module that computes this: on a CPU in chunks, elsewhere the plain definition."""
+    return chunked if tokens.device.type == "cpu" and tokens.dtype != torch.float64 else reference
 
 
 def _check_tokens(name: str, x_SD: torch.Tensor, rows_S: torch.Tensor) -> None:

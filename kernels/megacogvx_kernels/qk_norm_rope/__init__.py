@@ -5,12 +5,14 @@ Paper section 2.2 (3D-RoPE); the QK-norm and its order before the rotation are t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from megacogvx_kernels.checks import require_floating, require_integer, require_shape
 from megacogvx_kernels.qk_norm_rope import reference
 
-__all__ = ["qk_norm_rope"]
+__all__ = ["qk_norm_rope", "take_v"]
 
 
 def qk_norm_rope(
@@ -71,3 +73,30 @@ def qk_norm_rope(
         split_SN3K, q_weight_K, q_bias_K, k_weight_K, k_bias_K, sample_table_M5, rope_grid_M6, token_offset,
         eps=eps, axes=axes, theta=theta, rotate=rotate,
     )  # fmt: skip
+
+
+def take_v(qkv_SN3K: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return qkv and its v, both without a copy.
+
+    Args:
+        qkv_SN3K: `[S, N, 3, K]`; what is returned of it is for `qk_norm_rope` alone.
+
+    Returns:
+        qkv `[S, N, 3, K]` and v `[S, N, K]`.
+
+    Backward: the gradient of v is written into that of qkv, in which `qk_norm_rope` leaves its place empty. A slice
+        would make another of the size of qkv, of zeros, and add the two.
+    """
+    qkv, v = _TakeV.apply(qkv_SN3K)
+    return qkv, v
+
+
+class _TakeV(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv_SN3K: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return qkv_SN3K.view_as(qkv_SN3K), qkv_SN3K[:, :, 2]
+
+    @staticmethod
+    def backward(ctx: Any, dqkv_SN3K: torch.Tensor, dv_SNK: torch.Tensor) -> torch.Tensor:
+        dqkv_SN3K[:, :, 2] = dv_SNK
+        return dqkv_SN3K
