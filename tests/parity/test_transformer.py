@@ -23,6 +23,7 @@ from megacogvx.models.transformer import (
 from megacogvx.pack_layout import build_layout, patchify, place_sample
 from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.groups import initialize, shutdown
+from megacogvx.testing.published_names import to_our_names
 from megacogvx.testing.tolerance import assert_all_close, assert_close
 
 OUTPUT_BOUND, GRADIENT_BOUND = 1e-5, 1e-4
@@ -72,7 +73,7 @@ def test_pack_equals_diffusers_sample_by_sample(name, groups):
     config = CogVideoXConfig(**{**SMALL, **variant.ours})
     theirs = _diffusers_model(config)
     ours = _our_model(config, groups)
-    ours.load_state_dict(to_our_names(theirs.state_dict(), config))
+    ours.load_state_dict(to_our_names(theirs.state_dict(), config.num_attention_heads))
     samples = [_inputs(config, place, *size) for place, size in enumerate(variant.sizes)]
 
     expected = [_run_diffusers(theirs, config, *sample) for sample in samples]
@@ -84,7 +85,7 @@ def test_pack_equals_diffusers_sample_by_sample(name, groups):
         cotangent = draws.normal(tuple(reference.shape), 0, "cotangent", place)
         (reference * cotangent).sum().backward()
         (mine * cotangent).sum().backward(retain_graph=True)
-    references = to_our_names({name: p.grad for name, p in theirs.named_parameters()}, config)
+    references = to_our_names({name: p.grad for name, p in theirs.named_parameters()}, config.num_attention_heads)
     gradients = {name: p.grad for name, p in ours.named_parameters()}
     if name == "2b":
         _drop_vanishing_k_bias(gradients, references)
@@ -203,43 +204,3 @@ def _drop_vanishing_k_bias(gradients, references):
     for name in [name for name in references if name.endswith("k_norm.bias")]:
         assert float(gradients.pop(name).norm()) < 1e-5 * largest
         assert float(references.pop(name).norm()) < 1e-5 * largest
-
-
-def to_our_names(state, config):
-    """Rename (and rearrange) diffusers' tensors: weights or gradients, which rearrange alike."""
-    names = {
-        "patch_embed.proj.": "embedding.video_proj.",
-        "patch_embed.text_proj.": "embedding.text_proj.",
-        "time_embedding.": "time.timestep.",
-        "ofs_embedding.": "time.ofs.",
-        "transformer_blocks.": "blocks.",
-        ".norm1.linear.": ".attention_modulation.linear.",
-        ".norm1.norm.": ".attention_norm.",
-        ".norm2.linear.": ".mlp_modulation.linear.",
-        ".norm2.norm.": ".mlp_norm.",
-        ".attn1.norm_q.": ".attention.q_norm.",
-        ".attn1.norm_k.": ".attention.k_norm.",
-        ".attn1.to_out.0.": ".attention.out.",
-        ".ff.net.0.proj.": ".mlp.fc1.",
-        ".ff.net.2.": ".mlp.fc2.",
-        "norm_final.": "head.norm_final.",
-        "norm_out.linear.": "head.modulation.linear.",
-        "norm_out.norm.": "head.norm_out.",
-        "proj_out.": "head.proj.",
-    }
-    renamed = {}
-    for name, tensor in state.items():
-        if ".attn1.to_q." in name:
-            parts = [state[name.replace("to_q", f"to_{letter}")] for letter in "qkv"]
-            by_head = [part.unflatten(0, (config.num_attention_heads, -1)) for part in parts]
-            renamed[name.replace("transformer_blocks", "blocks").replace("attn1.to_q", "attention.qkv")] = torch.stack(
-                by_head, dim=1
-            ).flatten(0, 2)
-        elif name == "patch_embed.pos_embedding":
-            renamed["embedding.positions"] = tensor[0]
-        elif ".attn1.to_k." not in name and ".attn1.to_v." not in name:
-            for old, new in names.items():
-                if (name.startswith(old)) if not old.startswith(".") else old in name:
-                    name = name.replace(old, new, 1)
-            renamed[name] = tensor.flatten(1) if name == "embedding.video_proj.weight" else tensor
-    return renamed
