@@ -84,6 +84,9 @@ class TrainConfig(Section):
         raise_broken([*self._head_rules(), *self._stage_rules(world_size), *self._pack_rules(world_size)])
 
     def _head_rules(self) -> Iterator[str]:
+        problem = self.model.layout_problem(self.parallel.tensor_parallel_size, self.parallel.recompute)
+        if problem:
+            yield problem
         heads, tensor, context = (
             self.model.num_attention_heads,
             self.parallel.tensor_parallel_size,

@@ -53,6 +53,10 @@ class CogVideoXConfig(PresetSection):
             another size is fitted into the native one (inference with the 1.0 weights).
         rope_theta: base of the rotary frequencies.
         norm_eps, qk_norm_eps, final_norm_eps: of the LayerNorms in the blocks, over q and k, in the head.
+        block: "expert_adaln": the published one; for the ablations of the paper "shared_adaln": text and video take
+            the same modulation, and "mmdit": they have all linear layers of their own (`ablations.py`).
+        attention: "full" over text and video; for the ablation "2d_1d": within a frame in even layers, along time in
+            odd ones.
     """
 
     presets: ClassVar[dict[str, dict[str, Any]]] = PRESETS
@@ -81,6 +85,8 @@ class CogVideoXConfig(PresetSection):
     norm_eps: float = Field(1e-5, gt=0)
     qk_norm_eps: float = Field(1e-6, gt=0)
     final_norm_eps: float = Field(1e-5, gt=0)
+    block: Literal["expert_adaln", "shared_adaln", "mmdit"] = "expert_adaln"
+    attention: Literal["full", "2d_1d"] = "full"
 
     @model_validator(mode="after")
     def _check(self) -> CogVideoXConfig:
@@ -106,6 +112,21 @@ class CogVideoXConfig(PresetSection):
                 "embeddings are added"
             )
         return self
+
+    def layout_problem(self, tensor_parallel_size: int, recompute: str) -> str | None:
+        """Return why this model can't run on this layout (section `parallel`), None if it can."""
+        if self.block == "mmdit" and tensor_parallel_size > 1:
+            return (
+                f"model.block=mmdit with parallel.tensor_parallel_size={tensor_parallel_size}: each tensor rank would "
+                "hold another number of text tokens, which sequence parallelism can't gather; the size that works is "
+                "1; spread the model with parallel.context_parallel_size or parallel.pipeline_parallel_size"
+            )
+        if self.block == "mmdit" and recompute == "selective":
+            return (
+                "model.block=mmdit with parallel.recompute=selective: what works is none, keep_attention, full and "
+                "block:N"
+            )
+        return None
 
     @property
     def hidden_size(self) -> int:
