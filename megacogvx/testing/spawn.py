@@ -1,8 +1,9 @@
 """Tests on several ranks: `on_ranks(2, ...)` turns a function of process groups into an ordinary pytest test.
 
-A plain `pytest` starts the processes itself, on gloo, once for all tests of a file with the same number of ranks,
-because importing megatron-core takes seconds in each. Under `torchrun -m pytest` the tests run in the processes that
-are there, on whatever device there is, and those for another number of ranks are skipped.
+A plain `pytest` starts the processes itself, on gloo, once for all tests of a file with the same number of ranks. They
+are forked from a server that has imported megatron-core once, which takes eight seconds. Under `torchrun -m pytest`
+the tests run in the processes that are there, on whatever device there is, and those for another number of ranks are
+skipped.
 
     @on_ranks(2, {"tensor_parallel_size": 2}, {"context_parallel_size": 2})
     def test_something(groups, folder): ...
@@ -17,16 +18,17 @@ import faulthandler
 import functools
 import importlib.util
 import inspect
+import multiprocessing
 import os
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,10 @@ class Case:
         """How parent and workers call this case."""
         return f"{self.function.__name__}[{layout_name(self.layout)}]"
 
+
+# Its own import of this module is the tests' import, so a fork finds the cases that a test file registers.
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload(["megacogvx.testing.spawn", "megacogvx.training.setup", "pytest"])
 
 _cases: dict[tuple[str, int], list[Case]] = {}  # by (file, ranks), in the order of the file
 _outcomes: dict[tuple[str, int], dict[str, str]] = {}  # the same: {case name: "" or what went wrong}
@@ -117,7 +123,7 @@ def _launch(file: str, world_size: int, names: list[str]) -> dict[str, str]:
     """Run cases in new processes, in order; return the outcomes up to and including the first failure."""
     folder = Path(tempfile.mkdtemp(prefix="megacogvx-ranks-"))
     try:
-        port = _free_port()
+        port = free_port()
         processes = [_start(file, names, rank, world_size, port, folder) for rank in range(world_size)]
         late = _wait(processes, START_SECONDS + CASE_SECONDS * len(names))
         passed = min((_passed(folder, rank) for rank in range(world_size)), key=len)
@@ -129,27 +135,21 @@ def _launch(file: str, world_size: int, names: list[str]) -> dict[str, str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start(file: str, names: list[str], rank: int, world_size: int, port: int, folder: Path) -> subprocess.Popen[bytes]:
+def _start(file: str, names: list[str], rank: int, world_size: int, port: int, folder: Path) -> ForkServerProcess:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-    environment = {
-        **os.environ,
-        **{name: str(value) for name, value in place.items()},
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-    }
-    command = [sys.executable, "-m", "megacogvx.testing.spawn", file, str(folder), *names]
-    with (folder / f"output-{rank}").open("wb") as output:
-        return subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = {name: str(value) for name, value in {**place, **rendezvous}.items()}
+    process = server.Process(target=_work, args=(file, folder, names, {**os.environ, **environment}))
+    process.start()
+    return process
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], seconds: float) -> bool:
+def _wait(processes: list[ForkServerProcess], seconds: float) -> bool:
     """Wait for all, or until one fails or time is up, and end the rest; return whether time was up."""
     end = time.monotonic() + seconds
     try:
         while time.monotonic() < end:
-            codes = [process.poll() for process in processes]
+            codes = [process.exitcode for process in processes]
             if all(code == 0 for code in codes):
                 return False
             if any(code not in (None, 0) for code in codes):
@@ -160,7 +160,7 @@ def _wait(processes: list[subprocess.Popen[bytes]], seconds: float) -> bool:
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+            process.join()
 
 
 def _passed(folder: Path, rank: int) -> list[str]:
@@ -168,16 +168,17 @@ def _passed(folder: Path, rank: int) -> list[str]:
     return file.read_text().splitlines() if file.exists() else []
 
 
-def _explain(folder: Path, processes: list[subprocess.Popen[bytes]], late: bool) -> str:
+def _explain(folder: Path, processes: list[ForkServerProcess], late: bool) -> str:
     parts = ["time is up"] if late else []
     for rank, process in enumerate(processes):
         lines = (folder / f"output-{rank}").read_text(errors="replace").splitlines()
         shown = "\n".join(lines[-LINES_SHOWN:])
-        parts.append(f"--- rank {rank}, exit status {process.returncode}:\n{shown}")
+        parts.append(f"--- rank {rank}, exit status {process.exitcode}:\n{shown}")
     return "\n".join(parts)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -204,16 +205,13 @@ def _run_case(case: Case, device: str = "auto") -> None:
         parallel_groups.shutdown(stay_connected=True)
 
 
-def _work(file: str, folder: Path, names: list[str]) -> None:
+def _work(file: str, folder: Path, names: list[str], environment: dict[str, str]) -> None:
     """Run the cases in order; leave at the first that fails, since the other ranks may wait for this one in vain."""
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
+    os.environ.update(environment)
+    write_to(folder / f"output-{environment['RANK']}")
     faulthandler.dump_traceback_later(START_SECONDS, exit=True)
-    spec.loader.exec_module(module)
-    # The decorator registered the cases under the path that this process sees, which is the one it was given.
-    cases = {case.name: case for case in _cases[(file, int(os.environ["WORLD_SIZE"]))]}
+    _load(file)
+    cases = {case.name: case for case in _cases[(file, int(environment["WORLD_SIZE"]))]}
     for name in names:
         faulthandler.dump_traceback_later(CASE_SECONDS, exit=True)
         try:
@@ -224,12 +222,24 @@ def _work(file: str, folder: Path, names: list[str]) -> None:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(1)
-        with (folder / f"passed-{os.environ['RANK']}").open("a") as passed:
+        with (folder / f"passed-{environment['RANK']}").open("a") as passed:
             print(name, file=passed)
 
 
-if __name__ == "__main__":
-    # `python -m` runs this file under another name than the one tests import it by; the cases are in the latter.
-    from megacogvx.testing import spawn
+def write_to(file: Path) -> None:
+    """Send all that this process writes, C++ included, to a file; one thread computes, as beside other ranks."""
+    import torch
 
-    spawn._work(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])
+    with file.open("wb") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    torch.set_num_threads(1)
+
+
+def _load(file: str) -> None:
+    """Run a test file by its path; its decorators register its cases under the same path."""
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
+from megacogvx.checkpoint.config import CheckpointConfig
 from megacogvx.config import Section
 from megacogvx.data.clips import ClipsConfig
 from megacogvx.data.corpus import DataConfig
@@ -20,11 +21,16 @@ from megacogvx.diffusion.config import DiffusionConfig
 from megacogvx.errors import ConfigError
 from megacogvx.models.transformer.config import CogVideoXConfig
 from megacogvx.models.vae.config import VAEConfig
+from megacogvx.models.vae.discriminator import Discriminator, DiscriminatorConfig
 from megacogvx.models.vae.losses import VAELossConfig
 from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.frame_parallel import split_problem
 from megacogvx.parallel.groups import check_world_size
 from megacogvx.parallel.pipeline_parallel import split_layers
+from megacogvx.training.ema import EMAConfig
+from megacogvx.training.guard import GuardConfig
+from megacogvx.training.tracking import TrackingConfig
+from megacogvx.training.validation_loss import ValidationConfig
 
 
 class TrainingConfig(Section):
@@ -34,6 +40,9 @@ class TrainingConfig(Section):
     seed: int = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     run_folder: Path = Path("runs/default")
+    start_from: Path | None = Field(
+        None, description="run folder or checkpoint whose weights a new run starts with; optimizer and steps start anew"
+    )
     save_every: int = Field(500, ge=1, description="steps between two checkpoints; the last step always saves one")
     log_every: int = Field(10, ge=1, description="steps between two lines of the log; metrics.jsonl has every step")
     validate_every: int = Field(100, ge=1, description="steps between two measurements on held-out data")
@@ -72,6 +81,10 @@ class TrainConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    validation: ValidationConfig = ValidationConfig()
 
     def validate_layout(self, world_size: int) -> None:
         """Check all rules between sections for `world_size` processes.
@@ -81,7 +94,16 @@ class TrainConfig(Section):
             ConfigError: naming every broken rule, the values and the sizes that would work.
         """
         check_world_size(self.parallel, world_size)
-        raise_broken([*self._head_rules(), *self._stage_rules(world_size), *self._pack_rules(world_size)])
+        rules = [*self._head_rules(), *self._stage_rules(world_size), *self._pack_rules(world_size)]
+        raise_broken([*rules, *self._validation_rules()])
+
+    def _validation_rules(self) -> Iterator[str]:
+        largest, limit = max(self.validation.timesteps), self.diffusion.num_train_timesteps
+        if largest >= limit:
+            yield (
+                f"validation.timesteps has {largest}, but diffusion.num_train_timesteps={limit}; "
+                f"those that work: 0 to {limit - 1}"
+            )
 
     def _head_rules(self) -> Iterator[str]:
         problem = self.model.layout_problem(self.parallel.tensor_parallel_size, self.parallel.recompute)
@@ -135,10 +157,16 @@ class VAETrainConfig(Section):
 
     vae: VAEConfig = VAEConfig()
     loss: VAELossConfig = VAELossConfig()
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
     clips: ClipsConfig
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    discriminator_optimizer: OptimizerConfig = OptimizerConfig()
+    ema: EMAConfig = EMAConfig()
     training: TrainingConfig = TrainingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     def validate_layout(self, world_size: int) -> None:
         """Check all rules between sections for `world_size` processes.
@@ -148,7 +176,34 @@ class VAETrainConfig(Section):
             ConfigError: naming every broken rule, the values and the sizes that would work.
         """
         check_world_size(self.parallel, world_size)
-        raise_broken(list(self._split_rules(world_size)))
+        raise_broken([*self._split_rules(world_size), *self._gan_rules()])
+
+    @property
+    def has_gan(self) -> bool:
+        """Whether a discriminator is trained beside the VAE."""
+        return self.loss.gan_weight > 0
+
+    def make_discriminator(self) -> Discriminator:
+        """Make the discriminator; it halves the frames no oftener than the VAE, whose clips it sees."""
+        return Discriminator(self.discriminator, self.vae.out_channels, self.vae.temporal_levels)
+
+    def _gan_rules(self) -> Iterator[str]:
+        if not self.has_gan:
+            return
+        start, steps = self.loss.gan_start_step, self.training.steps
+        if start >= steps:
+            yield (
+                f"loss.gan_start_step={start} is never reached in training.steps={steps}; lower it, or set "
+                "loss.gan_weight=0"
+            )
+        with torch.device("meta"):
+            side = self.make_discriminator().smallest_side()
+        if min(self.clips.height, self.clips.width) < side:
+            yield (
+                f"clips.height={self.clips.height} x clips.width={self.clips.width} is smaller than the patches of "
+                f"discriminator.layers={self.discriminator.layers}, which take {side} x {side} pixels; enlarge the "
+                "clips or lower discriminator.layers"
+            )
 
     def _split_rules(self, world_size: int) -> Iterator[str]:
         for name in ("tensor_parallel_size", "pipeline_parallel_size"):

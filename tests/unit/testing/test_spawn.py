@@ -1,0 +1,31 @@
+"""Tests that run tests on several ranks: what the parent learns of those that fail."""
+
+from megacogvx.testing import spawn
+
+FILE = """
+from megacogvx.testing.spawn import on_ranks
+
+@on_ranks(2)
+def test_first(groups):
+    assert groups.data[1] == 2
+
+@on_ranks(2)
+def test_fails_on_one_rank(groups):
+    print("hello from", groups.rank)
+    assert groups.rank == 0
+
+@on_ranks(2)
+def test_last(groups, folder):
+    assert folder.is_dir()
+"""
+
+
+def test_a_failure_takes_only_its_own_test_with_it(tmp_path):
+    file = tmp_path / "test_of_ranks.py"
+    file.write_text(FILE)
+    spawn._load(str(file))
+    cases = {case.function.__name__: case for case in spawn._cases[(str(file), 2)]}
+    outcomes = {name: spawn._outcome(str(file), 2, case) for name, case in cases.items()}
+    assert outcomes["test_first"] == "" and outcomes["test_last"] == ""
+    for shown in ("rank 1, exit status 1", "hello from 1", "assert groups.rank == 0"):
+        assert shown in outcomes["test_fails_on_one_rank"]
