@@ -21,6 +21,7 @@ VERBS = {
     "encode": ("megacogvx.curation.encode", "encode clips and captions into an indexed dataset"),
     "data": ("megacogvx.data.commands", "look into an indexed dataset, or verify it"),
     "train": ("megacogvx.training.train", "pretrain a transformer on an indexed dataset"),
+    "estimate": ("megacogvx.training.estimate.command", "say what a training costs on so many GPUs, without one"),
     "generate": ("megacogvx.inference.generate", "generate a video from a prompt"),
     "report": ("megacogvx.evaluation.report", "draw runs and samples as one HTML page"),
 }

@@ -42,6 +42,7 @@ from megacogvx.training.batch import BatchMaker
 from megacogvx.training.config import OptimizerConfig, TrainConfig, TrainingConfig, VAETrainConfig
 from megacogvx.training.loop import Run, StepInput
 from megacogvx.training.metrics import MetricsFile
+from megacogvx.training.start_from import find_start, start_from
 from megacogvx.training.state import TrainState
 from megacogvx.training.validation import HeldOutClips
 
@@ -55,20 +56,27 @@ def build_transformer_run(config: TrainConfig) -> Run:
         ConfigError, DataError, LaunchError: before any process group exists, naming keys, values and a way out.
         CheckpointError: the run folder holds a checkpoint of another model.
     """
-    config.validate_layout(launch_environment().world_size)
+    world_size = launch_environment().world_size
+    config.validate_layout(world_size)
     corpus = Corpus(config.data)
     check_corpus(config, corpus)
+    config = _with_packs_per_step(config, corpus)
+    config.validate_layout(world_size)
     plan = PackPlan(
         corpus.columns, config.data, config.training.seed, config.model.patch, cost_coefficients(config.model)
     )
     config = _with_scaling_factor(config, corpus)
     checkpoints, resolved = _open_run(config, config.training, section="model")
+    path = config.training.start_from
+    start = find_start(path, config.model) if path is not None and checkpoints.latest() is None else None
 
     groups = initialize(config.parallel, config.training.seed)
     dtype = config.training.dtype(groups.device)
     core = transformer_core(config.model, config.parallel, groups, dtype)
     model = CogVideoXTransformer(config.model, core, groups)
     initialize_weights(model, config.training.seed)
+    if start is not None:
+        start_from(model, start, config.parallel, groups)
     ddp, optimizer, state = _train_ready(model, core, groups, config.optimizer, config.training, checkpoints)
 
     loader = PackLoader(corpus, plan, *groups.data, start_step=state.step, state=state.data or None)
@@ -134,6 +142,18 @@ def check_corpus(config: TrainConfig, corpus: Corpus) -> None:
             f"model.max_text_seq_length={model.max_text_seq_length}, but the dataset has a text of {longest} tokens; "
             f"set it to at least {longest}, or encode again with shorter captions"
         )
+
+
+def _with_packs_per_step(config: TrainConfig, corpus: Corpus) -> TrainConfig:
+    """Return `config` with the step's size in packs, and say what it is in samples and tokens."""
+    mean = float(corpus.columns.lengths(config.model.patch).mean())
+    data = config.data.in_packs(mean)
+    tokens = data.packs_per_step * data.tokens_per_pack
+    logger.info(
+        "a step: %d packs x %s tokens = %s tokens, about %.0f samples of %.0f tokens",
+        data.packs_per_step, f"{data.tokens_per_pack:,}", f"{tokens:,}", tokens / mean, mean,
+    )  # fmt: skip
+    return config.model_copy(update={"data": data})
 
 
 def _with_scaling_factor(config: TrainConfig, corpus: Corpus) -> TrainConfig:
