@@ -22,6 +22,7 @@ VERBS = {
     "data": ("megacogvx.data.commands", "look into an indexed dataset, or verify it"),
     "train": ("megacogvx.training.train", "pretrain a transformer on an indexed dataset"),
     "estimate": ("megacogvx.training.estimate.command", "say what a training costs on so many GPUs, without one"),
+    "doctor": ("megacogvx.parallel.doctor", "look whether these machines are fit to train"),
     "generate": ("megacogvx.inference.generate", "generate a video from a prompt"),
     "report": ("megacogvx.evaluation.report", "draw runs and samples as one HTML page"),
 }

@@ -5,7 +5,7 @@ sine positions are computed, so nothing changes. Three things may change and are
 new model does what the old one did:
 
     model.in_channels       new channels (an image's latents) meet weights of zero
-    model.patch_size_t      each weight serves as many frames as are merged, their mean goes in, each gets what comes out
+    model.patch_size_t      a weight serves each of the frames merged: their mean goes in, all get what comes out
     model.ofs_embed_dim     the motion offset's embedding ends in weights of zero
     learned positions       the table is resized over the new grid (trilinear), or starts at zero
 
@@ -86,8 +86,8 @@ def start_from(
     old = CogVideoXTransformer(before, transformer_core(before, parallel, groups, model.core.params_dtype), groups)
     old = old.to(groups.device)
     load(checkpoint.path, old, None, groups)
-    there, grown = old.state_dict(), []
-    for name, tensor in model.state_dict().items():
+    there, grown = _tensors(old), []
+    for name, tensor in _tensors(model).items():
         new = grow(name, there.get(name), tensor, before, model.config)
         if name not in there or new.shape != there[name].shape:
             grown.append(name)
@@ -145,3 +145,7 @@ def resize_positions(table_XD: torch.Tensor, before: CogVideoXConfig, after: Cog
         grid_1Dthw = F.interpolate(grid_1Dthw, after.native_grid, mode="trilinear", align_corners=True)
     video_VD = grid_1Dthw.permute(0, 2, 3, 4, 1).reshape(-1, width)
     return torch.cat([text_LD, video_VD.to(table_XD.dtype)])
+
+
+def _tensors(model: CogVideoXTransformer) -> dict[str, torch.Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}

@@ -104,3 +104,14 @@ def test_integer_weights():
     assert min(integer_weights([1.0, 1e-9])) == 1
     weights = np.array(integer_weights([1, 1, 1]))
     assert np.ptp(weights) == 0
+
+
+def test_a_step_may_be_given_in_samples():
+    data = DataConfig(paths=("d",), tokens_per_pack=100, samples_per_step=30)
+    assert data.in_packs(mean_tokens=25.0).packs_per_step == 8  # 7.5 packs of four
+    assert data.in_packs(mean_tokens=1.0).packs_per_step == 1
+    assert data.in_packs(25.0).samples_per_step is None and data.in_packs(25.0).in_packs(99.0).packs_per_step == 8
+    packs = DataConfig(paths=("d",), tokens_per_pack=100, packs_per_step=3)
+    assert packs.in_packs(mean_tokens=25.0) is packs
+    with pytest.raises(ValueError, match="packs_per_step=3 and samples_per_step=5 say the same"):
+        DataConfig(paths=("d",), tokens_per_pack=100, packs_per_step=3, samples_per_step=5)
