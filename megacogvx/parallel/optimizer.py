@@ -138,22 +138,38 @@ class Optimizer:
         self.inner.zero_grad()
 
     @torch.no_grad()
-    def step(self) -> tuple[bool, float]:
+    def gradient_norm(self) -> float:
+        """Make the finished gradients ready for `take`; return their L2 norm before clipping.
+
+        All ranks see the same norm. It is not finite if any gradient isn't. Weights and states stay as they are, so
+        that the gradients can be dropped, or made again, without a trace.
+        """
+        return math.nan if self.inner.prepare_grads() else float(self.inner.get_grad_norm())
+
+    @torch.no_grad()
+    def take(self, norm: float) -> bool:
         """Clip the gradients, take one step and hand the new weights to all data ranks.
+
+        Args:
+            norm: from `gradient_norm`, finite.
+
+        Returns:
+            whether the step was taken.
+        """
+        limit = self.inner.config.clip_grad
+        if limit > 0:
+            clip_grad_by_total_norm_fp32(self.inner.get_parameters(), max_norm=limit, total_norm=norm)
+        return bool(self.inner.step_with_ready_grads())
+
+    def step(self) -> tuple[bool, float]:
+        """Take one step if the gradient is finite.
 
         Returns:
             (taken, norm): the L2 norm of the whole gradient before clipping. If it is not finite the step isn't taken
             and weights and states stay as they were; all ranks agree, since they see the same norm.
         """
-        if self.inner.prepare_grads():
-            return False, math.nan
-        norm = float(self.inner.get_grad_norm())
-        if not math.isfinite(norm):
-            return False, norm
-        limit = self.inner.config.clip_grad
-        if limit > 0:
-            clip_grad_by_total_norm_fp32(self.inner.get_parameters(), max_norm=limit, total_norm=norm)
-        return bool(self.inner.step_with_ready_grads()), norm
+        norm = self.gradient_norm()
+        return math.isfinite(norm) and self.take(norm), norm
 
     def reload_weights(self) -> None:
         """Read the master weights from the model again, after its weights were set from elsewhere."""

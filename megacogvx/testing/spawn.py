@@ -53,8 +53,8 @@ class Case:
 
 
 # Its own import of this module is the tests' import, so a fork finds the cases that a test file registers.
-_server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["megacogvx.testing.spawn", "megacogvx.training.setup", "pytest"])
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload(["megacogvx.testing.spawn", "megacogvx.training.setup", "pytest"])
 
 _cases: dict[tuple[str, int], list[Case]] = {}  # by (file, ranks), in the order of the file
 _outcomes: dict[tuple[str, int], dict[str, str]] = {}  # the same: {case name: "" or what went wrong}
@@ -123,7 +123,7 @@ def _launch(file: str, world_size: int, names: list[str]) -> dict[str, str]:
     """Run cases in new processes, in order; return the outcomes up to and including the first failure."""
     folder = Path(tempfile.mkdtemp(prefix="megacogvx-ranks-"))
     try:
-        port = _free_port()
+        port = free_port()
         processes = [_start(file, names, rank, world_size, port, folder) for rank in range(world_size)]
         late = _wait(processes, START_SECONDS + CASE_SECONDS * len(names))
         passed = min((_passed(folder, rank) for rank in range(world_size)), key=len)
@@ -139,7 +139,7 @@ def _start(file: str, names: list[str], rank: int, world_size: int, port: int, f
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     environment = {name: str(value) for name, value in {**place, **rendezvous}.items()}
-    process = _server.Process(target=_work, args=(file, folder, names, {**os.environ, **environment}))
+    process = server.Process(target=_work, args=(file, folder, names, {**os.environ, **environment}))
     process.start()
     return process
 
@@ -177,7 +177,8 @@ def _explain(folder: Path, processes: list[ForkServerProcess], late: bool) -> st
     return "\n".join(parts)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -207,7 +208,7 @@ def _run_case(case: Case, device: str = "auto") -> None:
 def _work(file: str, folder: Path, names: list[str], environment: dict[str, str]) -> None:
     """Run the cases in order; leave at the first that fails, since the other ranks may wait for this one in vain."""
     os.environ.update(environment)
-    _write_to(folder / f"output-{environment['RANK']}")
+    write_to(folder / f"output-{environment['RANK']}")
     faulthandler.dump_traceback_later(START_SECONDS, exit=True)
     _load(file)
     cases = {case.name: case for case in _cases[(file, int(environment["WORLD_SIZE"]))]}
@@ -225,7 +226,7 @@ def _work(file: str, folder: Path, names: list[str], environment: dict[str, str]
             print(name, file=passed)
 
 
-def _write_to(file: Path) -> None:
+def write_to(file: Path) -> None:
     """Send all that this process writes, C++ included, to a file; one thread computes, as beside other ranks."""
     import torch
 

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
+from megacogvx.checkpoint.config import CheckpointConfig
 from megacogvx.config import Section
 from megacogvx.data.clips import ClipsConfig
 from megacogvx.data.corpus import DataConfig
@@ -25,6 +26,9 @@ from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.frame_parallel import split_problem
 from megacogvx.parallel.groups import check_world_size
 from megacogvx.parallel.pipeline_parallel import split_layers
+from megacogvx.training.guard import GuardConfig
+from megacogvx.training.tracking import TrackingConfig
+from megacogvx.training.validation_loss import ValidationConfig
 
 
 class TrainingConfig(Section):
@@ -75,6 +79,10 @@ class TrainConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    validation: ValidationConfig = ValidationConfig()
 
     def validate_layout(self, world_size: int) -> None:
         """Check all rules between sections for `world_size` processes.
@@ -86,7 +94,16 @@ class TrainConfig(Section):
             ConfigError: naming every broken rule, the values and the sizes that would work.
         """
         check_world_size(self.parallel, world_size)
-        raise_broken([*self._head_rules(), *self._stage_rules(world_size), *self._pack_rules(world_size)])
+        rules = [*self._head_rules(), *self._stage_rules(world_size), *self._pack_rules(world_size)]
+        raise_broken([*rules, *self._validation_rules()])
+
+    def _validation_rules(self) -> Iterator[str]:
+        largest, limit = max(self.validation.timesteps), self.diffusion.num_train_timesteps
+        if largest >= limit:
+            yield (
+                f"validation.timesteps has {largest}, but diffusion.num_train_timesteps={limit}; "
+                f"those that work: 0 to {limit - 1}"
+            )
 
     def _head_rules(self) -> Iterator[str]:
         heads, tensor, context = (
@@ -141,6 +158,9 @@ class VAETrainConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     def validate_layout(self, world_size: int) -> None:
         """Check all rules between sections for `world_size` processes.

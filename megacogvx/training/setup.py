@@ -5,14 +5,14 @@ What can be wrong without a process group is found before there is one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from megacogvx.checkpoint.directory import CheckpointDirectory
-from megacogvx.checkpoint.distributed import load
+from megacogvx.checkpoint.distributed import load_newest
 from megacogvx.checkpoint.whole import read_state
 from megacogvx.config import Section, dump_config
 from megacogvx.data.clips import ClipLoader
@@ -33,18 +33,19 @@ from megacogvx.models.vae.losses import VAELoss
 from megacogvx.models.vae.model import CogVideoXVAE
 from megacogvx.pack_layout import PackLayout
 from megacogvx.parallel.data_parallel import DistributedDataParallel, wrap
-from megacogvx.parallel.groups import ParallelGroups, initialize, launch_environment
+from megacogvx.parallel.groups import ParallelGroups, barrier, initialize, launch_environment
 from megacogvx.parallel.megatron import TransformerConfig, plain_core_config
 from megacogvx.parallel.optimizer import Optimizer, build_optimizer
 from megacogvx.training import step as transformer_step
 from megacogvx.training import vae_step
 from megacogvx.training.batch import BatchMaker
-from megacogvx.training.config import OptimizerConfig, TrainConfig, TrainingConfig, VAETrainConfig
+from megacogvx.training.config import TrainConfig, TrainingConfig, VAETrainConfig
 from megacogvx.training.loop import Run, StepInput
 from megacogvx.training.metrics import MetricsFile
 from megacogvx.training.start_from import find_start, start_from
 from megacogvx.training.state import TrainState
 from megacogvx.training.validation import HeldOutClips
+from megacogvx.training.validation_loss import ValidationLoss, held_out_packs
 
 logger = get_logger(__name__)
 
@@ -66,6 +67,7 @@ def build_transformer_run(config: TrainConfig) -> Run:
         corpus.columns, config.data, config.training.seed, config.model.patch, cost_coefficients(config.model)
     )
     config = _with_scaling_factor(config, corpus)
+    held_out = _held_out(config)
     checkpoints, resolved = _open_run(config, config.training, section="model")
     path = config.training.start_from
     start = find_start(path, config.model) if path is not None and checkpoints.latest() is None else None
@@ -77,7 +79,7 @@ def build_transformer_run(config: TrainConfig) -> Run:
     initialize_weights(model, config.training.seed)
     if start is not None:
         start_from(model, start, config.parallel, groups)
-    ddp, optimizer, state = _train_ready(model, core, groups, config.optimizer, config.training, checkpoints)
+    ddp, optimizer, state = _train_ready(model, core, groups, config, checkpoints)
 
     loader = PackLoader(corpus, plan, *groups.data, start_step=state.step, state=state.data or None)
     maker = BatchMaker(
@@ -86,9 +88,11 @@ def build_transformer_run(config: TrainConfig) -> Run:
     )  # fmt: skip
     return Run(
         config.training, groups, ddp, optimizer, state, _pack_inputs(loader, config, groups),
-        transformer_step.TransformerStep(maker), transformer_step.read_log_sums, None,
+        transformer_step.TransformerStep(maker), transformer_step.read_log_sums,
+        _validation(config, corpus, held_out, maker, ddp, groups) if held_out else None,
         checkpoints, MetricsFile(config.training.run_folder, state.step, groups.is_first),
         resolved | {"encoder": corpus.encoder.model_dump(mode="json")}, config.data.tokens_per_pack,
+        config.checkpoint, config.guard, config.tracking,
     )  # fmt: skip
 
 
@@ -109,7 +113,7 @@ def build_vae_run(config: VAETrainConfig) -> Run:
     model = CogVideoXVAE(config.vae).to(dtype)
     initialize_vae(model, config.training.seed)
     core = plain_core_config(config.parallel, groups, dtype)
-    ddp, optimizer, state = _train_ready(model, core, groups, config.optimizer, config.training, checkpoints)
+    ddp, optimizer, state = _train_ready(model, core, groups, config, checkpoints)
 
     (loader.data_rank, loader.data_size), loader.start_step = groups.data, state.step
     held_out = HeldOutClips(loader, model, config.training.run_folder, groups)
@@ -119,7 +123,32 @@ def build_vae_run(config: VAETrainConfig) -> Run:
         vae_step.VAEStep(config.vae, loss, config.training.seed, groups, dtype), vae_step.read_log_sums,
         held_out.measure if loader.held_out else None,
         checkpoints, MetricsFile(config.training.run_folder, state.step, groups.is_first), resolved,
+        checkpoint=config.checkpoint, guard=config.guard, tracking=config.tracking,
     )  # fmt: skip
+
+
+def _held_out(config: TrainConfig) -> tuple[Corpus, PackPlan] | None:
+    """Open the held-out datasets and plan their packs, the same at every start."""
+    if not config.validation.paths:
+        return None
+    data = config.data.model_copy(update={"paths": config.validation.paths})
+    corpus = Corpus(data)
+    check_corpus(config, corpus)
+    plan = PackPlan(corpus.columns, data, 0, config.model.patch, cost_coefficients(config.model))
+    return corpus, plan
+
+
+def _validation(
+    config: TrainConfig, training: Corpus, held_out: tuple[Corpus, PackPlan], maker: BatchMaker,
+    ddp: DistributedDataParallel, groups: ParallelGroups,
+) -> Callable[[int], dict[str, Any]]:  # fmt: skip
+    packs = held_out_packs(*held_out, config.validation.steps, groups, training)
+    packs = [replace(pack, layout=place_on_rope_grid(pack.layout, config.model)) for pack in packs]
+    plain = replace(maker, diffusion=config.diffusion.model_copy(update={"conditioning_dropout": 0.0}))
+    return ValidationLoss(
+        transformer_step.TransformerStep(plain), packs, config.validation.timesteps, ddp, groups,
+        config.data.tokens_per_pack, transformer_step.read_log_sums,
+    ).measure  # fmt: skip
 
 
 def check_corpus(config: TrainConfig, corpus: Corpus) -> None:
@@ -169,7 +198,10 @@ def _open_run(config: Section, training: TrainingConfig, section: str) -> tuple[
     checkpoints, resolved = CheckpointDirectory(training.run_folder / "checkpoints"), dump_config(config)
     latest = checkpoints.latest()
     if latest is not None:
-        before = read_state(latest)["config"].get(section, {})
+        try:
+            before = read_state(latest)["config"].get(section, {})
+        except CheckpointError:  # damaged: loading says so, and goes back or stops
+            return checkpoints, resolved
         changed = [f"{section}.{key}" for key, value in resolved[section].items() if before.get(key) != value]
         if changed:
             raise CheckpointError(
@@ -180,12 +212,12 @@ def _open_run(config: Section, training: TrainingConfig, section: str) -> tuple[
 
 
 def _train_ready(
-    model: nn.Module, core: TransformerConfig, groups: ParallelGroups, settings: OptimizerConfig,
-    training: TrainingConfig, checkpoints: CheckpointDirectory,
+    model: nn.Module, core: TransformerConfig, groups: ParallelGroups, config: TrainConfig | VAETrainConfig,
+    checkpoints: CheckpointDirectory,
 ) -> tuple[DistributedDataParallel, Optimizer, TrainState]:  # fmt: skip
-    """Wrap the model, make its optimizer, and load the newest complete checkpoint into both."""
-    ddp = wrap(model, core, groups)
-    steps = settings.decay_steps or training.steps
+    """Wrap the model, make its optimizer, and load the newest good checkpoint into both."""
+    ddp, settings = wrap(model, core, groups), config.optimizer
+    steps = settings.decay_steps or config.training.steps
     optimizer = build_optimizer(
         ddp, groups,
         lr=settings.learning_rate, min_lr=settings.min_learning_rate, total_steps=steps,
@@ -195,12 +227,15 @@ def _train_ready(
     )  # fmt: skip
     count = sum(parameter.numel() for parameter in model.parameters())
     logger.info("model: %s parameters on this rank, %s", f"{count:,}", next(model.parameters()).dtype)
-    latest = checkpoints.latest()
-    if latest is None:
+    if groups.is_first:
+        checkpoints.recover()
+    barrier(groups)
+    found = load_newest(checkpoints, ddp, optimizer, groups, go_back=config.checkpoint.on_damaged == "go_back")
+    if found is None:
         return ddp, optimizer, TrainState()
-    state = TrainState.from_json(load(latest, ddp, optimizer, groups)["state"])
-    logger.info("resumed from %s", latest)
-    return ddp, optimizer, state
+    path, extra = found
+    logger.info("resumed from %s", path)
+    return ddp, optimizer, TrainState.from_json(extra["state"])
 
 
 def _pack_inputs(loader: PackLoader, config: TrainConfig, groups: ParallelGroups) -> Iterator[StepInput]:
@@ -211,7 +246,8 @@ def _pack_inputs(loader: PackLoader, config: TrainConfig, groups: ParallelGroups
         timesteps = step_timesteps(config.diffusion, config.training.seed, packs[0].step, weights)
         facts = {**step_facts(config, loader.layouts), "layout": sizes}
         placed = [replace(pack, layout=place_on_rope_grid(pack.layout, config.model)) for pack in packs]
-        yield StepInput([(pack, timesteps[pack.place]) for pack in placed], facts, loader.state())
+        ids = [[sample.sample_id for sample in pack.layout.samples[:-1]] for pack in packs]
+        yield StepInput([(pack, timesteps[pack.place]) for pack in placed], facts, loader.state(), ids)
 
 
 def step_facts(config: TrainConfig, layouts: list[PackLayout]) -> dict[str, float]:
@@ -227,6 +263,7 @@ def step_facts(config: TrainConfig, layouts: list[PackLayout]) -> dict[str, floa
         "tokens": tokens,
         "pack_fill": round(tokens / sum(layout.num_tokens for layout in layouts), 5),
         "balance": round(max(flops) * len(flops) / sum(flops), 5),
+        "flops": sum(flops),
     }
 
 
