@@ -9,6 +9,7 @@ from megacogvx.parallel.groups import initialize, shutdown
 from megacogvx.parallel.optimizer import build_optimizer
 from megacogvx.training.estimate.memory import FUSED, block_activations, memory, static_memory
 from megacogvx.training.estimate.parameters import stage_weights
+from megacogvx_kernels import compiled
 
 POLICIES = ("none", "selective", "keep_attention", "full")
 BOUND = 0.1
@@ -54,25 +55,42 @@ def _saved_bytes(model, layout, dtype):
     return sum(storage.nbytes() for storage in storages.values())
 
 
+def _compare(policy, dtype, ops, groups, copies=0):
+    """Compare one layer and two, so that block and ends are both right; width 768.
+
+    `copies`: what the plain attention keeps beside the inventory of `ops`, in widths per token and layer.
+    """
+    kept = {}
+    for layers in (1, 2):
+        config = CogVideoXConfig(
+            num_layers=layers, num_attention_heads=12, use_rotary_positional_embeddings=True, text_embed_dim=1024
+        )
+        layout, parallel = _layout(config), ParallelConfig(recompute=policy)
+        predicted = memory(
+            config, parallel, layout, stage=0, data_size=1, packs_per_replica=1, bytes_per_weight=dtype.itemsize,
+            ops=ops,
+        ).activations  # fmt: skip
+        predicted += copies * layers * layout.num_tokens * config.hidden_size * dtype.itemsize
+        saved = _saved_bytes(_model(config, groups, policy, dtype), layout, dtype)
+        kept[layers] = predicted, saved
+        assert predicted == pytest.approx(saved, rel=BOUND), f"{policy}, {layers} layers"
+    block = [two - one for one, two in zip(kept[1], kept[2], strict=True)]
+    assert block[0] == pytest.approx(block[1], rel=BOUND), f"{policy}: {block[0] / block[1]} of a block"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_activations_are_what_autograd_saves(dtype, groups):
-    """Width 768, the plain definitions of the ops; one layer and two, so that block and ends are both right."""
-    for policy in POLICIES:
-        kept = {}
-        for layers in (1, 2):
-            config = CogVideoXConfig(
-                num_layers=layers, num_attention_heads=12, use_rotary_positional_embeddings=True, text_embed_dim=1024
-            )
-            layout, parallel = _layout(config), ParallelConfig(recompute=policy)
-            predicted = memory(
-                config, parallel, layout, stage=0, data_size=1, packs_per_replica=1, bytes_per_weight=dtype.itemsize,
-                ops="reference",
-            ).activations  # fmt: skip
-            saved = _saved_bytes(_model(config, groups, policy, dtype), layout, dtype)
-            kept[layers] = predicted, saved
-            assert predicted == pytest.approx(saved, rel=BOUND), f"{policy}, {layers} layers"
-        block = [two - one for one, two in zip(kept[1], kept[2], strict=True)]
-        assert block[0] == pytest.approx(block[1], rel=BOUND), f"{policy}: {block[0] / block[1]} of a block"
+def test_activations_are_what_autograd_saves_with_the_plain_definitions(dtype, groups):
+    with compiled.references_only():
+        for policy in POLICIES:
+            _compare(policy, dtype, "reference", groups)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_activations_are_what_autograd_saves_with_the_compiled_ops(dtype, groups):
+    if "cpu" not in compiled.available():
+        pytest.skip("the ops aren't compiled: python setup.py build_ext --inplace")
+    for policy in POLICIES:  # attention stays the plain one, which joins the outputs of the samples
+        _compare(policy, dtype, "fused", groups, copies=int(policy != "full"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
