@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from megacogvx.diffusion.objective import sample_weights
 from megacogvx.diffusion.schedule import NoiseSchedule
 from megacogvx.diffusion.timesteps import step_timesteps
 from megacogvx.errors import CheckpointError, ConfigError
-from megacogvx.inference.load import find_checkpoint
+from megacogvx.inference.load import Checkpoint, find_checkpoint
 from megacogvx.log import get_logger
 from megacogvx.models.transformer.flops import cost_coefficients, training_flops
 from megacogvx.models.transformer.initialize import initialize_weights
@@ -75,16 +74,14 @@ def build_transformer_run(config: TrainConfig) -> Run:
     config = _with_scaling_factor(config, corpus)
     held_out = _held_out(config)
     checkpoints, resolved = _open_run(config, config.training, section="model")
-    path = config.training.start_from
-    start = find_start(path, config.model) if path is not None and checkpoints.latest() is None else None
+    if config.training.start_from is not None and checkpoints.latest() is None:
+        find_start(config.training.start_from, config.model)
 
     groups = initialize(config.parallel, config.training.seed)
     dtype = config.training.dtype(groups.device)
     core = transformer_core(config.model, config.parallel, groups, dtype)
     model = CogVideoXTransformer(config.model, core, groups)
     initialize_weights(model, config.training.seed)
-    if start is not None:
-        start_from(model, start, config.parallel, groups)
     ddp, optimizer, state = _train_ready(model, core, groups, config, checkpoints)
 
     loader = PackLoader(corpus, plan, *groups.data, start_step=state.step, state=state.data or None)
@@ -292,20 +289,26 @@ def _load_newest(
         logger.info("resumed from %s", path)
         return TrainState.from_json(extra["state"])
     if config.training.start_from is not None:
-        _start_from(config.training.start_from, ddp, optimizer, groups, beside)
+        _start_from(config, find_checkpoint(config.training.start_from), ddp, optimizer, groups, beside)
     return TrainState()
 
 
 def _start_from(
-    path: Path, ddp: DistributedDataParallel, optimizer: Optimizer, groups: ParallelGroups, beside: Mapping[str, Kept]
-) -> None:
-    """Take the weights of another run, and those of its discriminator if both runs have one; an average starts anew."""
-    start = find_checkpoint(path)
+    config: TrainConfig | VAETrainConfig, start: Checkpoint, ddp: DistributedDataParallel, optimizer: Optimizer,
+    groups: ParallelGroups, beside: Mapping[str, Kept],
+) -> None:  # fmt: skip
+    """Take the weights of another run, and those of its discriminator if both runs have one; an average starts anew.
+
+    A transformer's are grown to what this stage's model needs.
+    """
     adversary = beside.get("discriminator")
     others: dict[str, Kept] = {}
     if isinstance(adversary, Adversary) and start.resolved.get("loss", {}).get("gan_weight", 0) > 0:
         others["discriminator"] = WeightsOnly(adversary)
-    load(start.path, ddp, None, groups, beside=others)
+    if isinstance(config, TrainConfig):
+        start_from(unwrap(ddp), start, config.parallel, groups)
+    else:
+        load(start.path, ddp, None, groups, beside=others)
     optimizer.reload_weights()
     average = beside.get("ema")
     if isinstance(average, WeightAverage):
