@@ -48,23 +48,28 @@ def find_start(path: Path, model: CogVideoXConfig) -> Checkpoint:
         CheckpointError: there is no such checkpoint, or it holds a model of another kind; the keys are named.
     """
     checkpoint = find_checkpoint(path)
-    before = checkpoint.section("model", CogVideoXConfig)
-    differing = [
-        f"model.{name}: {getattr(before, name)} there, {value} here"
-        for name, value in model
-        if name not in MAY_DIFFER and getattr(before, name) != value
-    ]
-    if before.in_channels > model.in_channels or model.patch_size_t % before.patch_size_t:
-        differing.append(
-            f"model.in_channels={model.in_channels} must be at least {before.in_channels}, and "
-            f"model.patch_size_t={model.patch_size_t} a multiple of {before.patch_size_t}"
-        )
+    differing = unfit(checkpoint.section("model", CogVideoXConfig), model)
     if differing:
         raise CheckpointError(
             f"training.start_from={path} holds a model that can't be grown to this one: {'; '.join(differing)}; set "
             f"these keys as there. What may change: {', '.join(sorted(MAY_DIFFER - {'preset'}))}"
         )
     return checkpoint
+
+
+def unfit(before: CogVideoXConfig, after: CogVideoXConfig) -> list[str]:
+    """Return what stands in the way of growing one model to another; empty if nothing does."""
+    differing = [
+        f"model.{name}: {getattr(before, name)} there, {value} here"
+        for name, value in after
+        if name not in MAY_DIFFER and getattr(before, name) != value
+    ]
+    if before.in_channels > after.in_channels or after.patch_size_t % before.patch_size_t:
+        differing.append(
+            f"model.in_channels={after.in_channels} must be at least {before.in_channels}, and "
+            f"model.patch_size_t={after.patch_size_t} a multiple of {before.patch_size_t}"
+        )
+    return differing
 
 
 @torch.no_grad()

@@ -1,3 +1,4 @@
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -5,14 +6,15 @@ import torch
 
 from megacogvx.checkpoint.directory import CheckpointDirectory
 from megacogvx.checkpoint.distributed import save
-from megacogvx.config import dump_config
+from megacogvx.config import dump_config, load_config
 from megacogvx.errors import CheckpointError
 from megacogvx.models.transformer import CogVideoXConfig, CogVideoXTransformer, initialize_weights, transformer_core
 from megacogvx.pack_layout import build_layout, patchify, place_sample, unpatchify
 from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.groups import initialize, shutdown
 from megacogvx.testing.tolerance import assert_close
-from megacogvx.training.start_from import find_start, resize_positions, start_from
+from megacogvx.training.config import TrainConfig
+from megacogvx.training.start_from import find_start, resize_positions, start_from, unfit
 
 SMALL = {
     "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16, "text_embed_dim": 8, "time_embed_dim": 16,
@@ -114,3 +116,12 @@ def test_another_kind_of_model_is_named(groups, earlier):
         find_start(folder, CogVideoXConfig(**{**SMALL, "in_channels": 2}))
     with pytest.raises(CheckpointError, match="neither a run folder"):
         find_start(Path("nowhere"), CogVideoXConfig(**SMALL))
+
+
+@pytest.mark.parametrize("name", ["cogvideox_2b", "cogvideox_5b", "progressive_tiny"])
+def test_each_stage_of_the_examples_grows_to_the_next(name):
+    configs = Path(__file__).resolve().parents[3] / "examples" / "configs"
+    stages = [load_config(TrainConfig, configs / f"{name}_stage{stage}.yaml") for stage in (1, 2, 3, 4)]
+    for before, after in pairwise(stages):
+        assert unfit(before.model, after.model) == []
+        assert after.training.start_from == before.training.run_folder
