@@ -15,7 +15,10 @@ SMALL = {
     "max_text_seq_length": 7, "use_rotary_positional_embeddings": True,
 }  # fmt: skip
 SIZES = ((1, 8, 12, 3), (3, 8, 12, 7), (2, 8, 12, 5))
-AXES = {"tensor": "tensor_group", "context": "context_group", "data_context": "data_context_group"}
+AXES = {
+    "tensor": "tensor_group", "context": "context_group", "data_context": "data_context_group",
+    "pipeline": "pipeline_group",
+}  # fmt: skip
 
 
 def _step(groups, parallel, dtype, packs):
@@ -34,7 +37,8 @@ def _step(groups, parallel, dtype, packs):
     ddp = wrap(model, core, groups)
     optimizer = build_optimizer(ddp, groups, lr=1e-3, total_steps=2)
     samples = [place_sample(place, *size, config.patch) for place, size in enumerate(SIZES)]
-    layouts = [build_layout(samples[: 1 + place % 3], config.patch, multiple=32) for place in range(packs)]
+    tokens = 32 * 8 if groups.pipeline[1] > 1 else None  # stages have to know the length of what they receive
+    layouts = [build_layout(samples[: 1 + place % 3], config.patch, tokens, multiple=32) for place in range(packs)]
 
     def forward(iterator, model):
         layout = next(iterator)
@@ -45,7 +49,7 @@ def _step(groups, parallel, dtype, packs):
         return rows, lambda rows: (rows.float().pow(2).sum(), torch.tensor(1, dtype=torch.int32), {})
 
     with CountedTraffic() as counted:
-        forward_backward(forward, layouts, ddp, groups, num_microbatches=packs)
+        forward_backward(forward, layouts, ddp, groups, num_microbatches=packs, pack_tokens=tokens or 1)
         optimizer.step()
     return config, model, layouts, counted.exchanges
 
@@ -56,15 +60,17 @@ def _compare(groups, recompute="none", dtype=torch.float32, packs=2):
     from megacogvx.training.estimate.parameters import stage_weights
 
     parallel = ParallelConfig(
-        tensor_parallel_size=groups.tensor[1], context_parallel_size=groups.context[1], recompute=recompute
-    )
+        tensor_parallel_size=groups.tensor[1], context_parallel_size=groups.context[1],
+        pipeline_parallel_size=groups.pipeline[1], recompute=recompute,
+    )  # fmt: skip
+    stage = groups.pipeline[0]
     config, model, layouts, exchanges = _step(groups, parallel, dtype, packs)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    expected = {weight.name: weight.local_shape(groups.tensor[1]) for weight in stage_weights(config, parallel)}
+    expected = {weight.name: weight.local_shape(groups.tensor[1]) for weight in stage_weights(config, parallel, stage)}
     assert shapes == expected
 
     predicted = communication(
-        config, parallel, layouts, stage=0, data_size=groups.data[1], bytes_per_weight=dtype.itemsize
+        config, parallel, layouts, stage=stage, data_size=groups.data[1], bytes_per_weight=dtype.itemsize
     )
     ranks = {axis: tuple(torch.distributed.get_process_group_ranks(getattr(groups, AXES[axis]))) for axis in AXES}
     ranks["all"] = tuple(range(groups.world_size))
@@ -80,7 +86,7 @@ def _compare(groups, recompute="none", dtype=torch.float32, packs=2):
     assert exchanges == wanted, f"{recompute}: counted {exchanges - wanted} more, {wanted - exchanges} less"
 
 
-@on_ranks(2, {"tensor_parallel_size": 2}, {"context_parallel_size": 2}, {})
+@on_ranks(2, {"tensor_parallel_size": 2}, {"context_parallel_size": 2}, {}, {"pipeline_parallel_size": 2})
 def test_a_step_exchanges_what_the_closed_form_says(groups):
     _compare(groups)
     _compare(groups, dtype=torch.bfloat16, packs=1)

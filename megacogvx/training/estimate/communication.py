@@ -123,8 +123,18 @@ class _Counts:
         size = buffer_elements([weight.local_size(tensor) for weight in weights], ranks)
         yield Traffic("gradients", "data_context", "reduce_scatter", 1, size * FP32, ranks)
         yield Traffic("weights", "data_context", "all_gather", 1, size * self.bytes_per_weight, ranks)
+        yield from self._shared_by_stages(ranks)
         yield Traffic("loss count", "data_context", "all_reduce", 1, 4, ranks)
+        yield Traffic("loss count", "pipeline", "broadcast", 1, 4, parallel.pipeline_parallel_size)
         yield Traffic("gradient norm", "all", "all_reduce", 1, FP32, data_size * parallel.replica_size)
+
+    def _shared_by_stages(self, data_context_ranks: int) -> Iterator[Traffic]:
+        """Yield the sum of the time embedding's gradients, which every stage holds whole."""
+        stages = self.parallel.pipeline_parallel_size
+        weights = stage_weights(self.config, self.parallel, self.stage)
+        size = sum(weight.local_size(1) for weight in weights if weight.part == "time") * FP32 * int(stages > 1)
+        yield Traffic("time embedding", "data_context", "all_reduce", 1, size, data_context_ranks)
+        yield Traffic("time embedding", "pipeline", "all_reduce", 1, size, stages)
 
     def _blocks_again(self, blocks: int) -> dict[str, int]:
         """Return how many blocks run their linears, q and k's exchange, and v's and the output's, once more."""
