@@ -94,6 +94,8 @@ class TrainConfig(Section):
     def validate_layout(self, world_size: int) -> None:
         """Check all rules between sections for `world_size` processes.
 
+        Whether the packs of a step divide is asked once `data.samples_per_step` is turned into packs.
+
         Raises:
             LaunchError: the processes don't hold a whole number of replicas.
             ConfigError: naming every broken rule, the values and the sizes that would work.
@@ -133,7 +135,7 @@ class TrainConfig(Section):
         except ConfigError as error:
             yield str(error)
         replicas = max(1, world_size // parallel.replica_size)
-        if stages > 1 and packs < stages * replicas:
+        if stages > 1 and packs < stages * replicas and self.data.samples_per_step is None:
             yield (
                 f"data.packs_per_step={packs} over {replicas} data-parallel replicas is less than one pack for each of "
                 f"the parallel.pipeline_parallel_size={stages} stages, some of which would never work at the same "
@@ -150,7 +152,7 @@ class TrainConfig(Section):
                 f"nearest that work: {tokens // ranks * ranks}, {(tokens // ranks + 1) * ranks}"
             )
         replicas = max(1, world_size // self.parallel.replica_size)
-        if packs % replicas:
+        if packs % replicas and self.data.samples_per_step is None:
             yield (
                 f"data.packs_per_step={packs} doesn't divide over {replicas} data-parallel replicas; "
                 f"nearest that work: {max(1, packs // replicas) * replicas}, {(packs // replicas + 1) * replicas}"

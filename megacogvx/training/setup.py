@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import nn
 
 from megacogvx.checkpoint.directory import CheckpointDirectory
 from megacogvx.checkpoint.distributed import Kept, load, load_newest
+from megacogvx.checkpoint.find import Checkpoint, find_checkpoint
 from megacogvx.checkpoint.whole import read_state
 from megacogvx.config import Section, dump_config
 from megacogvx.data.clips import ClipLoader
@@ -25,7 +25,6 @@ from megacogvx.diffusion.objective import sample_weights
 from megacogvx.diffusion.schedule import NoiseSchedule
 from megacogvx.diffusion.timesteps import step_timesteps
 from megacogvx.errors import CheckpointError, ConfigError
-from megacogvx.inference.load import find_checkpoint
 from megacogvx.log import get_logger
 from megacogvx.models.transformer.checks import rope_grid_problem
 from megacogvx.models.transformer.flops import cost_coefficients, training_flops
@@ -50,6 +49,7 @@ from megacogvx.training.config import OptimizerConfig, TrainConfig, TrainingConf
 from megacogvx.training.ema import WeightAverage
 from megacogvx.training.loop import Run, StepInput
 from megacogvx.training.metrics import MetricsFile
+from megacogvx.training.start_from import find_start, start_from
 from megacogvx.training.state import TrainState
 from megacogvx.training.validation import HeldOutClips
 from megacogvx.training.validation_loss import ValidationLoss, held_out_packs
@@ -64,15 +64,20 @@ def build_transformer_run(config: TrainConfig) -> Run:
         ConfigError, DataError, LaunchError: before any process group exists, naming keys, values and a way out.
         CheckpointError: the run folder holds a checkpoint of another model.
     """
-    config.validate_layout(launch_environment().world_size)
+    world_size = launch_environment().world_size
+    config.validate_layout(world_size)
     corpus = Corpus(config.data)
     check_corpus(config, corpus)
+    config = _with_packs_per_step(config, corpus)
+    config.validate_layout(world_size)
     plan = PackPlan(
         corpus.columns, config.data, config.training.seed, config.model.patch, cost_coefficients(config.model)
     )
     config = _with_scaling_factor(config, corpus)
     held_out = _held_out(config)
     checkpoints, resolved = _open_run(config, config.training, section="model")
+    if config.training.start_from is not None and checkpoints.latest() is None:
+        find_start(config.training.start_from, config.model)
 
     groups = initialize(config.parallel, config.training.seed)
     dtype = config.training.dtype(groups.device)
@@ -204,6 +209,18 @@ def check_corpus(config: TrainConfig, corpus: Corpus) -> None:
         raise ConfigError(f"the dataset's largest height and width: {problem}")
 
 
+def _with_packs_per_step(config: TrainConfig, corpus: Corpus) -> TrainConfig:
+    """Return `config` with the step's size in packs, and say what it is in samples and tokens."""
+    mean = float(corpus.columns.lengths(config.model.patch).mean())
+    data = config.data.in_packs(mean)
+    tokens = data.packs_per_step * data.tokens_per_pack
+    logger.info(
+        "a step: %d packs x %s tokens = %s tokens, about %.0f samples of %.0f tokens",
+        data.packs_per_step, f"{data.tokens_per_pack:,}", f"{tokens:,}", tokens / mean, mean,
+    )  # fmt: skip
+    return config.model_copy(update={"data": data})
+
+
 def _with_scaling_factor(config: TrainConfig, corpus: Corpus) -> TrainConfig:
     """Return `config` with the latents' scale resolved: the config's own, or what encoding measured."""
     if config.diffusion.scaling_factor is not None:
@@ -280,20 +297,26 @@ def _load_newest(
         logger.info("resumed from %s", path)
         return TrainState.from_json(extra["state"])
     if config.training.start_from is not None:
-        _start_from(config.training.start_from, ddp, optimizer, groups, beside)
+        _start_from(config, find_checkpoint(config.training.start_from), ddp, optimizer, groups, beside)
     return TrainState()
 
 
 def _start_from(
-    path: Path, ddp: DistributedDataParallel, optimizer: Optimizer, groups: ParallelGroups, beside: Mapping[str, Kept]
-) -> None:
-    """Take the weights of another run, and those of its discriminator if both runs have one; an average starts anew."""
-    start = find_checkpoint(path)
+    config: TrainConfig | VAETrainConfig, start: Checkpoint, ddp: DistributedDataParallel, optimizer: Optimizer,
+    groups: ParallelGroups, beside: Mapping[str, Kept],
+) -> None:  # fmt: skip
+    """Take the weights of another run, and those of its discriminator if both runs have one; an average starts anew.
+
+    A transformer's are grown to what this stage's model needs.
+    """
     adversary = beside.get("discriminator")
     others: dict[str, Kept] = {}
     if isinstance(adversary, Adversary) and start.resolved.get("loss", {}).get("gan_weight", 0) > 0:
         others["discriminator"] = WeightsOnly(adversary)
-    load(start.path, ddp, None, groups, beside=others)
+    if isinstance(config, TrainConfig):
+        start_from(unwrap(ddp), start, config.parallel, groups)
+    else:
+        load(start.path, ddp, None, groups, beside=others)
     optimizer.reload_weights()
     average = beside.get("ema")
     if isinstance(average, WeightAverage):

@@ -163,3 +163,11 @@ def test_shipped_configs_are_valid(name, request):
     root = VAETrainConfig if name.startswith("vae") else TrainConfig
     loaded = load_config(root, request.config.rootpath / "examples" / "configs" / name)
     loaded.validate_layout(1)
+
+
+def test_packs_are_asked_to_divide_once_they_are_known():
+    given = config(data={"packs_per_step": 1, "samples_per_step": 10}, parallel={"pipeline_parallel_size": 2})
+    given.validate_layout(6)
+    known = given.model_copy(update={"data": given.data.in_packs(mean_tokens=512.0)})  # 5 packs
+    with pytest.raises(ConfigError, match=r"data\.packs_per_step=5 .*3 data-parallel replicas"):
+        known.validate_layout(6)
