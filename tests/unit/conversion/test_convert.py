@@ -184,7 +184,7 @@ def test_a_vae_alone_wants_its_scale(folders, tmp_path):
     vae = opened(folder / "vae", config=tmp_path / "vae.yaml")["vae"]
     assert vae.settings.vae.scaling_factor == 0.7
     silent = dataclasses.replace(vae, knows_scale=False)
-    with pytest.raises(ConfigError, match="doesn't say what its latents are multiplied by; .* --variant"):
+    with pytest.raises(ConfigError, match=r"doesn't say what its latents are multiplied by; .* --variant"):
         agreeing({"vae": silent})
     transformer = opened(folder / "transformer")["transformer"]
     assert agreeing({"vae": silent, "transformer": transformer})["vae"].settings.vae.scaling_factor == 0.7
