@@ -7,7 +7,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from megacogvx_kernels.checks import version_of
 
-SHORTEST, LONGEST, ENOUGH = 8, 64, 1024  # tokens of a run; runs that fill a GPU
+SHORTEST, LONGEST, ENOUGH = 32, 64, 1024  # tokens of a run; runs that fill a GPU
 
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
