@@ -77,3 +77,14 @@ def test_a_cuda_file_includes_no_header_of_torch(toolchain):
     texts = {file.relative_to(toolchain.CSRC).as_posix(): file.read_text() for file in toolchain.CSRC.rglob("*.*")}
     assert [name for name, text in texts.items() if "<torch/" in text] == ["common/tensors.h"]
     assert [name for name, text in texts.items() if "common/tensors.h" in text] == ["bindings.cpp"]
+
+
+def test_an_installed_package_holds_the_library(need_compiled, toolchain, tmp_path):
+    from megacogvx_kernels import compiled
+
+    source = Path(compiled.__file__).parent
+    if not toolchain.is_current(source, toolchain.find_tools()):
+        pytest.skip("the library isn't of these sources and tools: it would be compiled again")
+    assert _setup(os.environ, tmp_path).returncode == 0
+    for name in (toolchain.LIBRARY, toolchain.FACTS):
+        assert (tmp_path / "lib" / "megacogvx_kernels" / name).read_bytes() == (source / name).read_bytes()
