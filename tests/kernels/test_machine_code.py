@@ -1,7 +1,7 @@
 """What nvcc makes of the kernels, held to kernels/budgets.json.
 
-Where the library has been built of the sources as they are, its own code is read, for every architecture; else the files
-are compiled for one of them.
+Where the library has been built of the sources as they are, its own code is read, for every architecture; else the
+files are compiled for one of them.
 """
 
 import pytest
