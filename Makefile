@@ -14,11 +14,11 @@ PYTHON ?= $(shell for python in python3.11 python3 python; do \
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test kernels lint format clean
+.PHONY: help setup demo ablations test kernels lint format clean faults
 
 help:  ## list the targets
-	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo '  ARGS="..." is handed to the demo and to pytest, PYTHON=... names another interpreter for the set-up'
+	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo '  ARGS="..." is handed to the demo, the faults and pytest, PYTHON=... names another interpreter for the set-up'
 
 setup: $(COMPILED)  ## make .venv/ with the pinned packages; the other targets do this themselves
 
@@ -43,6 +43,9 @@ $(COMPILED): $(STAMP)
 demo: $(COMPILED)  ## the whole road on one small machine: videos to a pretrained tiny model, an MP4 and a report
 	$(BIN)/python tools/demo.py $(ARGS)
 
+ablations: $(COMPILED)  ## the paper's ablations, tiny, on the demo's clips: figure 10 from runs of 15 minutes
+	$(BIN)/python examples/ablations/run.py $(ARGS)
+
 # Lint first: it takes seconds, and its complaints are read best in the tools' own words.
 test: lint $(COMPILED)  ## lint, then the default tests
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(ARGS)
@@ -59,6 +62,9 @@ kernels: $(STAMP)  ## build the CUDA kernels and prove them without a GPU; where
 	$(PROVE_KERNELS) MEGACOGVX_KERNELS_SHAPES=200 ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD=$$($${CXX:-g++} -print-file-name=libasan.so) $(BIN)/python -m pytest tests/kernels \
 		-k 'the_kernel or the_kernels or several_blocks or text_is_bit_equal' --timeout 1800 $(ARGS)
+
+faults: $(STAMP)  ## every fault of the matrix, planted and recovered; at most an hour, goes on where it was stopped
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python tests/faults/matrix.py $(ARGS)
 
 lint: $(STAMP)  ## ruff, mypy and the import rule
 	$(BIN)/ruff check .
