@@ -77,5 +77,5 @@ format: $(STAMP)  ## rewrite the files in ruff's format
 	$(BIN)/ruff format .
 
 clean:  ## remove .venv/, caches and build outputs; runs and demo_run stay
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info kernels/megacogvx_kernels/_compiled.* .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
