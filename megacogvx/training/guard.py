@@ -23,6 +23,10 @@ LEAST_HISTORY = 10  # losses before one can be called a spike
 SKIP_WINDOW = 100  # steps over which skips are counted
 
 
+class BadStepError(DataError):
+    """A step that stays bad ends the run; all ranks raise it at the same step."""
+
+
 class GuardConfig(Section):
     """Section `guard`: what counts as a bad step, a stuck rank and a slow one, and what happens then.
 
@@ -137,12 +141,11 @@ class Guard:
                 self.state[name] = [*self.state[name], value][-self.config.spike_window :]
 
 
-def stop_error(event: dict[str, Any], checkpoint: Any) -> DataError:
+def stop_error(event: dict[str, Any]) -> BadStepError:
     """Return the error that ends a run at a bad step."""
     samples = ", ".join(map(str, event["samples"][:8])) + (", ..." if len(event["samples"]) > 8 else "")
-    return DataError(
+    return BadStepError(
         f"step {event['step']} is bad, and bad again when redone ({event['kind']}): {event['problem']}; "
         f"then {event['again']}. Samples: {samples}. The update was not taken; guard.jsonl has all of it. Look at the "
-        f"samples, lower optimizer.learning_rate, or set guard.on_bad_step=skip (guard.max_skips); the last checkpoint "
-        f"is {checkpoint}"
+        f"samples, lower optimizer.learning_rate, or set guard.on_bad_step=skip (guard.max_skips)"
     )

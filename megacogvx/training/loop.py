@@ -17,7 +17,7 @@ from megacogvx.parallel.groups import ParallelGroups, barrier, gather_json
 from megacogvx.parallel.optimizer import Optimizer
 from megacogvx.parallel.pipeline_parallel import from_last_stage
 from megacogvx.training.config import TrainingConfig
-from megacogvx.training.guard import Guard, GuardConfig, Measured, stop_error
+from megacogvx.training.guard import BadStepError, Guard, GuardConfig, Measured, stop_error
 from megacogvx.training.metrics import Meter, MetricsFile, log_line
 from megacogvx.training.profiler import profile_window
 from megacogvx.training.saver import Saver
@@ -117,7 +117,8 @@ def train(run: Run) -> bool:
             meter.start_step()
             watch.at(step, "step")
             run.optimizer.schedule(step)
-            row = {"step": step, **train_step(run, inputs, guard, events), **inputs.facts, "lr": run.optimizer.lr}
+            row = {"step": step, **_guarded_step(run, inputs, guard, events, saver), **inputs.facts}
+            row["lr"] = run.optimizer.lr
             _advance(state, inputs)
             own.end_step(meter.data_wait)
             if run.validate is not None and _is_due(step, settings.validate_every, settings.steps):
@@ -140,7 +141,8 @@ def train(run: Run) -> bool:
                 break
         saver.finish()
     if state.step < settings.steps:
-        logger.warning("stopped by %s at step %d of %d", run.stop.received, state.step, settings.steps)
+        who = run.stop.received or "a signal to another rank"
+        logger.warning("stopped by %s at step %d of %d", who, state.step, settings.steps)
     return state.step >= settings.steps
 
 
@@ -152,13 +154,22 @@ def train_step(run: Run, inputs: StepInput, guard: Guard, events: MetricsFile) -
     if verdict.event is not None:
         events.add(verdict.event)
         if verdict.event["action"] == "stopped":
-            raise stop_error(verdict.event, run.checkpoints.latest())
+            raise stop_error(verdict.event)
         if run.groups.is_first:
             logger.warning("bad step: %s", verdict.event)
         numbers["guard"] = f"{verdict.event['kind']}: {verdict.event['action']}"
     if verdict.take:
         run.optimizer.take(verdict.measured.grad_norm)
     return numbers
+
+
+def _guarded_step(run: Run, inputs: StepInput, guard: Guard, events: MetricsFile, saver: Saver) -> dict[str, Any]:
+    """Take the step; if it ends the run, complete the save that is on its way first."""
+    try:
+        return train_step(run, inputs, guard, events)
+    except BadStepError as error:
+        saver.finish()
+        raise BadStepError(f"{error}; the last checkpoint is {run.checkpoints.latest()}") from None
 
 
 def save_checkpoint(run: Run, saver: Saver) -> None:
