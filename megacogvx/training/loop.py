@@ -64,6 +64,8 @@ class Run:
         resolved: the resolved config, kept in each checkpoint.
         pack_tokens: tokens of each pack; pipeline stages have to know it.
         checkpoint, guard, tracking: their sections.
+        make_videos: step -> uint8 frames `[T, H, W, 3]` by name on the first rank, called on every rank after
+            `validate`; None: none are made.
         stop: whether a signal came; a run that a program starts has its handlers installed.
     """
 
@@ -83,6 +85,7 @@ class Run:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    make_videos: Callable[[int], dict[str, torch.Tensor]] | None = None
     stop: StopSignal = field(default_factory=StopSignal)
 
 
@@ -124,6 +127,9 @@ def train(run: Run) -> bool:
             if run.validate is not None and _is_due(step, settings.validate_every, settings.steps):
                 watch.at(step, "validation")
                 row |= run.validate(step)
+                if run.make_videos is not None:
+                    for name, frames_THWC in run.make_videos(step).items():
+                        tracking.add_video(name, frames_THWC, step)
             row |= meter.end_step(inputs.facts)
             run.metrics.add(row)
             tracking.add(row)

@@ -32,7 +32,8 @@ IMPORTED = "step-00000004"
 
 def pick(below: int, *keys: int | str) -> int:
     """Draw a whole number."""
-    return int(draws.uniform(0, "faults", *keys) * below) if below else 0
+    what = " ".join(key for key in keys if isinstance(key, str))
+    return int(draws.uniform(0, what, *(key for key in keys if isinstance(key, int))) * below)
 
 
 def flip(file: Path, *keys: int | str) -> Callable[[], None]:
