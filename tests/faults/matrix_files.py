@@ -346,7 +346,7 @@ def row_14() -> Iterator[Any]:
         watched = {"guard": {"stuck_seconds": 60.0}}
         case = matrix.recovery("dp2", fault, holds=lambda ended, _: ended.well, changes=watched)
         yield Case(14, f"the clock jumps by {seconds:.0f} s", case)
-    for name, number in (("fsync", 0), ("fsync", 3), ("replace", 0), ("replace", 1), ("mkdir", 0)):
+    for name, number in (("fsync", 0), ("fsync", 1), ("fsync", 4), ("replace", 0), ("replace", 1), ("mkdir", 0)):
         fault = Fault("fail_call", 0, {"name": name, "number": number, "step": 3, "error": errno.EIO})
         yield Case(14, f"EIO from {name} {number}", matrix.recovery("dp2", fault, holds=_failed_save_went_on))
     yield Case(14, "a file where the checkpoints go", lambda session, folder: _no_folder(session, folder))

@@ -89,3 +89,18 @@ def test_a_rank_without_tensors_has_nothing_to_wait_for(tmp_path):
     write = TensorWrite(nothing, tmp_path, background=True)
     assert write.is_done() and write.wait() == {}
     write.finish()
+
+
+def test_an_error_between_collectives_waits_for_their_end(tmp_path):
+    """What rank 0 alone writes must not keep it from the broadcast that follows."""
+    from megacogvx.checkpoint.writing import _keeping
+
+    problems: list[Exception] = []
+    write = TensorWrite(request(tmp_path, torch.ones(1)), tmp_path, background=False, problems=problems)
+    write.wait()
+    write.finish()
+    _keeping(fails, problems)(0, 0, 0)
+    assert len(problems) == 1
+    write._request.finalize_fns[0] = lambda: None
+    with pytest.raises(CheckpointError, match="No space left"):
+        write.finish()
