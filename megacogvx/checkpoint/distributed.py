@@ -12,7 +12,7 @@ import json
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
@@ -44,6 +44,16 @@ Result = TypeVar("Result")
 logger = get_logger(__name__)
 
 
+class Kept(Protocol):
+    """Something that learns beside the model and is kept with it, such as a discriminator or averaged weights."""
+
+    def sharded_state_dict(self, metadata: dict[str, Any], *, is_loading: bool = False) -> dict[str, Any]:
+        """Return its sharded tensors, under names of their own; `metadata` is megatron-core's choice of format."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what `sharded_state_dict` described."""
+
+
 def save(
     directory: CheckpointDirectory,
     step: int,
@@ -53,6 +63,7 @@ def save(
     groups: ParallelGroups,
     *,
     texts: Mapping[str, str] | None = None,
+    beside: Mapping[str, Kept] | None = None,
 ) -> Path:
     """Write the checkpoint of `step`; every rank calls it, and it is complete on disk when this returns.
 
@@ -64,6 +75,7 @@ def save(
         extra: what else a restart needs, as JSON values; rank 0's counts.
         groups: process groups.
         texts: files to put beside, `{name: text}`, such as the config; rank 0's count.
+        beside: what else learns, by name.
 
     Returns:
         the checkpoint's folder.
@@ -71,7 +83,7 @@ def save(
     Raises:
         CheckpointError: the disk is full or not writable, on any rank; all ranks raise it.
     """
-    return start_save(directory, step, model, optimizer, extra, groups, texts=texts).finish()
+    return start_save(directory, step, model, optimizer, extra, groups, texts=texts, beside=beside).finish()
 
 
 def start_save(
@@ -83,12 +95,13 @@ def start_save(
     groups: ParallelGroups,
     *,
     texts: Mapping[str, str] | None = None,
+    beside: Mapping[str, Kept] | None = None,
     background: bool = False,
 ) -> PendingSave:
     """Begin to write the checkpoint of `step`, as `save` does; it counts from `finish` on.
 
     Args:
-        directory, step, model, optimizer, extra, groups, texts: as for `save`.
+        directory, step, model, optimizer, extra, groups, texts, beside: as for `save`.
         background: the tensors are written by a child of each rank; what changes them afterwards isn't seen by it.
 
     Raises:
@@ -100,7 +113,7 @@ def start_save(
         if groups.is_first:
             texts = {**(texts or {}), STATE: json.dumps(extra, indent=1)}
         _together(groups, lambda: _write_texts(partial, texts or {}) if groups.is_first else None)
-        write = _together(groups, lambda: _plan_tensors(partial, model, optimizer, groups, background))
+        write = _together(groups, lambda: _plan_tensors(partial, model, optimizer, beside or {}, groups, background))
     except CheckpointError:
         directory.drop(step)
         raise
@@ -149,7 +162,14 @@ class PendingSave:
         return path
 
 
-def load(path: Path, model: nn.Module, optimizer: Optimizer | None, groups: ParallelGroups) -> dict[str, Any]:
+def load(
+    path: Path,
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    groups: ParallelGroups,
+    *,
+    beside: Mapping[str, Kept] | None = None,
+) -> dict[str, Any]:
     """Load a checkpoint into `model` and `optimizer`, whatever layout wrote it; every rank calls it.
 
     Args:
@@ -158,6 +178,7 @@ def load(path: Path, model: nn.Module, optimizer: Optimizer | None, groups: Para
         optimizer: None loads the weights alone. An optimizer that exists already and isn't loaded must
             `reload_weights()` afterwards.
         groups: process groups.
+        beside: what else is loaded, by the names that `save` was given; what isn't named is left alone.
 
     Returns:
         what `save` got as `extra`.
@@ -171,7 +192,7 @@ def load(path: Path, model: nn.Module, optimizer: Optimizer | None, groups: Para
     if problems:
         raise CheckpointError(f"{'; '.join(problems)}; take another checkpoint")
     extra: dict[str, Any] = _together(groups, lambda: json.loads((path / STATE).read_text()))
-    _together(groups, lambda: _load_tensors(path, model, optimizer, groups))
+    _together(groups, lambda: _load_tensors(path, model, optimizer, beside or {}, groups))
     return extra
 
 
@@ -182,12 +203,13 @@ def load_newest(
     groups: ParallelGroups,
     *,
     go_back: bool = True,
+    beside: Mapping[str, Kept] | None = None,
 ) -> tuple[Path, dict[str, Any]] | None:
     """Load the newest checkpoint of a run whose files are all right; every rank calls it.
 
     Args:
         directory: the run's checkpoints.
-        model, optimizer, groups: as for `load`.
+        model, optimizer, groups, beside: as for `load`.
         go_back: leave a damaged checkpoint out, with a warning that names its files; else it is an error.
 
     Returns:
@@ -201,7 +223,7 @@ def load_newest(
         path = directory.path(step)
         problems = verify_together(path, groups)
         if not problems:
-            return path, load(path, model, optimizer, groups)
+            return path, load(path, model, optimizer, groups, beside=beside)
         message = f"{path} is damaged: {'; '.join(problems)}"
         if not go_back:
             raise CheckpointError(f"{message}; checkpoint.on_damaged=go_back takes the newest one that is whole")
@@ -248,9 +270,10 @@ def _write_texts(path: Path, texts: Mapping[str, str]) -> None:
 
 
 def _plan_tensors(
-    path: Path, model: nn.Module, optimizer: Optimizer | None, groups: ParallelGroups, background: bool
-) -> TensorWrite:
-    state = _state(model, optimizer, groups, is_loading=False)
+    path: Path, model: nn.Module, optimizer: Optimizer | None, beside: Mapping[str, Kept],
+    groups: ParallelGroups, background: bool,
+) -> TensorWrite:  # fmt: skip
+    state = _state(model, optimizer, beside, groups, is_loading=False)
     return plan_write(state, path, groups, FORMAT, background=background)
 
 
@@ -260,8 +283,10 @@ def _finish_tensors(path: Path, write: TensorWrite, groups: ParallelGroups) -> N
         save_config(CheckpointingConfig(BACKEND, VERSION), str(path))
 
 
-def _load_tensors(path: Path, model: nn.Module, optimizer: Optimizer | None, groups: ParallelGroups) -> None:
-    state = _state(model, optimizer, groups, is_loading=True)
+def _load_tensors(
+    path: Path, model: nn.Module, optimizer: Optimizer | None, beside: Mapping[str, Kept], groups: ParallelGroups
+) -> None:
+    state = _state(model, optimizer, beside, groups, is_loading=True)
     _check_tensors(path, state, groups)
     reader = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), groups.data_context_group)
     use_safe_reader()
@@ -269,16 +294,26 @@ def _load_tensors(path: Path, model: nn.Module, optimizer: Optimizer | None, gro
     unwrap(model).load_state_dict({name.removeprefix("model."): value for name, value in loaded["model"].items()})
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
+    for name, kept in beside.items():
+        kept.load_state_dict(loaded[name])
 
 
 def _state(
-    model: nn.Module, optimizer: Optimizer | None, groups: ParallelGroups, *, is_loading: bool
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    beside: Mapping[str, Kept],
+    groups: ParallelGroups,
+    *,
+    is_loading: bool,
 ) -> dict[str, Any]:
     """Return the sharded tensors of everything that is kept, under the names of one process."""
     model_state = sharded_state_dict(unwrap(model), groups, prefix="model.")
     state: dict[str, Any] = {"model": model_state}
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(model_state, FORMAT, is_loading=is_loading)
+    assert not state.keys() & beside.keys(), sorted(beside)
+    for name, kept in beside.items():
+        state[name] = kept.sharded_state_dict(FORMAT, is_loading=is_loading)
     return state
 
 

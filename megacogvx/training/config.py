@@ -21,11 +21,13 @@ from megacogvx.diffusion.config import DiffusionConfig
 from megacogvx.errors import ConfigError
 from megacogvx.models.transformer.config import CogVideoXConfig
 from megacogvx.models.vae.config import VAEConfig
+from megacogvx.models.vae.discriminator import Discriminator, DiscriminatorConfig
 from megacogvx.models.vae.losses import VAELossConfig
 from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.frame_parallel import split_problem
 from megacogvx.parallel.groups import check_world_size
 from megacogvx.parallel.pipeline_parallel import split_layers
+from megacogvx.training.ema import EMAConfig
 from megacogvx.training.guard import GuardConfig
 from megacogvx.training.tracking import TrackingConfig
 from megacogvx.training.validation_loss import ValidationConfig
@@ -38,6 +40,9 @@ class TrainingConfig(Section):
     seed: int = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     run_folder: Path = Path("runs/default")
+    start_from: Path | None = Field(
+        None, description="run folder or checkpoint whose weights a new run starts with; optimizer and steps start anew"
+    )
     save_every: int = Field(500, ge=1, description="steps between two checkpoints; the last step always saves one")
     log_every: int = Field(10, ge=1, description="steps between two lines of the log; metrics.jsonl has every step")
     validate_every: int = Field(100, ge=1, description="steps between two measurements on held-out data")
@@ -160,9 +165,12 @@ class VAETrainConfig(Section):
 
     vae: VAEConfig = VAEConfig()
     loss: VAELossConfig = VAELossConfig()
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
     clips: ClipsConfig
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    discriminator_optimizer: OptimizerConfig = OptimizerConfig()
+    ema: EMAConfig = EMAConfig()
     training: TrainingConfig = TrainingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()
@@ -176,7 +184,34 @@ class VAETrainConfig(Section):
             ConfigError: naming every broken rule, the values and the sizes that would work.
         """
         check_world_size(self.parallel, world_size)
-        raise_broken(list(self._split_rules(world_size)))
+        raise_broken([*self._split_rules(world_size), *self._gan_rules()])
+
+    @property
+    def has_gan(self) -> bool:
+        """Whether a discriminator is trained beside the VAE."""
+        return self.loss.gan_weight > 0
+
+    def make_discriminator(self) -> Discriminator:
+        """Make the discriminator; it halves the frames no oftener than the VAE, whose clips it sees."""
+        return Discriminator(self.discriminator, self.vae.out_channels, self.vae.temporal_levels)
+
+    def _gan_rules(self) -> Iterator[str]:
+        if not self.has_gan:
+            return
+        start, steps = self.loss.gan_start_step, self.training.steps
+        if start >= steps:
+            yield (
+                f"loss.gan_start_step={start} is never reached in training.steps={steps}; lower it, or set "
+                "loss.gan_weight=0"
+            )
+        with torch.device("meta"):
+            side = self.make_discriminator().smallest_side()
+        if min(self.clips.height, self.clips.width) < side:
+            yield (
+                f"clips.height={self.clips.height} x clips.width={self.clips.width} is smaller than the patches of "
+                f"discriminator.layers={self.discriminator.layers}, which take {side} x {side} pixels; enlarge the "
+                "clips or lower discriminator.layers"
+            )
 
     def _split_rules(self, world_size: int) -> Iterator[str]:
         for name in ("tensor_parallel_size", "pipeline_parallel_size"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ import yaml
 
 from megacogvx.checkpoint.config import CheckpointConfig
 from megacogvx.checkpoint.directory import CheckpointDirectory
+from megacogvx.checkpoint.distributed import Kept
 from megacogvx.log import get_logger, progress
 from megacogvx.parallel.data_parallel import DistributedDataParallel, ForwardStep, forward_backward, sum_over_tokens
 from megacogvx.parallel.groups import ParallelGroups, barrier, gather_json
@@ -67,6 +68,10 @@ class Run:
         make_videos: step -> uint8 frames `[T, H, W, 3]` by name on the first rank, called on every rank after
             `validate`; None: none are made.
         stop: whether a signal came; a run that a program starts has its handlers installed.
+        before_pass: called before each pass over a step's packs, of which a bad step has two.
+        after_step: what follows the model's optimizer step, if it was taken, called with its number: a discriminator's
+            step, averaged weights. Each returns numbers for the log row.
+        beside: what else learns and is kept in checkpoints, by name.
     """
 
     settings: TrainingConfig
@@ -87,6 +92,9 @@ class Run:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     make_videos: Callable[[int], dict[str, torch.Tensor]] | None = None
     stop: StopSignal = field(default_factory=StopSignal)
+    before_pass: tuple[Callable[[], None], ...] = ()
+    after_step: tuple[Callable[[int], dict[str, Any]], ...] = ()
+    beside: Mapping[str, Kept] = field(default_factory=dict)
 
 
 def train(run: Run) -> bool:
@@ -166,6 +174,8 @@ def train_step(run: Run, inputs: StepInput, guard: Guard, events: MetricsFile) -
         numbers["guard"] = f"{verdict.event['kind']}: {verdict.event['action']}"
     if verdict.take:
         run.optimizer.take(verdict.measured.grad_norm)
+        for follow in run.after_step:
+            numbers |= follow(step)
     return numbers
 
 
@@ -183,7 +193,7 @@ def save_checkpoint(run: Run, saver: Saver) -> None:
     run.metrics.sync()
     extra = {"state": run.state.to_json(), "config": run.resolved}
     texts = {"config.yaml": yaml.safe_dump(run.resolved, sort_keys=False)}
-    saver.save(run.state.step, run.model, run.optimizer, extra, texts)
+    saver.save(run.state.step, run.model, run.optimizer, extra, texts, run.beside)
 
 
 def name_slow(slow: dict[int, float], step: int) -> None:
@@ -194,6 +204,8 @@ def name_slow(slow: dict[int, float], step: int) -> None:
 
 def _measure(run: Run, inputs: StepInput) -> Measured:
     """Run the packs forward and backward; nothing changes but the gradients."""
+    for forget in run.before_pass:
+        forget()
     run.optimizer.zero_grad()
     metrics = forward_backward(
         run.forward_step,

@@ -9,7 +9,7 @@ from torch import nn
 
 from megacogvx.checkpoint.config import CheckpointConfig
 from megacogvx.checkpoint.directory import CheckpointDirectory
-from megacogvx.checkpoint.distributed import PendingSave, start_save
+from megacogvx.checkpoint.distributed import Kept, PendingSave, start_save
 from megacogvx.errors import CheckpointError
 from megacogvx.log import get_logger
 from megacogvx.parallel.groups import ParallelGroups
@@ -33,9 +33,10 @@ class Saver:
         self._failed = 0  # saves in a row
 
     def save(
-        self, step: int, model: nn.Module, optimizer: Optimizer, extra: Mapping[str, Any], texts: Mapping[str, str]
-    ) -> None:
-        """Begin the checkpoint of `step`, after the one before is complete.
+        self, step: int, model: nn.Module, optimizer: Optimizer, extra: Mapping[str, Any], texts: Mapping[str, str],
+        beside: Mapping[str, Kept],
+    ) -> None:  # fmt: skip
+        """Begin the checkpoint of `step`, after the one before is complete; arguments as for `start_save`.
 
         Raises:
             CheckpointError: more saves in a row failed than `checkpoint.failed_saves`.
@@ -44,7 +45,7 @@ class Saver:
         try:
             self._pending = start_save(
                 self.directory, step, model, optimizer, extra, self.groups,
-                texts=texts, background=self.config.background,
+                texts=texts, beside=beside, background=self.config.background,
             )  # fmt: skip
         except CheckpointError as error:
             self._count_failure(step, error)

@@ -5,15 +5,16 @@ What can be wrong without a process group is found before there is one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from megacogvx.checkpoint.directory import CheckpointDirectory
-from megacogvx.checkpoint.distributed import load_newest
+from megacogvx.checkpoint.distributed import Kept, load, load_newest
 from megacogvx.checkpoint.whole import read_state
 from megacogvx.config import Section, dump_config
 from megacogvx.data.clips import ClipLoader
@@ -25,23 +26,27 @@ from megacogvx.diffusion.schedule import NoiseSchedule
 from megacogvx.diffusion.timesteps import step_timesteps
 from megacogvx.errors import CheckpointError, ConfigError
 from megacogvx.inference.denoise import SamplingSettings
+from megacogvx.inference.load import find_checkpoint
 from megacogvx.log import get_logger
 from megacogvx.models.transformer.flops import cost_coefficients, training_flops
 from megacogvx.models.transformer.initialize import initialize_weights
 from megacogvx.models.transformer.model import CogVideoXTransformer, transformer_core
 from megacogvx.models.transformer.rope import place_on_rope_grid
+from megacogvx.models.vae.discriminator import initialize_discriminator
 from megacogvx.models.vae.initialize import initialize_weights as initialize_vae
 from megacogvx.models.vae.losses import VAELoss
 from megacogvx.models.vae.model import CogVideoXVAE
 from megacogvx.pack_layout import PackLayout
-from megacogvx.parallel.data_parallel import DistributedDataParallel, wrap
+from megacogvx.parallel.data_parallel import DistributedDataParallel, unwrap, wrap
 from megacogvx.parallel.groups import ParallelGroups, barrier, initialize, launch_environment
 from megacogvx.parallel.megatron import TransformerConfig, plain_core_config
 from megacogvx.parallel.optimizer import Optimizer, build_optimizer
 from megacogvx.training import step as transformer_step
 from megacogvx.training import vae_step
+from megacogvx.training.adversary import Adversary, WeightsOnly
 from megacogvx.training.batch import BatchMaker
-from megacogvx.training.config import TrainConfig, TrainingConfig, VAETrainConfig
+from megacogvx.training.config import OptimizerConfig, TrainConfig, TrainingConfig, VAETrainConfig
+from megacogvx.training.ema import WeightAverage
 from megacogvx.training.loop import Run, StepInput
 from megacogvx.training.metrics import MetricsFile
 from megacogvx.training.state import TrainState
@@ -103,23 +108,32 @@ def build_vae_run(config: VAETrainConfig) -> Run:
     config.vae.check_clip((1, config.vae.in_channels, config.clips.frames, config.clips.height, config.clips.width))
     loader = ClipLoader(config.clips, config.training.seed)
     checkpoints, resolved = _open_run(config, config.training, section="vae")
+    loss = VAELoss(config.loss, config.vae.in_channels)
+    logger.info("loss terms: %s", ", ".join([*loss.term_names, *(["gan"] if config.has_gan else [])]))
 
     groups = initialize(config.parallel, config.training.seed)
     dtype = config.training.dtype(groups.device)
     model = CogVideoXVAE(config.vae).to(dtype)
     initialize_vae(model, config.training.seed)
     core = plain_core_config(config.parallel, groups, dtype)
-    ddp, optimizer, state = _train_ready(model, core, groups, config, checkpoints)
+    ddp = wrap(model, core, groups)
+    optimizer = _make_optimizer(ddp, config.optimizer, config.training.steps, groups)
+    adversary = _make_adversary(config, groups, dtype) if config.has_gan else None
+    average = WeightAverage(model, config.ema.decay, groups) if config.ema.decay else None
+    beside: dict[str, Kept] = {"discriminator": adversary} if adversary else {}
+    if average:
+        beside["ema"] = average
+    state = _load_newest(config, ddp, optimizer, checkpoints, groups, beside)
 
     (loader.data_rank, loader.data_size), loader.start_step = groups.data, state.step
-    held_out = HeldOutClips(loader, model, config.training.run_folder, groups)
-    loss = VAELoss(config.loss, config.vae.in_channels).to(groups.device)
+    held_out = HeldOutClips(loader, model, config.training.run_folder, groups, average)
+    step = vae_step.VAEStep(config.vae, loss.to(groups.device), config.training.seed, groups, dtype, adversary)
     return Run(
-        config.training, groups, ddp, optimizer, state, _clip_inputs(loader, config),
-        vae_step.VAEStep(config.vae, loss, config.training.seed, groups, dtype), vae_step.read_log_sums,
+        config.training, groups, ddp, optimizer, state, _clip_inputs(loader, config), step, step.read_log_sums,
         held_out.measure if loader.held_out else None,
         checkpoints, MetricsFile(config.training.run_folder, state.step, groups.is_first), resolved,
         checkpoint=config.checkpoint, guard=config.guard, tracking=config.tracking,
+        before_pass=(adversary.forget,) if adversary else (), after_step=_followers(adversary, average), beside=beside,
     )  # fmt: skip
 
 
@@ -157,6 +171,24 @@ def _validation(
         config.training.run_folder / "validation", groups,
     )  # fmt: skip
     return loss.measure, videos.make
+
+
+def _make_adversary(config: VAETrainConfig, groups: ParallelGroups, dtype: torch.dtype) -> Adversary:
+    """Make the discriminator and its optimizer, whose schedule begins with its training."""
+    model = config.make_discriminator().to(dtype)
+    initialize_discriminator(model, config.training.seed)
+    ddp = wrap(model, plain_core_config(config.parallel, groups, dtype), groups)
+    steps = config.training.steps - config.loss.gan_start_step
+    optimizer = _make_optimizer(ddp, config.discriminator_optimizer, steps, groups)
+    return Adversary(config.loss, ddp, optimizer, groups)
+
+
+def _followers(
+    adversary: Adversary | None, average: WeightAverage | None
+) -> tuple[Callable[[int], dict[str, Any]], ...]:
+    """Return what follows each optimizer step of a VAE."""
+    followers: list[Callable[[int], dict[str, Any]]] = [adversary.step] if adversary else []
+    return (*followers, average.update) if average else tuple(followers)
 
 
 def check_corpus(config: TrainConfig, corpus: Corpus) -> None:
@@ -204,6 +236,13 @@ def _open_run(config: Section, training: TrainingConfig, section: str) -> tuple[
                 f"{latest} holds another model: {', '.join(changed)} differ from this config; use another "
                 f"training.run_folder, or the config that wrote it"
             )
+    elif training.start_from is not None:
+        start = find_checkpoint(training.start_from)
+        if section not in start.resolved:
+            raise CheckpointError(
+                f"training.start_from={training.start_from} has no section {section!r} (it has "
+                f"{', '.join(start.resolved)}); is it a checkpoint of another kind of model?"
+            )
     return checkpoints, resolved
 
 
@@ -211,27 +250,62 @@ def _train_ready(
     model: nn.Module, core: TransformerConfig, groups: ParallelGroups, config: TrainConfig | VAETrainConfig,
     checkpoints: CheckpointDirectory,
 ) -> tuple[DistributedDataParallel, Optimizer, TrainState]:  # fmt: skip
-    """Wrap the model, make its optimizer, and load the newest good checkpoint into both."""
-    ddp, settings = wrap(model, core, groups), config.optimizer
-    steps = settings.decay_steps or config.training.steps
-    optimizer = build_optimizer(
+    """Wrap the model, make its optimizer, and load the weights and states that it goes on from."""
+    ddp = wrap(model, core, groups)
+    optimizer = _make_optimizer(ddp, config.optimizer, config.training.steps, groups)
+    return ddp, optimizer, _load_newest(config, ddp, optimizer, checkpoints, groups, {})
+
+
+def _make_optimizer(
+    ddp: DistributedDataParallel, settings: OptimizerConfig, total_steps: int, groups: ParallelGroups
+) -> Optimizer:
+    steps = settings.decay_steps or total_steps
+    return build_optimizer(
         ddp, groups,
         lr=settings.learning_rate, min_lr=settings.min_learning_rate, total_steps=steps,
         warmup_steps=min(settings.warmup_steps, steps - 1), decay=settings.decay,
         betas=(settings.beta1, settings.beta2), eps=settings.eps, weight_decay=settings.weight_decay,
         clip_grad=settings.clip_gradient,
     )  # fmt: skip
+
+
+def _load_newest(
+    config: TrainConfig | VAETrainConfig, ddp: DistributedDataParallel, optimizer: Optimizer,
+    checkpoints: CheckpointDirectory, groups: ParallelGroups, beside: Mapping[str, Kept],
+) -> TrainState:  # fmt: skip
+    """Load the run's newest complete checkpoint, or else the weights of `training.start_from`; say where it stands."""
+    model = unwrap(ddp)
     count = sum(parameter.numel() for parameter in model.parameters())
     logger.info("model: %s parameters on this rank, %s", f"{count:,}", next(model.parameters()).dtype)
     if groups.is_first:
         checkpoints.recover()
     barrier(groups)
-    found = load_newest(checkpoints, ddp, optimizer, groups, go_back=config.checkpoint.on_damaged == "go_back")
-    if found is None:
-        return ddp, optimizer, TrainState()
-    path, extra = found
-    logger.info("resumed from %s", path)
-    return ddp, optimizer, TrainState.from_json(extra["state"])
+    go_back = config.checkpoint.on_damaged == "go_back"
+    found = load_newest(checkpoints, ddp, optimizer, groups, go_back=go_back, beside=beside)
+    if found is not None:
+        path, extra = found
+        logger.info("resumed from %s", path)
+        return TrainState.from_json(extra["state"])
+    if config.training.start_from is not None:
+        _start_from(config.training.start_from, ddp, optimizer, groups, beside)
+    return TrainState()
+
+
+def _start_from(
+    path: Path, ddp: DistributedDataParallel, optimizer: Optimizer, groups: ParallelGroups, beside: Mapping[str, Kept]
+) -> None:
+    """Take the weights of another run, and those of its discriminator if both runs have one; an average starts anew."""
+    start = find_checkpoint(path)
+    adversary = beside.get("discriminator")
+    others: dict[str, Kept] = {}
+    if isinstance(adversary, Adversary) and start.resolved.get("loss", {}).get("gan_weight", 0) > 0:
+        others["discriminator"] = WeightsOnly(adversary)
+    load(start.path, ddp, None, groups, beside=others)
+    optimizer.reload_weights()
+    average = beside.get("ema")
+    if isinstance(average, WeightAverage):
+        average.restart()
+    logger.info("starting with the weights of %s%s", start.path, " and its discriminator's" if others else "")
 
 
 def _pack_inputs(loader: PackLoader, config: TrainConfig, groups: ParallelGroups) -> Iterator[StepInput]:
