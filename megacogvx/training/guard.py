@@ -61,11 +61,14 @@ class Measured:
         numbers: the log row: `loss`, and whatever else the step measures.
         grad_norm: L2 norm of the whole gradient before clipping.
         suspects: ids of the samples in the packs whose own loss is not finite; of all packs if none is.
+        overflow: the gradient overflowed under a loss scale that has been lowered since. With fp16 weights that is
+            how the scale is found: the step is left out, and it is no fault.
     """
 
     numbers: dict[str, Any]
     grad_norm: float
     suspects: Callable[[], list[int]]
+    overflow: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,8 @@ class Guard:
             DataError: the step stays bad and the policy is to stop, or too many were left out.
         """
         first = measure()
+        if first.overflow:
+            return Verdict(first, False)
         problem = self.problem(first)
         if problem is None:
             self._remember(first)

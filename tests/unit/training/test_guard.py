@@ -78,6 +78,15 @@ def test_too_many_left_out_within_a_hundred_steps_stop_the_run():
     assert actions(20, 50, 120, 151) == ["skipped"] * 4
 
 
+def test_an_overflow_that_lowers_the_loss_scale_is_left_out_and_no_fault():
+    guard = warm()
+    overflow = Measured({"loss": 1.0}, math.nan, lambda: [], overflow=True)
+    for step in range(20, 30):
+        verdict = guard.judge(step, results(overflow))
+        assert not verdict.take and verdict.event is None
+    assert guard.state["skipped"] == []
+
+
 def test_bad_losses_do_not_move_the_median_and_good_ones_do():
     guard = warm()
     for step in range(20, 23):
