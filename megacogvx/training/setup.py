@@ -25,6 +25,7 @@ from megacogvx.diffusion.objective import sample_weights
 from megacogvx.diffusion.schedule import NoiseSchedule
 from megacogvx.diffusion.timesteps import step_timesteps
 from megacogvx.errors import CheckpointError, ConfigError
+from megacogvx.inference.denoise import SamplingSettings
 from megacogvx.log import get_logger
 from megacogvx.models.transformer.checks import rope_grid_problem
 from megacogvx.models.transformer.flops import cost_coefficients, training_flops
@@ -53,6 +54,7 @@ from megacogvx.training.start_from import find_start, start_from
 from megacogvx.training.state import TrainState
 from megacogvx.training.validation import HeldOutClips
 from megacogvx.training.validation_loss import ValidationLoss, held_out_packs
+from megacogvx.training.validation_videos import ValidationVideos
 
 logger = get_logger(__name__)
 
@@ -91,13 +93,14 @@ def build_transformer_run(config: TrainConfig) -> Run:
         config.diffusion, NoiseSchedule(config.diffusion), config.diffusion.scaling_factor or 1.0,
         config.training.seed, groups, dtype,
     )  # fmt: skip
+    validate, make_videos = _validation(config, corpus, held_out, maker, ddp, groups)
     return Run(
         config.training, groups, ddp, optimizer, state, _pack_inputs(loader, config, groups),
         transformer_step.TransformerStep(maker), transformer_step.read_log_sums,
-        _validation(config, corpus, held_out, maker, ddp, groups) if held_out else None,
+        validate,
         checkpoints, MetricsFile(config.training.run_folder, state.step, groups.is_first),
         resolved | {"encoder": corpus.encoder.model_dump(mode="json")}, config.data.tokens_per_pack,
-        config.checkpoint, config.guard, config.tracking,
+        config.checkpoint, config.guard, config.tracking, make_videos,
     )  # fmt: skip
 
 
@@ -153,16 +156,28 @@ def _held_out(config: TrainConfig) -> tuple[Corpus, PackPlan] | None:
 
 
 def _validation(
-    config: TrainConfig, training: Corpus, held_out: tuple[Corpus, PackPlan], maker: BatchMaker,
+    config: TrainConfig, training: Corpus, held_out: tuple[Corpus, PackPlan] | None, maker: BatchMaker,
     ddp: DistributedDataParallel, groups: ParallelGroups,
-) -> Callable[[int], dict[str, Any]]:  # fmt: skip
-    packs = held_out_packs(*held_out, config.validation.steps, groups, training)
+) -> tuple[Callable[[int], dict[str, Any]] | None, Callable[[int], dict[str, torch.Tensor]] | None]:  # fmt: skip
+    """Return what measures held-out samples, and what makes videos of their texts."""
+    if held_out is None:
+        return None, None
+    settings = config.validation
+    packs = held_out_packs(*held_out, settings.steps, groups, training)
     packs = [replace(pack, layout=place_on_rope_grid(pack.layout, config.model)) for pack in packs]
     plain = replace(maker, diffusion=config.diffusion.model_copy(update={"conditioning_dropout": 0.0}))
-    return ValidationLoss(
-        transformer_step.TransformerStep(plain), packs, config.validation.timesteps, ddp, groups,
+    loss = ValidationLoss(
+        transformer_step.TransformerStep(plain), packs, settings.timesteps, ddp, groups,
         config.data.tokens_per_pack, transformer_step.read_log_sums,
-    ).measure  # fmt: skip
+    )  # fmt: skip
+    if settings.vae is None or not settings.videos:
+        return loss.measure, None
+    sampling = SamplingSettings(settings.video_steps, guidance_scale=settings.guidance_scale, seed=maker.seed)
+    videos = ValidationVideos(
+        packs, settings.videos, ddp.module, maker.schedule, maker.scaling_factor, settings.vae, sampling,
+        config.training.run_folder / "validation", groups,
+    )  # fmt: skip
+    return loss.measure, videos.make
 
 
 def _make_adversary(config: VAETrainConfig, groups: ParallelGroups, dtype: torch.dtype) -> Adversary:

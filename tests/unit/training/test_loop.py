@@ -105,7 +105,8 @@ def run(tmp_path, monkeypatch):
             read_sums=lambda sums: {"loss": sums.item()}, validate=lambda step: {"psnr": 10.0 + step},
             checkpoints=SimpleNamespace(latest=lambda: "the last good one", saved=saved),
             metrics=MetricsFile(tmp_path, start, True),
-            resolved={"a": 1}, pack_tokens=64, saved=saved, stop=stop.StopSignal(), checkpoint=CheckpointConfig(),
+            resolved={"a": 1}, pack_tokens=64, saved=saved, stop=stop.StopSignal(), make_videos=None,
+            checkpoint=CheckpointConfig(),
             guard=GuardConfig(stuck_seconds=None, **guard), tracking=TrackingConfig(tensorboard=False),
             before_pass=(), after_step=(), beside={},
         )  # fmt: skip
