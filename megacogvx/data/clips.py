@@ -37,6 +37,8 @@ class ClipsConfig(Section):
     fps: tuple[float, ...] = Field((), description="frames per second, drawn for each clip; (): all of the file's")
     height: int = Field(64, ge=1, description="pixels; larger clips are cropped, smaller ones left out")
     width: int = Field(64, ge=1, description="pixels")
+    held_out_height: int | None = Field(None, ge=1, description="pixels of held-out clips; None: as in training")
+    held_out_width: int | None = Field(None, ge=1, description="pixels of held-out clips; None: as in training")
     clips_per_step: int = Field(4, ge=1, description="over all data ranks")
     image_share: float = Field(0.2, ge=0, le=1, description="of the steps")
     held_out_fraction: float = Field(0.1, ge=0, lt=1, description="of the captioned scenes; at least one unless 0")
@@ -244,8 +246,10 @@ class ClipLoader:
 
         The first frames, at the first of `clips.fps` that the clip is good for, cropped at the centre.
         """
-        size = self.config.height, self.config.width
+        size = self.config.held_out_height or self.config.height, self.config.held_out_width or self.config.width
         for clip in self.held_out:
+            if clip.height < size[0] or clip.width < size[1]:
+                continue
             stride = 1 if clip.is_image else self._strides(clip)[0]
             frames = read_clip(clip, 0, min(clip.frames, self.config.frames), stride)
             yield clip, to_model_range(crop(frames, size))[None]
@@ -257,7 +261,8 @@ class ClipLoader:
         """
         assert clip.fps is not None, clip
         rates = self.config.fps or (clip.fps,)
-        strides = [round(clip.fps / fps) for fps in rates if abs(clip.fps / fps % 1 - 0.5) > 0.49]
+        ratios = [clip.fps / rate for rate in rates]
+        strides = [round(ratio) for ratio in ratios if abs(ratio - round(ratio)) < 0.01]
         return [stride for stride in strides if stride > 0 and (self.config.frames - 1) * stride < clip.frames]
 
     def _fits(self, clip: Clip) -> bool:

@@ -165,6 +165,14 @@ def test_held_out_videos_are_seen_at_the_first_rate(tmp_path: Path) -> None:
     assert [shades(video[0]) for _, video in loader.held_out_videos()] == [[0, 2, 4, 6, 8]]
 
 
+def test_held_out_videos_may_be_larger_than_those_of_training(folder: Path) -> None:
+    larger = config(folder, held_out_fraction=0.3, held_out_height=32, held_out_width=40)
+    videos = list(ClipLoader(larger, seed=1).held_out_videos())
+    assert videos and all(video.shape[3:] == (32, 40) for _, video in videos)
+    beyond = config(folder, held_out_fraction=0.3, held_out_height=33)
+    assert not list(ClipLoader(beyond, seed=1).held_out_videos())
+
+
 def test_a_rate_that_no_clip_is_good_for_is_named(tmp_path: Path) -> None:
     write_clips(tmp_path / "clips.jsonl", [numbered(tmp_path, 5, 12)])
     with pytest.raises(DataError, match=r"clips\.fps=\(8\.0, 16\.0\), .*\(5, 16, 24, 12\.0\)"):

@@ -59,7 +59,7 @@ def run(tmp_path, monkeypatch):
             optimizer=FakeOptimizer(bad_from), state=TrainState(start), inputs=inputs, forward_step=None,
             read_sums=lambda sums: {"loss": sums.item()}, validate=lambda step: {"psnr": 10.0 + step},
             checkpoints=SimpleNamespace(latest=lambda: "the last good one"), metrics=MetricsFile(tmp_path, start, True),
-            resolved={"a": 1}, pack_tokens=64, saved=saved,
+            resolved={"a": 1}, pack_tokens=64, saved=saved, after_step=(), beside={},
         )  # fmt: skip
 
     return build
@@ -109,3 +109,10 @@ def test_gradient_that_is_not_finite_stops_before_anything_is_written(run):
         loop.train(broken)
     assert [row["step"] for row in rows(broken)] == [0, 1, 2, 3]
     assert broken.saved == [3] and broken.state.step == 4
+
+
+def test_what_follows_the_step_is_called_each_time_and_fills_the_row(run):
+    seven = run()
+    seven.after_step = (lambda step: {"discriminator": step / 2}, lambda step: {})
+    loop.train(seven)
+    assert [row["discriminator"] for row in rows(seven)] == [step / 2 for step in range(7)]
