@@ -76,6 +76,10 @@ class Adversary:
             logits = self.discriminator(fake_BCTHW, shard)
         return generator_hinge(logits), self.discriminator.share(shard, self.groups.context[1])
 
+    def forget(self) -> None:
+        """Drop the clips of a pass over a step's batches that is done again."""
+        self.seen = []
+
     def scale(
         self, reconstruction: torch.Tensor, gan: torch.Tensor, last_weight: torch.Tensor, clips: int
     ) -> torch.Tensor:
