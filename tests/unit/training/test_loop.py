@@ -228,3 +228,10 @@ def test_an_overflow_under_the_loss_scale_skips_the_step_and_is_logged(run, monk
         "step 6 is skipped: its gradient overflowed under a loss scale of 4; the next one has 2",
     ]
     assert half.state.step == 6 and half.saved == [3, 6]
+
+
+def test_what_follows_the_step_is_called_each_time_and_fills_the_row(run):
+    seven = run()
+    seven.after_step = (lambda step: {"discriminator": step / 2}, lambda step: {})
+    loop.train(seven)
+    assert [row["discriminator"] for row in rows(seven)] == [step / 2 for step in range(7)]
