@@ -239,6 +239,17 @@ def test_parts_of_the_keys_merge_into_attention_to_all(functions, chunk, monkeyp
         assert_close(actual, wanted, 1e-6, name)
 
 
+@pytest.mark.parametrize("kernel", ["flash", "cudnn"])
+def test_the_operators_of_a_gpu_take_these_arguments(kernel, monkeypatch):
+    """Shapes alone, by torch's own rules for tensors without memory."""
+    monkeypatch.setattr("megacogvx_kernels.packed_attention.block._kernel", lambda q: kernel)
+    q, k, v = (torch.empty(rows, HEADS, 64, device="meta", dtype=torch.bfloat16) for rows in (5, 9, 9))
+    out, lse = attend_block(q, k, v)
+    assert out.shape == q.shape and out.dtype == q.dtype and lse.shape == (5, HEADS) and lse.dtype == torch.float32
+    gradients = attend_block_backward(out, q, k, v, out, lse)
+    assert [gradient.shape for gradient in gradients] == [q.shape, k.shape, v.shape]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", [name for name in op.BACKENDS if name != "reference"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
