@@ -12,6 +12,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
 from megacogvx import draws
 from megacogvx.testing.tolerance import assert_close
@@ -122,8 +123,7 @@ def test_cudnn_is_asked_for_one_dense_call_a_sample(monkeypatch):
     calls = []
 
     def attend(q, k, v):
-        flags = torch.backends.cuda
-        assert flags.cudnn_sdp_enabled() and not flags.flash_sdp_enabled() and not flags.math_sdp_enabled()
+        assert _cur_sdpa_kernel_backends(with_priority=True) == [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
         calls.append(tuple(q.shape))
         return v
 
@@ -193,6 +193,8 @@ def test_what_a_backend_lacks_is_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
+    assert backends.missing("cudnn") == "torch was built without cuDNN"
     assert backends.missing("flash3") == "the GPU is older than Hopper" and not backends.missing("flash2")
     backends.missing.cache_clear()
 
