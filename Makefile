@@ -66,6 +66,9 @@ kernels: $(STAMP)  ## build the CUDA kernels and prove them without a GPU; where
 faults: $(STAMP)  ## every fault of the matrix, planted and recovered; at most an hour, goes on where it was stopped
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python tests/faults/matrix.py $(ARGS)
 
+fuzz: $(STAMP)  ## 2,000 seeded mutations of every parser of the data room, and 200 kills of a writer
+	$(BIN)/python tools/fuzz.py $(ARGS)
+
 lint: $(STAMP)  ## ruff, mypy and the import rule
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -60,7 +60,7 @@ def held_out_packs(corpus: Corpus, plan: PackPlan, steps: int, groups: ParallelG
         training: the corpus that is trained on.
 
     Raises:
-        DataError: a held-out sample is trained on as well.
+        DataError: a held-out sample is trained on as well, or can't be read.
     """
     shared = np.intersect1d(corpus.columns.sample_id, training.columns.sample_id)
     if len(shared):
@@ -69,7 +69,13 @@ def held_out_packs(corpus: Corpus, plan: PackPlan, steps: int, groups: ParallelG
             "would tell nothing; split the dataset, or name another one"
         )
     with PackLoader(corpus, plan, *groups.data) as loader:
-        return [pack for packs in islice(loader, steps) for pack in packs]
+        packs = [pack for packs in islice(loader, steps) for pack in packs]
+    bad = [pack.sample_ids[place] for pack in packs for place in pack.faults]
+    if bad:
+        raise DataError(
+            f"the held-out samples {bad[:8]} can't be read; see `megacogvx data verify`, or filter them out"
+        )
+    return packs
 
 
 class ValidationLoss:
