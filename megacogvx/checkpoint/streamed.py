@@ -91,13 +91,21 @@ def write_streamed(
 
     Returns:
         the checkpoint's folder.
+
+    Raises:
+        CheckpointError: a tensor can't be read, or the disk is full or not writable.
     """
     partial = directory.begin(step)
     state = {PREFIX + name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in tensors.items()}
     writer = FileSystemWriter(partial, thread_count=WRITER_THREADS, sync_files=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        save(state, storage_writer=writer, planner=_AskingPlanner(read), no_dist=True)
+        try:
+            save(state, storage_writer=writer, planner=_AskingPlanner(read), no_dist=True)
+        except CheckpointException as error:  # torch's own, which is a BaseException and holds what was raised inside
+            cause = next((failure[0] for failure in error.failures.values()), error)
+            problem = cause if isinstance(cause, CheckpointError) else f"{partial} can't be written: {cause}"
+            raise CheckpointError(str(problem)) from None
     # What megatron-core looks for beside the tensors (dist_checkpointing/serialization.py, `save`).
     torch.save({"content_metadata": FORMAT}, partial / COMMON_STATE_FNAME)
     save_config(CheckpointingConfig("torch_dist", 1), str(partial))
