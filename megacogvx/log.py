@@ -61,13 +61,14 @@ def set_rank(rank: int, coordinates: str = "") -> None:
     get_logger("megacogvx").setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
 
-def progress(items: Iterable[Item], label: str, total: int | None = None) -> Iterator[Item]:
+def progress(items: Iterable[Item], label: str, total: int | None = None, *, plain: bool = True) -> Iterator[Item]:
     """Yield `items`, with a bar and the time left on a terminal, or a plain line every ten seconds in a file.
 
     Args:
         items: what to iterate over.
         label: what is being done, e.g. "encode".
         total: number of items; taken from `len(items)` when it has one.
+        plain: write those lines in a file; a training has better ones.
     """
     if total is None and hasattr(items, "__len__"):
         total = len(items)  # type: ignore[arg-type]
@@ -81,6 +82,8 @@ def progress(items: Iterable[Item], label: str, total: int | None = None) -> Ite
             for item in items:
                 yield item
                 bar.advance(task)
+    elif not plain:
+        yield from items
     else:
         yield from _plain_progress(items, label, total)
 

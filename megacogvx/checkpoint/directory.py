@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,12 @@ from megacogvx.log import get_logger
 MANIFEST = "manifest.json"
 FORMAT = "megacogvx-checkpoint"
 VERSION = 1
-PARTIAL = ".partial"  # a checkpoint that is being written, or was when the program ended
-REPLACED = ".replaced"  # an older checkpoint of the same step, for the moment in which the new one takes its name
+TRACKER = "latest_checkpointed_iteration.txt"  # megatron-core's name and form, for scripts; nothing here reads it
+STEP_NAME = re.compile(r"step-(\d{8,})")
+# What a name may end with: a checkpoint that is being written, or was when the program ended; an older checkpoint of
+# the same step, for the moment in which the new one takes its name; one that is being deleted.
+PARTIAL, REPLACED, REMOVED = ".partial", ".replaced", ".removed"
+WRITING = ".writing"  # a small file that is being written
 READ_BYTES = 1 << 22  # per read while hashing
 
 logger = get_logger(__name__)
@@ -45,6 +50,7 @@ class CheckpointDirectory:
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
+        self._begun: dict[int, Path] = {}
 
     def path(self, step: int) -> Path:
         """Return where the complete checkpoint of `step` lies, or will."""
@@ -54,8 +60,8 @@ class CheckpointDirectory:
         """Return the steps of all complete checkpoints, ascending; those that aren't are named in the log."""
         found = []
         for path in sorted(self.folder.iterdir()) if self.folder.is_dir() else []:
-            named = re.fullmatch(r"step-(\d{8,})", path.name)
-            problem = "it was never finished" if path.name.endswith(PARTIAL) else None
+            named = STEP_NAME.fullmatch(path.name)
+            problem = "it was never finished" if PARTIAL in path.suffix else None
             if named:
                 problem = _incomplete(path)
             if problem:
@@ -69,12 +75,31 @@ class CheckpointDirectory:
         steps = self.steps()
         return self.path(steps[-1]) if steps else None
 
+    def recover(self) -> None:
+        """Bring back what a killed run left between two names, and remove what it left unfinished.
+
+        One process calls it, before the run starts. Only names that this class makes are touched.
+        """
+        (self.folder / (TRACKER + WRITING)).unlink(missing_ok=True)
+        for path in sorted(self.folder.iterdir()) if self.folder.is_dir() else []:
+            stem, suffix = path.stem, path.suffix
+            if not STEP_NAME.fullmatch(stem) or not path.is_dir():
+                continue
+            if suffix == REPLACED and not (self.folder / stem).exists():
+                logger.warning("bringing back %s, whose successor was never finished", self.folder / stem)
+                os.replace(path, self.folder / stem)
+            elif suffix in (REPLACED, REMOVED) or suffix.startswith(PARTIAL):
+                logger.warning("removing %s, which a killed run left", path)
+                shutil.rmtree(path, ignore_errors=True)
+
     def begin(self, step: int) -> Path:
-        """Make an empty folder to write the checkpoint of `step` into; an unfinished one of that step is dropped."""
-        partial = self.path(step).with_name(self.path(step).name + PARTIAL)
-        if partial.exists():
-            shutil.rmtree(partial)
+        """Make an empty folder to write the checkpoint of `step` into.
+
+        Its name is new each time: a writer that outlived a killed run can't write into the next run's folder.
+        """
+        partial = self.folder / f"{self.path(step).name}{PARTIAL}-{os.getpid():x}-{time.time_ns():x}"
         partial.mkdir(parents=True)
+        self._begun[step] = partial
         return partial
 
     def commit(self, step: int, entries: dict[str, FileEntry]) -> Path:
@@ -87,11 +112,12 @@ class CheckpointDirectory:
         Raises:
             CheckpointError: `begin` wasn't called, or a file isn't among the entries.
         """
-        final = self.path(step)
-        partial = final.with_name(final.name + PARTIAL)
-        if not partial.is_dir() or set(files_of(partial)) != set(entries):
-            raise CheckpointError(f"{partial} does not hold the {len(entries)} files that were written for step {step}")
-        _write_manifest(partial, step, entries)
+        final, partial = self.path(step), self._begun.pop(step, None)
+        if partial is None or not partial.is_dir() or set(files_of(partial)) != set(entries):
+            raise CheckpointError(
+                f"{partial or final} does not hold the {len(entries)} files that were written for step {step}"
+            )
+        write_durably(partial / MANIFEST, _render(step, entries))
         sync_folder(partial)
         replaced = final.with_name(final.name + REPLACED)
         if final.exists():
@@ -99,7 +125,30 @@ class CheckpointDirectory:
         os.replace(partial, final)
         sync_folder(self.folder)
         shutil.rmtree(replaced, ignore_errors=True)
+        write_durably(self.folder / TRACKER, f"{step}\n")
         return final
+
+    def drop(self, step: int) -> None:
+        """Remove the folder that `begin` made for a save that failed."""
+        if partial := self._begun.pop(step, None):
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def prune(self, keep_last: int | None, keep_every: int | None) -> list[int]:
+        """Delete old checkpoints; return their steps.
+
+        Args:
+            keep_last: how many of the newest stay; None keeps all.
+            keep_every: those whose step is a multiple stay for ever; None: none does.
+        """
+        if keep_last is None:
+            return []
+        old = self.steps()[:-keep_last]
+        gone = [step for step in old if not keep_every or step % keep_every]
+        for step in gone:
+            removed = self.path(step).with_name(self.path(step).name + REMOVED)
+            os.replace(self.path(step), removed)  # first the name: what is half deleted must not look like damage
+            shutil.rmtree(removed, ignore_errors=True)
+        return gone
 
 
 def read_manifest(path: Path) -> tuple[int, dict[str, FileEntry]]:
@@ -114,12 +163,15 @@ def read_manifest(path: Path) -> tuple[int, dict[str, FileEntry]]:
     if not file.is_file():
         raise CheckpointError(f"{path} is no complete checkpoint: it has no {MANIFEST}{_neighbours(path)}")
     try:
-        manifest = json.loads(file.read_text())
+        text = file.read_text()
+        manifest = json.loads(text)
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"{file} is of format {manifest['format']!r}, not {FORMAT!r}")
         if manifest["version"] > VERSION:
             raise CheckpointError(f"{file} has version {manifest['version']}; this program reads up to {VERSION}")
-        return int(manifest["step"]), {name: FileEntry(**entry) for name, entry in manifest["files"].items()}
+        step, entries = int(manifest["step"]), {name: FileEntry(**entry) for name, entry in manifest["files"].items()}
+        _check_manifest(path, text, step, entries)
+        return step, entries
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} can't be read ({type(error).__name__}: {error})") from None
 
@@ -135,16 +187,25 @@ def verify(path: Path, names: Iterable[str] | None = None) -> int:
         the step.
 
     Raises:
-        CheckpointError: names the first file that is missing, damaged or foreign.
+        CheckpointError: names every file that is missing, damaged or foreign.
     """
     step, entries = read_manifest(path)
-    if names is None:
-        foreign = set(files_of(path)) - set(entries)
-        if foreign:
-            raise CheckpointError(f"{path / min(foreign)} is not in the checkpoint's {MANIFEST}; move it away")
-    for name in sorted(entries if names is None else names):
-        _verify_file(path / name, entries[name])
+    problems = [] if names is not None else foreign_files(path, entries)
+    problems += damaged_files(path, entries, names)
+    if problems:
+        raise CheckpointError(f"{'; '.join(problems)}; take another checkpoint")
     return step
+
+
+def foreign_files(path: Path, entries: dict[str, FileEntry]) -> list[str]:
+    """Return a sentence for each file of the folder that the manifest doesn't know."""
+    return [f"{path / name} is not in the checkpoint's {MANIFEST}" for name in files_of(path) if name not in entries]
+
+
+def damaged_files(path: Path, entries: dict[str, FileEntry], names: Iterable[str] | None = None) -> list[str]:
+    """Return a sentence for each file that is missing or isn't what the manifest says; `names`: only these."""
+    problems = (_damage(path / name, entries[name]) for name in sorted(entries if names is None else names))
+    return [problem for problem in problems if problem]
 
 
 def files_of(path: Path) -> list[str]:
@@ -179,15 +240,32 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def _write_manifest(path: Path, step: int, entries: dict[str, FileEntry]) -> None:
-    files = {name: vars(entry) for name, entry in sorted(entries.items())}
-    text = json.dumps({"format": FORMAT, "version": VERSION, "step": step, "files": files}, indent=1)
-    temporary = path / (MANIFEST + ".writing")
+def write_durably(file: Path, text: str) -> None:
+    """Write a text file beside, bring it to disk, give it its name: at any moment it is all there, or the old one."""
+    temporary = file.with_name(file.name + WRITING)
     with temporary.open("w") as handle:
         handle.write(text)
         handle.flush()
         os.fsync(handle.fileno())
-    os.replace(temporary, path / MANIFEST)
+    os.replace(temporary, file)
+
+
+def _render(step: int, entries: dict[str, FileEntry]) -> str:
+    """Return the one text of a manifest."""
+    files = {name: vars(entry) for name, entry in sorted(entries.items())}
+    return json.dumps({"format": FORMAT, "version": VERSION, "step": step, "files": files}, indent=1)
+
+
+def _check_manifest(path: Path, text: str, step: int, entries: dict[str, FileEntry]) -> None:
+    """Refuse a manifest that differs from what is written for its own content, by as little as a bit."""
+    if text != _render(step, entries):
+        raise ValueError("it is not as it was written")
+    named = STEP_NAME.fullmatch(path.name)
+    if named and int(named[1]) != step:
+        raise ValueError(f"it is of step {step}")
+    for name in entries:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"{name!r} lies outside the checkpoint")
 
 
 def _incomplete(path: Path) -> str | None:
@@ -203,16 +281,16 @@ def _incomplete(path: Path) -> str | None:
     return None
 
 
-def _verify_file(file: Path, entry: FileEntry) -> None:
-    if not file.is_file():
-        raise CheckpointError(f"checkpoint file {file} is missing; take another checkpoint")
-    size = file.stat().st_size
-    if size != entry.size:
-        raise CheckpointError(
-            f"checkpoint file {file} has {size} bytes instead of {entry.size}; take another checkpoint"
-        )
-    if checksum(file) != entry.xxh3:
-        raise CheckpointError(f"checkpoint file {file} is damaged: its checksum is wrong; take another checkpoint")
+def _damage(file: Path, entry: FileEntry) -> str | None:
+    try:
+        if not file.is_file():
+            return f"checkpoint file {file} is missing"
+        size = file.stat().st_size
+        if size != entry.size:
+            return f"checkpoint file {file} has {size} bytes instead of {entry.size}"
+        return None if checksum(file) == entry.xxh3 else f"checkpoint file {file} is damaged: its checksum is wrong"
+    except OSError as error:
+        return f"checkpoint file {file} can't be read: {error}"
 
 
 def _neighbours(folder: Path) -> str:

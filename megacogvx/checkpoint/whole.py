@@ -1,7 +1,7 @@
 """Loading a checkpoint's weights into a whole model in one process, without process groups.
 
 For models that every process holds entirely, such as the VAE that encodes and decodes; the layout that saved them
-doesn't matter. Nothing is unpickled before the manifest's checksums have been found right.
+doesn't matter. Nothing is read before the manifest's checksums have been found right, and then as `reading.py` allows.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint import FileSystemReader, load
+from torch.distributed.checkpoint import load
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megacogvx.checkpoint.directory import read_manifest, verify
 from megacogvx.checkpoint.distributed import STATE
+from megacogvx.checkpoint.reading import SafeReader
 from megacogvx.errors import CheckpointError
 
 PREFIX = "model."  # of the model's tensors among those of a checkpoint
@@ -35,7 +36,7 @@ def load_whole(path: Path, model: nn.Module) -> None:
         CheckpointError: the checkpoint is missing, incomplete, damaged, or of another model.
     """
     verify(path)
-    reader = FileSystemReader(path)
+    reader = SafeReader(path)
     there = {
         name.removeprefix(PREFIX): tuple(entry.size)
         for name, entry in reader.read_metadata().state_dict_metadata.items()

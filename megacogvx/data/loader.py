@@ -86,7 +86,7 @@ class PackLoader:
             name="pack-loader",
             daemon=True,
         )
-        weakref.finalize(self, self._stop.set)
+        weakref.finalize(self, _end, self._stop, self._thread)
         self._error: BaseException | None = None
         self.layouts: list[PackLayout] = []
         self._thread.start()
@@ -129,8 +129,7 @@ class PackLoader:
 
     def close(self) -> None:
         """End the thread and drop what it has read."""
-        self._stop.set()
-        self._thread.join(JOIN_SECONDS)
+        _end(self._stop, self._thread)
         while not self._queue.empty():
             self._queue.get_nowait()
 
@@ -144,6 +143,13 @@ class PackLoader:
                         "the loader's thread has ended without a word; was this process forked after it?"
                     )
         raise StopIteration
+
+
+def _end(stop: threading.Event, thread: threading.Thread) -> None:
+    """End the thread and wait for it: one inside torch when the interpreter goes down would abort the process."""
+    stop.set()
+    if thread is not threading.current_thread():  # a dropped loader may be collected there
+        thread.join(JOIN_SECONDS)
 
 
 def _read_ahead(

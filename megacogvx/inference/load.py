@@ -23,6 +23,7 @@ from megacogvx.models.transformer.config import CogVideoXConfig
 from megacogvx.models.transformer.model import CogVideoXTransformer, transformer_core
 from megacogvx.models.vae.config import VAEConfig
 from megacogvx.models.vae.model import CogVideoXVAE
+from megacogvx.models.weights import check_finite
 from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.groups import ParallelGroups
 
@@ -113,13 +114,17 @@ def load_transformer(path: Path, groups: ParallelGroups, dtype: torch.dtype) -> 
     Raises:
         CheckpointError: `path` holds no complete checkpoint of a transformer, or it is damaged.
         ConfigError: the heads don't divide by the layout.
+        DataError: a weight is NaN or infinite.
     """
     checkpoint = TransformerCheckpoint.find(path)
-    parallel = ParallelConfig(tensor_parallel_size=groups.tensor[1], context_parallel_size=groups.context[1])
+    parallel = ParallelConfig(
+        tensor_parallel_size=groups.tensor[1], context_parallel_size=groups.context[1], ring_size=groups.ring[1]
+    )
     model = CogVideoXTransformer(
         checkpoint.config, transformer_core(checkpoint.config, parallel, groups, dtype), groups
     ).to(groups.device)
     load(checkpoint.path, model, None, groups)
+    check_finite(model, str(checkpoint.path))
     logger.info("transformer of step %d from %s", checkpoint.step, checkpoint.path)
     return model.eval().requires_grad_(False)
 
@@ -136,9 +141,11 @@ def load_vae(path: Path, device: torch.device, dtype: torch.dtype) -> CogVideoXV
 
     Raises:
         CheckpointError: `path` holds no complete checkpoint of a VAE, or it is damaged.
+        DataError: a weight is NaN or infinite.
     """
     checkpoint = VAECheckpoint.find(path)
     model = CogVideoXVAE(checkpoint.config)
     load_whole(checkpoint.path, model)
+    check_finite(model, str(checkpoint.path))
     logger.info("VAE of step %d from %s", checkpoint.step, checkpoint.path)
     return model.to(device, dtype).eval().requires_grad_(False)

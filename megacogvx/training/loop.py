@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import yaml
 
+from megacogvx.checkpoint.config import CheckpointConfig
 from megacogvx.checkpoint.directory import CheckpointDirectory
-from megacogvx.checkpoint.distributed import save
-from megacogvx.errors import DataError
-from megacogvx.log import get_logger
+from megacogvx.checkpoint.distributed import Kept
+from megacogvx.log import get_logger, progress
 from megacogvx.parallel.data_parallel import DistributedDataParallel, ForwardStep, forward_backward, sum_over_tokens
-from megacogvx.parallel.groups import ParallelGroups
+from megacogvx.parallel.groups import ParallelGroups, barrier, gather_json
 from megacogvx.parallel.optimizer import Optimizer
 from megacogvx.parallel.pipeline_parallel import from_last_stage
 from megacogvx.training.config import TrainingConfig
-from megacogvx.training.metrics import MetricsFile, log_line
+from megacogvx.training.guard import Guard, GuardConfig, Measured, stop_error
+from megacogvx.training.metrics import Meter, MetricsFile, log_line
+from megacogvx.training.profiler import profile_window
+from megacogvx.training.saver import Saver
 from megacogvx.training.state import TrainState
+from megacogvx.training.stop import StopSignal
+from megacogvx.training.stragglers import OwnSeconds, Stragglers
+from megacogvx.training.tracking import Tracking, TrackingConfig, record_start
+from megacogvx.training.watch import Watch
 
 logger = get_logger(__name__)
 
@@ -33,11 +40,13 @@ class StepInput:
         microbatches: this rank's packs, or its share of the clips.
         facts: numbers of the whole step for the log; `samples` and `tokens` also count in the state.
         data_state: the loader's state after this step.
+        sample_ids: of each microbatch, for the guard's report.
     """
 
     microbatches: list[Any]
     facts: dict[str, Any]
     data_state: dict[str, Any]
+    sample_ids: list[list[int]] = field(default_factory=list)
 
 
 @dataclass
@@ -56,6 +65,12 @@ class Run:
         metrics: RUN/metrics.jsonl.
         resolved: the resolved config, kept in each checkpoint.
         pack_tokens: tokens of each pack; pipeline stages have to know it.
+        checkpoint, guard, tracking: their sections.
+        stop: whether a signal came; a run that a program starts has its handlers installed.
+        before_pass: called before each pass over a step's packs, of which a bad step has two.
+        after_step: what follows the model's optimizer step, if it was taken, called with its number: a discriminator's
+            step, averaged weights. Each returns numbers for the log row.
+        beside: what else learns and is kept in checkpoints, by name.
     """
 
     settings: TrainingConfig
@@ -66,44 +81,118 @@ class Run:
     inputs: Iterator[StepInput]
     forward_step: ForwardStep
     read_sums: Callable[[torch.Tensor], dict[str, Any]]
-    validate: Callable[[int], dict[str, float]] | None
+    validate: Callable[[int], dict[str, Any]] | None
     checkpoints: CheckpointDirectory
     metrics: MetricsFile
     resolved: dict[str, Any]
     pack_tokens: int = 1
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    stop: StopSignal = field(default_factory=StopSignal)
+    before_pass: tuple[Callable[[], None], ...] = ()
+    after_step: tuple[Callable[[int], dict[str, Any]], ...] = ()
+    beside: Mapping[str, Kept] = field(default_factory=dict)
 
 
-def train(run: Run) -> None:
+def train(run: Run) -> bool:
     """Train from `run.state.step` to the last step; each step leaves a row in metrics.jsonl.
 
+    Returns:
+        whether the last step was reached; False: a signal stopped the run, after a checkpoint.
+
     Raises:
-        DataError: the gradient is not finite; the step was not taken and no checkpoint of it is written.
+        DataError: a step is bad by `guard`'s rules; the step was not taken and no checkpoint of it is written.
+        CheckpointError: more saves in a row failed than `checkpoint.failed_saves`.
     """
-    if run.state.step >= run.settings.steps:
-        logger.info("nothing to do: the run has %d of %d steps", run.state.step, run.settings.steps)
-        return
-    if run.groups.is_first:
-        run.metrics.folder.mkdir(parents=True, exist_ok=True)
-        (run.metrics.folder / "config.yaml").write_text(yaml.safe_dump(run.resolved, sort_keys=False))
-    meter = _Meter(run.settings.steps - run.state.step)
-    for step in range(run.state.step, run.settings.steps):
-        inputs = next(run.inputs)
-        meter.start_step()
-        run.optimizer.schedule(step)
-        row = {"step": step, **train_step(run, inputs), **inputs.facts, "lr": run.optimizer.lr}
-        _advance(run.state, inputs)
-        if run.validate is not None and _is_due(step, run.settings.validate_every, run.settings.steps):
-            row |= run.validate(step)
-        row |= meter.end_step()
-        run.metrics.add(row)
-        if _is_due(step, run.settings.log_every, run.settings.steps):
-            log_line(row, run.settings.steps, meter.seconds_left())
-        if _is_due(step, run.settings.save_every, run.settings.steps):
-            save_checkpoint(run)
+    settings, state, groups = run.settings, run.state, run.groups
+    if state.step >= settings.steps:
+        logger.info("nothing to do: the run has %d of %d steps", state.step, settings.steps)
+        return True
+    if groups.is_first:
+        _open_folder(run)
+    barrier(groups)
+    guard, saver = Guard(run.guard, state.guard), Saver(run.checkpoints, run.checkpoint, groups)
+    events = MetricsFile(settings.run_folder, state.step, groups.is_first, "guard.jsonl")
+    meter = Meter(settings.steps - state.step, groups)
+    watch = Watch(settings.run_folder, groups.rank, groups.world_size, run.guard.stuck_seconds)
+    run.forward_step = own = OwnSeconds(run.forward_step, groups.device)
+    stragglers = Stragglers(run.guard.slow_factor) if run.guard.slow_factor else None
+    tracking = Tracking(run.tracking, settings.run_folder, state.step, run.resolved, groups.is_first)
+    with watch, tracking, profile_window(run.tracking, settings.run_folder, groups) as profiler:
+        for step in progress(range(state.step, settings.steps), "train", plain=False):
+            watch.at(step, "data")
+            inputs = next(run.inputs)
+            meter.start_step()
+            watch.at(step, "step")
+            run.optimizer.schedule(step)
+            row = {"step": step, **train_step(run, inputs, guard, events), **inputs.facts, "lr": run.optimizer.lr}
+            _advance(state, inputs)
+            own.end_step(meter.data_wait)
+            if run.validate is not None and _is_due(step, settings.validate_every, settings.steps):
+                watch.at(step, "validation")
+                row |= run.validate(step)
+            row |= meter.end_step(inputs.facts)
+            run.metrics.add(row)
+            tracking.add(row)
+            if _is_due(step, settings.log_every, settings.steps):
+                log_line(row, settings.steps, meter.seconds_left())
+            if stragglers is not None and _is_due(step, run.guard.slow_window, settings.steps):
+                name_slow(stragglers.add(gather_json(own.take_window(), groups)), step)
+            watch.at(step, "save")
+            stopping = run.stop.agreed(groups)
+            if stopping or _is_due(step, settings.save_every, settings.steps):
+                save_checkpoint(run, saver)
+            saver.poll()
+            profiler.step()
+            if stopping:
+                break
+        saver.finish()
+    if state.step < settings.steps:
+        logger.warning("stopped by %s at step %d of %d", run.stop.received, state.step, settings.steps)
+    return state.step >= settings.steps
 
 
-def train_step(run: Run, inputs: StepInput) -> dict[str, Any]:
-    """Take one optimizer step; return the loss (over all ranks) and the gradient's norm before clipping."""
+def train_step(run: Run, inputs: StepInput, guard: Guard, events: MetricsFile) -> dict[str, Any]:
+    """Take one optimizer step if the guard lets it; return the loss over all ranks and the gradient's norm."""
+    step = run.state.step
+    verdict = guard.judge(step, lambda: _measure(run, inputs))
+    numbers = {**verdict.measured.numbers, "grad_norm": verdict.measured.grad_norm}
+    if verdict.event is not None:
+        events.add(verdict.event)
+        if verdict.event["action"] == "stopped":
+            raise stop_error(verdict.event, run.checkpoints.latest())
+        if run.groups.is_first:
+            logger.warning("bad step: %s", verdict.event)
+        numbers["guard"] = f"{verdict.event['kind']}: {verdict.event['action']}"
+    if run.optimizer.scales_loss:
+        numbers |= {"loss_scale": verdict.measured.loss_scale, "skipped": int(verdict.measured.overflowed)}
+    if verdict.take:
+        run.optimizer.take(verdict.measured.grad_norm)
+        for follow in run.after_step:
+            numbers |= follow(step)
+    return numbers
+
+
+def save_checkpoint(run: Run, saver: Saver) -> None:
+    """Begin RUN/checkpoints/step-N with model, optimizer, state and resolved config."""
+    run.metrics.sync()
+    extra = {"state": run.state.to_json(), "config": run.resolved}
+    texts = {"config.yaml": yaml.safe_dump(run.resolved, sort_keys=False)}
+    saver.save(run.state.step, run.model, run.optimizer, extra, texts, run.beside)
+
+
+def name_slow(slow: dict[int, float], step: int) -> None:
+    """Warn of slow ranks."""
+    for rank, times in slow.items():
+        logger.warning("rank %d is slow at step %d: %.1f times the median of all ranks", rank, step, times)
+
+
+def _measure(run: Run, inputs: StepInput) -> Measured:
+    """Run the packs forward and backward; nothing changes but the gradients."""
+    for forget in run.before_pass:
+        forget()
+    loss_scale = run.optimizer.loss_scale
     run.optimizer.zero_grad()
     metrics = forward_backward(
         run.forward_step,
@@ -113,45 +202,34 @@ def train_step(run: Run, inputs: StepInput) -> dict[str, Any]:
         num_microbatches=len(inputs.microbatches),
         pack_tokens=run.pack_tokens,
     )
-    taken, gradient_norm = run.optimizer.step()
-    if not taken:
-        raise DataError(
-            f"the gradient of step {run.state.step} is not finite (norm {gradient_norm}); the step was not taken. "
-            f"Lower optimizer.learning_rate or look at the samples of this step; the last checkpoint is "
-            f"{run.checkpoints.latest()}"
-        )
+    norm = run.optimizer.gradient_norm()
+    overflowed = not math.isfinite(norm) and run.optimizer.lowers_loss_scale
+    if overflowed:
+        logger.warning(
+            "step %d is skipped: its gradient overflowed under a loss scale of %g; the next one has %g",
+            run.state.step + 1, loss_scale, run.optimizer.loss_scale,
+        )  # fmt: skip
     local = torch.stack([metric["sums"] for metric in metrics]).sum(dim=0) if metrics else None
     sums = sum_over_tokens(from_last_stage(local, run.groups), run.groups)
-    return {**run.read_sums(sums), "grad_norm": gradient_norm}
+    return Measured(run.read_sums(sums), norm, lambda: _suspects(inputs, metrics, run.groups), loss_scale, overflowed)
 
 
-def save_checkpoint(run: Run) -> None:
-    """Write RUN/checkpoints/step-N with model, optimizer, state and resolved config."""
-    extra = {"state": run.state.to_json(), "config": run.resolved}
-    texts = {"config.yaml": yaml.safe_dump(run.resolved, sort_keys=False)}
-    save(run.checkpoints, run.state.step, run.model, run.optimizer, extra, run.groups, texts=texts)
+def _suspects(inputs: StepInput, metrics: list[Any], groups: ParallelGroups) -> list[int]:
+    """Return the ids in the packs of all ranks whose own sums are not finite; without any, the ids of the step."""
+    pairs = list(zip(inputs.sample_ids, metrics, strict=False))
+    bad = [sample for ids, metric in pairs if not metric["sums"].isfinite().all() for sample in ids]
+    every = [sample for ids in inputs.sample_ids for sample in ids]
+    found = {sample for ids in gather_json(bad, groups) for sample in ids}
+    return sorted(found or {sample for ids in gather_json(every, groups) for sample in ids})
 
 
-class _Meter:
-    """Seconds of each step, those spent waiting for data, and the time left."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps_left, self.steps_done = steps, 0
-        self.began = self.last = time.perf_counter()
-        self.got_data = self.began
-
-    def start_step(self) -> None:
-        self.got_data = time.perf_counter()
-
-    def end_step(self) -> dict[str, float]:
-        now = time.perf_counter()
-        times = {"seconds": round(now - self.last, 4), "data_wait": round(self.got_data - self.last, 4)}
-        self.last = now
-        self.steps_done, self.steps_left = self.steps_done + 1, self.steps_left - 1
-        return times
-
-    def seconds_left(self) -> float:
-        return (self.last - self.began) / max(1, self.steps_done) * self.steps_left
+def _open_folder(run: Run) -> None:
+    """Write what the run folder says of the run; rank 0."""
+    folder = run.metrics.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(run.resolved, sort_keys=False))
+    Watch.clear(folder)
+    record_start(folder, run.state.step, run.groups)
 
 
 def _is_due(step: int, every: int, steps: int) -> bool:

@@ -5,14 +5,16 @@ What can be wrong without a process group is found before there is one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from megacogvx.checkpoint.directory import CheckpointDirectory
-from megacogvx.checkpoint.distributed import load
+from megacogvx.checkpoint.distributed import Kept, load, load_newest
+from megacogvx.checkpoint.find import Checkpoint, find_checkpoint
 from megacogvx.checkpoint.whole import read_state
 from megacogvx.config import Section, dump_config
 from megacogvx.data.clips import ClipLoader
@@ -24,26 +26,33 @@ from megacogvx.diffusion.schedule import NoiseSchedule
 from megacogvx.diffusion.timesteps import step_timesteps
 from megacogvx.errors import CheckpointError, ConfigError
 from megacogvx.log import get_logger
+from megacogvx.models.transformer.checks import rope_grid_problem
 from megacogvx.models.transformer.flops import cost_coefficients, training_flops
 from megacogvx.models.transformer.initialize import initialize_weights
 from megacogvx.models.transformer.model import CogVideoXTransformer, transformer_core
 from megacogvx.models.transformer.rope import place_on_rope_grid
+from megacogvx.models.vae.discriminator import initialize_discriminator
 from megacogvx.models.vae.initialize import initialize_weights as initialize_vae
 from megacogvx.models.vae.losses import VAELoss
 from megacogvx.models.vae.model import CogVideoXVAE
-from megacogvx.pack_layout import PackLayout
-from megacogvx.parallel.data_parallel import DistributedDataParallel, wrap
-from megacogvx.parallel.groups import ParallelGroups, initialize, launch_environment
+from megacogvx.models.weights import check_finite
+from megacogvx.pack_layout import PackLayout, place_sample
+from megacogvx.parallel.data_parallel import DistributedDataParallel, unwrap, wrap
+from megacogvx.parallel.groups import ParallelGroups, barrier, initialize, launch_environment
 from megacogvx.parallel.megatron import TransformerConfig, plain_core_config
 from megacogvx.parallel.optimizer import Optimizer, build_optimizer
 from megacogvx.training import step as transformer_step
 from megacogvx.training import vae_step
+from megacogvx.training.adversary import Adversary, WeightsOnly
 from megacogvx.training.batch import BatchMaker
 from megacogvx.training.config import OptimizerConfig, TrainConfig, TrainingConfig, VAETrainConfig
+from megacogvx.training.ema import WeightAverage
 from megacogvx.training.loop import Run, StepInput
 from megacogvx.training.metrics import MetricsFile
+from megacogvx.training.start_from import find_start, start_from
 from megacogvx.training.state import TrainState
 from megacogvx.training.validation import HeldOutClips
+from megacogvx.training.validation_loss import ValidationLoss, held_out_packs
 
 logger = get_logger(__name__)
 
@@ -55,21 +64,27 @@ def build_transformer_run(config: TrainConfig) -> Run:
         ConfigError, DataError, LaunchError: before any process group exists, naming keys, values and a way out.
         CheckpointError: the run folder holds a checkpoint of another model.
     """
-    config.validate_layout(launch_environment().world_size)
+    world_size = launch_environment().world_size
+    config.validate_layout(world_size)
     corpus = Corpus(config.data)
     check_corpus(config, corpus)
+    config = _with_packs_per_step(config, corpus)
+    config.validate_layout(world_size)
     plan = PackPlan(
         corpus.columns, config.data, config.training.seed, config.model.patch, cost_coefficients(config.model)
     )
     config = _with_scaling_factor(config, corpus)
+    held_out = _held_out(config)
     checkpoints, resolved = _open_run(config, config.training, section="model")
+    if config.training.start_from is not None and checkpoints.latest() is None:
+        find_start(config.training.start_from, config.model)
 
     groups = initialize(config.parallel, config.training.seed)
     dtype = config.training.dtype(groups.device)
     core = transformer_core(config.model, config.parallel, groups, dtype)
     model = CogVideoXTransformer(config.model, core, groups)
     initialize_weights(model, config.training.seed)
-    ddp, optimizer, state = _train_ready(model, core, groups, config.optimizer, config.training, checkpoints)
+    ddp, optimizer, state = _train_ready(model, core, groups, config, checkpoints)
 
     loader = PackLoader(corpus, plan, *groups.data, start_step=state.step, state=state.data or None)
     maker = BatchMaker(
@@ -78,9 +93,11 @@ def build_transformer_run(config: TrainConfig) -> Run:
     )  # fmt: skip
     return Run(
         config.training, groups, ddp, optimizer, state, _pack_inputs(loader, config, groups),
-        transformer_step.TransformerStep(maker), transformer_step.read_log_sums, None,
+        transformer_step.TransformerStep(maker), transformer_step.read_log_sums,
+        _validation(config, corpus, held_out, maker, ddp, groups) if held_out else None,
         checkpoints, MetricsFile(config.training.run_folder, state.step, groups.is_first),
         resolved | {"encoder": corpus.encoder.model_dump(mode="json")}, config.data.tokens_per_pack,
+        config.checkpoint, config.guard, config.tracking,
     )  # fmt: skip
 
 
@@ -95,30 +112,83 @@ def build_vae_run(config: VAETrainConfig) -> Run:
     config.vae.check_clip((1, config.vae.in_channels, config.clips.frames, config.clips.height, config.clips.width))
     loader = ClipLoader(config.clips, config.training.seed)
     checkpoints, resolved = _open_run(config, config.training, section="vae")
+    loss = VAELoss(config.loss, config.vae.in_channels)
+    logger.info("loss terms: %s", ", ".join([*loss.term_names, *(["gan"] if config.has_gan else [])]))
 
     groups = initialize(config.parallel, config.training.seed)
     dtype = config.training.dtype(groups.device)
     model = CogVideoXVAE(config.vae).to(dtype)
     initialize_vae(model, config.training.seed)
     core = plain_core_config(config.parallel, groups, dtype)
-    ddp, optimizer, state = _train_ready(model, core, groups, config.optimizer, config.training, checkpoints)
+    ddp = wrap(model, core, groups)
+    optimizer = _make_optimizer(ddp, config.optimizer, config.training.steps, groups)
+    adversary = _make_adversary(config, groups, dtype) if config.has_gan else None
+    average = WeightAverage(model, config.ema.decay, groups) if config.ema.decay else None
+    beside: dict[str, Kept] = {"discriminator": adversary} if adversary else {}
+    if average:
+        beside["ema"] = average
+    state = _load_newest(config, ddp, optimizer, checkpoints, groups, beside)
 
     (loader.data_rank, loader.data_size), loader.start_step = groups.data, state.step
-    held_out = HeldOutClips(loader, model, config.training.run_folder, groups)
-    loss = VAELoss(config.loss, config.vae.in_channels).to(groups.device)
+    held_out = HeldOutClips(loader, model, config.training.run_folder, groups, average)
+    step = vae_step.VAEStep(config.vae, loss.to(groups.device), config.training.seed, groups, dtype, adversary)
     return Run(
-        config.training, groups, ddp, optimizer, state, _clip_inputs(loader, config),
-        vae_step.VAEStep(config.vae, loss, config.training.seed, groups, dtype), vae_step.read_log_sums,
+        config.training, groups, ddp, optimizer, state, _clip_inputs(loader, config), step, step.read_log_sums,
         held_out.measure if loader.held_out else None,
         checkpoints, MetricsFile(config.training.run_folder, state.step, groups.is_first), resolved,
+        checkpoint=config.checkpoint, guard=config.guard, tracking=config.tracking,
+        before_pass=(adversary.forget,) if adversary else (), after_step=_followers(adversary, average), beside=beside,
     )  # fmt: skip
+
+
+def _held_out(config: TrainConfig) -> tuple[Corpus, PackPlan] | None:
+    """Open the held-out datasets and plan their packs, the same at every start."""
+    if not config.validation.paths:
+        return None
+    data = config.data.model_copy(update={"paths": config.validation.paths})
+    corpus = Corpus(data)
+    check_corpus(config, corpus)
+    plan = PackPlan(corpus.columns, data, 0, config.model.patch, cost_coefficients(config.model))
+    return corpus, plan
+
+
+def _validation(
+    config: TrainConfig, training: Corpus, held_out: tuple[Corpus, PackPlan], maker: BatchMaker,
+    ddp: DistributedDataParallel, groups: ParallelGroups,
+) -> Callable[[int], dict[str, Any]]:  # fmt: skip
+    packs = held_out_packs(*held_out, config.validation.steps, groups, training)
+    packs = [replace(pack, layout=place_on_rope_grid(pack.layout, config.model)) for pack in packs]
+    plain = replace(maker, diffusion=config.diffusion.model_copy(update={"conditioning_dropout": 0.0}))
+    return ValidationLoss(
+        transformer_step.TransformerStep(plain), packs, config.validation.timesteps, ddp, groups,
+        config.data.tokens_per_pack, transformer_step.read_log_sums,
+    ).measure  # fmt: skip
+
+
+def _make_adversary(config: VAETrainConfig, groups: ParallelGroups, dtype: torch.dtype) -> Adversary:
+    """Make the discriminator and its optimizer, whose schedule begins with its training."""
+    model = config.make_discriminator().to(dtype)
+    initialize_discriminator(model, config.training.seed)
+    ddp = wrap(model, plain_core_config(config.parallel, groups, dtype), groups)
+    steps = config.training.steps - config.loss.gan_start_step
+    optimizer = _make_optimizer(ddp, config.discriminator_optimizer, steps, groups)
+    return Adversary(config.loss, ddp, optimizer, groups)
+
+
+def _followers(
+    adversary: Adversary | None, average: WeightAverage | None
+) -> tuple[Callable[[int], dict[str, Any]], ...]:
+    """Return what follows each optimizer step of a VAE."""
+    followers: list[Callable[[int], dict[str, Any]]] = [adversary.step] if adversary else []
+    return (*followers, average.update) if average else tuple(followers)
 
 
 def check_corpus(config: TrainConfig, corpus: Corpus) -> None:
     """Check that the model can read what the corpus holds.
 
     Raises:
-        ConfigError: latent channels or text width differ, or its captions are longer than the model's limit.
+        ConfigError: latent channels or text width differ, its captions are longer than the model's limit, or its
+            videos larger than the rope grid.
     """
     encoder, model = corpus.encoder, config.model
     wanted = {
@@ -134,6 +204,21 @@ def check_corpus(config: TrainConfig, corpus: Corpus) -> None:
             f"model.max_text_seq_length={model.max_text_seq_length}, but the dataset has a text of {longest} tokens; "
             f"set it to at least {longest}, or encode again with shorter captions"
         )
+    largest = place_sample(0, 1, int(corpus.columns.height.max()), int(corpus.columns.width.max()), 0, model.patch)
+    if problem := rope_grid_problem(model, largest):
+        raise ConfigError(f"the dataset's largest height and width: {problem}")
+
+
+def _with_packs_per_step(config: TrainConfig, corpus: Corpus) -> TrainConfig:
+    """Return `config` with the step's size in packs, and say what it is in samples and tokens."""
+    mean = float(corpus.columns.lengths(config.model.patch).mean())
+    data = config.data.in_packs(mean)
+    tokens = data.packs_per_step * data.tokens_per_pack
+    logger.info(
+        "a step: %d packs x %s tokens = %s tokens, about %.0f samples of %.0f tokens",
+        data.packs_per_step, f"{data.tokens_per_pack:,}", f"{tokens:,}", tokens / mean, mean,
+    )  # fmt: skip
+    return config.model_copy(update={"data": data})
 
 
 def _with_scaling_factor(config: TrainConfig, corpus: Corpus) -> TrainConfig:
@@ -149,38 +234,94 @@ def _open_run(config: Section, training: TrainingConfig, section: str) -> tuple[
     checkpoints, resolved = CheckpointDirectory(training.run_folder / "checkpoints"), dump_config(config)
     latest = checkpoints.latest()
     if latest is not None:
-        before = read_state(latest)["config"].get(section, {})
+        try:
+            before = read_state(latest)["config"].get(section, {})
+        except CheckpointError:  # damaged: loading says so, and goes back or stops
+            return checkpoints, resolved
         changed = [f"{section}.{key}" for key, value in resolved[section].items() if before.get(key) != value]
         if changed:
             raise CheckpointError(
                 f"{latest} holds another model: {', '.join(changed)} differ from this config; use another "
                 f"training.run_folder, or the config that wrote it"
             )
+    elif training.start_from is not None:
+        start = find_checkpoint(training.start_from)
+        if section not in start.resolved:
+            raise CheckpointError(
+                f"training.start_from={training.start_from} has no section {section!r} (it has "
+                f"{', '.join(start.resolved)}); is it a checkpoint of another kind of model?"
+            )
     return checkpoints, resolved
 
 
 def _train_ready(
-    model: nn.Module, core: TransformerConfig, groups: ParallelGroups, settings: OptimizerConfig,
-    training: TrainingConfig, checkpoints: CheckpointDirectory,
+    model: nn.Module, core: TransformerConfig, groups: ParallelGroups, config: TrainConfig | VAETrainConfig,
+    checkpoints: CheckpointDirectory,
 ) -> tuple[DistributedDataParallel, Optimizer, TrainState]:  # fmt: skip
-    """Wrap the model, make its optimizer, and load the newest complete checkpoint into both."""
+    """Wrap the model, make its optimizer, and load the weights and states that it goes on from."""
     ddp = wrap(model, core, groups)
-    steps = settings.decay_steps or training.steps
-    optimizer = build_optimizer(
+    optimizer = _make_optimizer(ddp, config.optimizer, config.training.steps, groups)
+    return ddp, optimizer, _load_newest(config, ddp, optimizer, checkpoints, groups, {})
+
+
+def _make_optimizer(
+    ddp: DistributedDataParallel, settings: OptimizerConfig, total_steps: int, groups: ParallelGroups
+) -> Optimizer:
+    steps = settings.decay_steps or total_steps
+    return build_optimizer(
         ddp, groups,
         lr=settings.learning_rate, min_lr=settings.min_learning_rate, total_steps=steps,
         warmup_steps=min(settings.warmup_steps, steps - 1), decay=settings.decay,
         betas=(settings.beta1, settings.beta2), eps=settings.eps, weight_decay=settings.weight_decay,
         clip_grad=settings.clip_gradient,
+        initial_loss_scale=settings.initial_loss_scale, loss_scale_window=settings.loss_scale_window,
     )  # fmt: skip
+
+
+def _load_newest(
+    config: TrainConfig | VAETrainConfig, ddp: DistributedDataParallel, optimizer: Optimizer,
+    checkpoints: CheckpointDirectory, groups: ParallelGroups, beside: Mapping[str, Kept],
+) -> TrainState:  # fmt: skip
+    """Load the run's newest complete checkpoint, or else the weights of `training.start_from`; say where it stands."""
+    model = unwrap(ddp)
     count = sum(parameter.numel() for parameter in model.parameters())
     logger.info("model: %s parameters on this rank, %s", f"{count:,}", next(model.parameters()).dtype)
-    latest = checkpoints.latest()
-    if latest is None:
-        return ddp, optimizer, TrainState()
-    state = TrainState.from_json(load(latest, ddp, optimizer, groups)["state"])
-    logger.info("resumed from %s", latest)
-    return ddp, optimizer, state
+    if groups.is_first:
+        checkpoints.recover()
+    barrier(groups)
+    go_back = config.checkpoint.on_damaged == "go_back"
+    found = load_newest(checkpoints, ddp, optimizer, groups, go_back=go_back, beside=beside)
+    if found is not None:
+        path, extra = found
+        check_finite(model, str(path))
+        logger.info("resumed from %s", path)
+        return TrainState.from_json(extra["state"])
+    if config.training.start_from is not None:
+        _start_from(config, find_checkpoint(config.training.start_from), ddp, optimizer, groups, beside)
+    return TrainState()
+
+
+def _start_from(
+    config: TrainConfig | VAETrainConfig, start: Checkpoint, ddp: DistributedDataParallel, optimizer: Optimizer,
+    groups: ParallelGroups, beside: Mapping[str, Kept],
+) -> None:  # fmt: skip
+    """Take the weights of another run, and those of its discriminator if both runs have one; an average starts anew.
+
+    A transformer's are grown to what this stage's model needs.
+    """
+    adversary = beside.get("discriminator")
+    others: dict[str, Kept] = {}
+    if isinstance(adversary, Adversary) and start.resolved.get("loss", {}).get("gan_weight", 0) > 0:
+        others["discriminator"] = WeightsOnly(adversary)
+    if isinstance(config, TrainConfig):
+        start_from(unwrap(ddp), start, config.parallel, groups)
+    else:
+        load(start.path, ddp, None, groups, beside=others)
+    optimizer.reload_weights()
+    average = beside.get("ema")
+    if isinstance(average, WeightAverage):
+        average.restart()
+    logger.info("starting with the weights of %s%s", start.path, " and its discriminator's" if others else "")
 
 
 def _pack_inputs(loader: PackLoader, config: TrainConfig, groups: ParallelGroups) -> Iterator[StepInput]:
@@ -191,7 +332,8 @@ def _pack_inputs(loader: PackLoader, config: TrainConfig, groups: ParallelGroups
         timesteps = step_timesteps(config.diffusion, config.training.seed, packs[0].step, weights)
         facts = {**step_facts(config, loader.layouts), "layout": sizes}
         placed = [replace(pack, layout=place_on_rope_grid(pack.layout, config.model)) for pack in packs]
-        yield StepInput([(pack, timesteps[pack.place]) for pack in placed], facts, loader.state())
+        ids = [[sample.sample_id for sample in pack.layout.samples[:-1]] for pack in packs]
+        yield StepInput([(pack, timesteps[pack.place]) for pack in placed], facts, loader.state(), ids)
 
 
 def step_facts(config: TrainConfig, layouts: list[PackLayout]) -> dict[str, float]:
@@ -207,6 +349,7 @@ def step_facts(config: TrainConfig, layouts: list[PackLayout]) -> dict[str, floa
         "tokens": tokens,
         "pack_fill": round(tokens / sum(layout.num_tokens for layout in layouts), 5),
         "balance": round(max(flops) * len(flops) / sum(flops), 5),
+        "flops": sum(flops),
     }
 
 

@@ -16,12 +16,14 @@ class TrainState:
         step: optimizer steps done; the next step has this number.
         samples, tokens: samples and used tokens seen so far, over all ranks.
         data: the loader's state.
+        guard: what the guard remembers of the last steps.
     """
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
     data: dict[str, Any] = field(default_factory=dict)
+    guard: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for the checkpoint."""

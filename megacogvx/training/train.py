@@ -24,11 +24,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Check the config, then build the run and train."""
-    config = load_config(TrainConfig, arguments.config, arguments.overrides)
+    pretrain(load_config(TrainConfig, arguments.config, arguments.overrides))
+
+
+def pretrain(config: TrainConfig) -> None:
+    """Build the run and train; SIGTERM and SIGUSR1 stop it with a checkpoint and exit status 75."""
     from megacogvx.training.loop import train
     from megacogvx.training.setup import build_transformer_run
+    from megacogvx.training.stop import STOPPED_STATUS, StopSignal
 
+    stop = StopSignal().install()
     try:
-        train(build_transformer_run(config))
+        run = build_transformer_run(config)
+        run.stop = stop
+        finished = train(run)
     finally:
         shutdown()
+    if not finished:
+        raise SystemExit(STOPPED_STATUS)

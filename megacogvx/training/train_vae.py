@@ -20,11 +20,21 @@ from the newest complete checkpoint."""
 
 def run(arguments: argparse.Namespace) -> None:
     """Check the config, then build the run and train."""
-    config = load_config(VAETrainConfig, arguments.config, arguments.overrides)
+    train_vae(load_config(VAETrainConfig, arguments.config, arguments.overrides))
+
+
+def train_vae(config: VAETrainConfig) -> None:
+    """Build the run and train; SIGTERM and SIGUSR1 stop it with a checkpoint and exit status 75."""
     from megacogvx.training.loop import train
     from megacogvx.training.setup import build_vae_run
+    from megacogvx.training.stop import STOPPED_STATUS, StopSignal
 
+    stop = StopSignal().install()
     try:
-        train(build_vae_run(config))
+        run = build_vae_run(config)
+        run.stop = stop
+        finished = train(run)
     finally:
         shutdown()
+    if not finished:
+        raise SystemExit(STOPPED_STATUS)

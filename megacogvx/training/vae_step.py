@@ -17,11 +17,11 @@ from megacogvx.data.clips import ClipBatch
 from megacogvx.models.vae.config import VAEConfig
 from megacogvx.models.vae.losses import VAELoss
 from megacogvx.models.vae.model import Reconstruction
+from megacogvx.parallel.data_parallel import unwrap
 from megacogvx.parallel.frame_parallel import FrameShard, shard_pixels
 from megacogvx.parallel.groups import ParallelGroups
+from megacogvx.training.adversary import GENERATOR_TERMS, Adversary
 from megacogvx.training.step import LossFunction
-
-TERMS = ("loss", "l1", "perceptual_random_net", "kl")
 
 
 class VAEStep:
@@ -33,10 +33,20 @@ class VAEStep:
         seed: of the posterior's noise.
         groups: which clips of the step this rank holds, and which of their frames.
         dtype: the model's.
+        adversary: None trains without a GAN term.
     """
 
-    def __init__(self, config: VAEConfig, loss: VAELoss, seed: int, groups: ParallelGroups, dtype: torch.dtype):
+    def __init__(
+        self,
+        config: VAEConfig,
+        loss: VAELoss,
+        seed: int,
+        groups: ParallelGroups,
+        dtype: torch.dtype,
+        adversary: Adversary | None = None,
+    ):
         self.config, self.losses, self.seed, self.groups, self.dtype = config, loss, seed, groups, dtype
+        self.adversary = adversary
 
     def __call__(
         self, microbatches: Iterator[ClipBatch], model: torch.nn.Module
@@ -48,8 +58,9 @@ class VAEStep:
             self.groups.device, self.dtype
         )
         reconstruction = model(video_BCTHW, self.noise(batch, shard).to(video_BCTHW), shard)
-        share = 1.0 / self.groups.context[1] if shard is None else shard.share
-        return reconstruction, partial(self.loss, video_BCTHW, share)
+        adversary = self.adversary if self.adversary is not None and self.adversary.is_on(batch.step) else None
+        last_weight = unwrap(model).get_parameter("decoder.conv_out.weight")
+        return reconstruction, partial(self.loss, video_BCTHW, shard, adversary, last_weight)
 
     def shard(self, batch: ClipBatch) -> FrameShard | None:
         """Return this rank's frames of the clips; None if it takes all of them.
@@ -79,20 +90,33 @@ class VAEStep:
         return torch.stack(drawn).transpose(1, 2)
 
     def loss(
-        self, video_BCTHW: torch.Tensor, share: float, reconstruction: Reconstruction
+        self,
+        video_BCTHW: torch.Tensor,
+        shard: FrameShard | None,
+        adversary: Adversary | None,
+        last_weight: torch.Tensor,
+        reconstruction: Reconstruction,
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
         """Return this rank's part of (loss summed over the clips, number of clips, sums for the log).
 
         The first context rank counts the clips, so that the count over all ranks is their true number.
         """
         losses, clips = self.losses(video_BCTHW, *reconstruction), len(video_BCTHW)
-        terms = [losses.terms.get(name, torch.zeros_like(losses.total)) for name in TERMS[1:]]
-        sums = torch.stack([losses.total, *terms, torch.ones_like(losses.total)]).detach() * clips * share
+        weight = clips * (1.0 / self.groups.context[1] if shard is None else shard.share)
+        total = losses.total * weight
+        sums = [term.detach() * weight for term in losses.terms.values()]
+        if adversary is not None:
+            gan_mean, gan_share = adversary.judge(video_BCTHW, reconstruction.video_BCTHW, shard)
+            gan = gan_mean * clips * gan_share
+            scale = adversary.scale(losses.reconstruction * weight, gan, last_weight, clips * self.groups.data[1])
+            total = total + self.losses.config.gan_weight * scale * gan
+            sums += [gan.detach(), scale * weight]
+        stacked = torch.stack([total.detach(), *sums, torch.full_like(total.detach(), weight)])
         count = torch.tensor(clips if self.groups.context[0] == 0 else 0, dtype=torch.int32, device=video_BCTHW.device)
-        return losses.total * clips * share, count, {"sums": sums}
+        return total, count, {"sums": stacked}
 
-
-def read_log_sums(sums: torch.Tensor) -> dict[str, float]:
-    """Turn the sums of all ranks into means over the clips of the step, by the names of the terms."""
-    *totals, clips = sums.tolist()
-    return {name: total / clips for name, total in zip(TERMS, totals, strict=True)}
+    def read_log_sums(self, sums: torch.Tensor) -> dict[str, float]:
+        """Turn the sums of all ranks into means over the clips of the step, by the names of the terms."""
+        *totals, clips = sums.tolist()
+        names = ("loss", *self.losses.term_names, *GENERATOR_TERMS)[: len(totals)]  # the last two from the GAN's start
+        return {name: total / clips for name, total in zip(names, totals, strict=True)}

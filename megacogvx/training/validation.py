@@ -16,6 +16,7 @@ from megacogvx.models.vae.model import CogVideoXVAE
 from megacogvx.parallel.data_parallel import sum_over_data_and_context
 from megacogvx.parallel.frame_parallel import gather_frames, shard_pixels
 from megacogvx.parallel.groups import ParallelGroups
+from megacogvx.training.ema import WeightAverage
 
 MOST_CLIPS = 8  # measured at a time; the first of the list
 MOST_PICTURES = 3
@@ -30,17 +31,35 @@ class HeldOutClips:
         model: the VAE itself, not its data-parallel wrapper.
         run_folder: pictures go to RUN/reconstructions.
         groups: process groups.
+        average: averaged weights, which are measured too if there are any.
     """
 
-    def __init__(self, loader: ClipLoader, model: CogVideoXVAE, run_folder: Path, groups: ParallelGroups):
-        self.model, self.groups, self.folder = model, groups, run_folder / "reconstructions"
+    def __init__(
+        self,
+        loader: ClipLoader,
+        model: CogVideoXVAE,
+        run_folder: Path,
+        groups: ParallelGroups,
+        average: WeightAverage | None = None,
+    ):
+        self.model, self.groups, self.folder, self.average = model, groups, run_folder / "reconstructions", average
         every = [video for _, video in islice(loader.held_out_videos(), MOST_CLIPS)]
         self.shown = [place for place, video in enumerate(every) if video.shape[2] > 1][:MOST_PICTURES]
         self.videos = [(place, video) for place, video in enumerate(every) if place % groups.data[1] == groups.data[0]]
 
-    @torch.no_grad()
     def measure(self, step: int) -> dict[str, float]:
-        """Return {"psnr": mean over the held-out clips, in dB}; the posterior's mean is decoded, without noise."""
+        """Return {"psnr": mean over the held-out clips, in dB}, and "psnr_ema" with the averaged weights.
+
+        The posterior's mean is decoded, without noise.
+        """
+        measured = {"psnr": self._psnr(draw=True)}
+        if self.average is not None:
+            with self.average.in_use():
+                measured["psnr_ema"] = self._psnr(draw=False)
+        return measured
+
+    @torch.no_grad()
+    def _psnr(self, draw: bool) -> float:
         total = torch.zeros(2, dtype=torch.float64)
         parameter = next(self.model.parameters())
         for place, video in self.videos:
@@ -48,10 +67,10 @@ class HeldOutClips:
             if self.groups.context[0] != 0:
                 continue  # the first context rank has gathered the whole clip
             total += torch.tensor([float(psnr(video, reconstruction).mean()), 1.0], dtype=torch.float64)
-            if place in self.shown:
+            if draw and place in self.shown:
                 self._draw(place, video[0], reconstruction[0])
         value, count = sum_over_data_and_context(total, self.groups).tolist()
-        return {"psnr": value / count}
+        return value / count
 
     def reconstruct(self, video_BCTHW: torch.Tensor) -> torch.Tensor:
         """Encode and decode a whole clip together with the context ranks; each of them gets all frames back."""

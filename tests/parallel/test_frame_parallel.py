@@ -110,26 +110,18 @@ def check_step(groups, frames, clips=2, net=False):
     With the random `net` in the loss, rounding of 1e-7 in the pixels flips ReLUs, which moves some gradients by 1e-4.
     """
     from megacogvx.data.clips import ClipBatch
-    from megacogvx.parallel.config import ParallelConfig
-    from megacogvx.parallel.data_parallel import forward_backward, sum_over_tokens, wrap
-    from megacogvx.parallel.megatron import plain_core_config
-    from megacogvx.parallel.optimizer import build_optimizer
+    from megacogvx.parallel.data_parallel import forward_backward, sum_over_tokens
 
     step, video = 3, make_video(frames, clips)
     reference, single = make_model().to(groups.device), alone(groups)
-    before = {name: parameter.detach().clone() for name, parameter in reference.named_parameters()}
+    before = weights_of(reference)
     output, score = vae_step(reference, single, net)(iter([ClipBatch(step, video)]), reference)
     loss, count, expected_metrics = score(output)
     (loss / count).backward()
-    torch.optim.AdamW(reference.parameters(), lr=RATE, eps=ADAM_EPS, weight_decay=0.0).step()
+    torch_step(reference)
 
-    parallel = ParallelConfig(context_parallel_size=groups.context[1])
     model = make_model()
-    ddp = wrap(model, plain_core_config(parallel, groups, torch.float32), groups)
-    optimizer = build_optimizer(
-        ddp, groups, lr=RATE, min_lr=RATE, total_steps=10, decay="constant", weight_decay=0.0, clip_grad=0.0,
-        betas=(0.9, 0.999), eps=ADAM_EPS,
-    )  # fmt: skip
+    ddp, optimizer = train_ready(model, groups)
     optimizer.zero_grad()
     optimizer.schedule(0)
     batch = ClipBatch(step, video[groups.data[0] :: groups.data[1]])
@@ -140,15 +132,109 @@ def check_step(groups, frames, clips=2, net=False):
     squares = sum(float(p.grad.double().square().sum()) for p in reference.parameters())
     assert taken and abs(norm / squares**0.5 - 1) < GRADIENT_BOUND
 
+    check_new_weights(model, reference, before, 2e-3 if net else GRADIENT_BOUND)
+
+
+def weights_of(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def train_ready(model, groups):
+    """Return the data-parallel wrapper and an optimizer like `torch_step`."""
+    from megacogvx.parallel.config import ParallelConfig
+    from megacogvx.parallel.data_parallel import wrap
+    from megacogvx.parallel.megatron import plain_core_config
+    from megacogvx.parallel.optimizer import build_optimizer
+
+    parallel = ParallelConfig(context_parallel_size=groups.context[1])
+    ddp = wrap(model, plain_core_config(parallel, groups, torch.float32), groups)
+    settings = dict(lr=RATE, min_lr=RATE, total_steps=10, decay="constant", weight_decay=0.0, clip_grad=0.0)
+    return ddp, build_optimizer(ddp, groups, betas=(0.9, 0.999), eps=ADAM_EPS, **settings)
+
+
+def torch_step(model):
+    torch.optim.AdamW(model.parameters(), lr=RATE, eps=ADAM_EPS, weight_decay=0.0).step()
+
+
+def check_new_weights(model, reference, before, bound):
+    """Compare what one optimizer step changed; elements whose gradient is mere rounding are left out."""
     left_out = total = 0
     for name, parameter in model.named_parameters():
         gradient = reference.get_parameter(name).grad
         counts = gradient.abs() >= 1e-6 * gradient.abs().max()
         left_out, total = left_out + int((~counts).sum()), total + counts.numel()
         actual, expected = parameter.detach() - before[name], reference.get_parameter(name).detach() - before[name]
-        assert_close(actual[counts], expected[counts], 2e-3 if net else GRADIENT_BOUND, f"step of {name}")
+        assert_close(actual[counts], expected[counts], bound, f"step of {name}")
     print(f"left out: {left_out} of {total}")
     assert left_out <= 1e-3 * total
+
+
+GAN = {"perceptual": "none", "kl_weight": 0.1, "gan_weight": 0.7, "gan_weight_limit": 1e3, "gan_start_step": 3}
+
+
+def make_discriminator():
+    from megacogvx.models.vae.discriminator import Discriminator, DiscriminatorConfig, initialize_discriminator
+
+    model = Discriminator(DiscriminatorConfig(channels=4, layers=2, norm_num_groups=2), 3, 2)
+    initialize_discriminator(model, 5)
+    return model
+
+
+def gan_reference(model, discriminator, video, noise, clips):
+    """Take both steps of a training step with a GAN term on whole clips, in plain torch; return the logged numbers."""
+    from megacogvx.models.vae import VAELoss, VAELossConfig
+
+    losses = VAELoss(VAELossConfig(**GAN))
+    reconstruction = model(video, noise)
+    total, terms, nll = losses(video, *reconstruction)
+    gan = -discriminator(reconstruction.video_BCTHW).mean()
+    last = model.decoder.conv_out.weight
+    norms = [torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in (nll, gan)]
+    scale = min(norms[0] / (norms[1] + 1e-4), GAN["gan_weight_limit"]).detach()
+    (total + GAN["gan_weight"] * scale * gan).backward()
+    torch_step(model)
+    discriminator.zero_grad()
+    real, fake = discriminator(video), discriminator(reconstruction.video_BCTHW.detach())
+    hinge = 0.5 * ((1 - real).relu().mean() + (1 + fake).relu().mean())
+    hinge.backward()
+    torch_step(discriminator)
+    loss = total + GAN["gan_weight"] * scale * gan
+    names = ("loss", "l1", "kl", "gan", "gan_scale", "discriminator", "logits_real", "logits_fake")
+    numbers = (loss, terms["l1"], terms["kl"], gan, scale, hinge, real.mean(), fake.mean())
+    return {name: number.detach() for name, number in zip(names, numbers, strict=True)}
+
+
+def check_gan_step(groups, frames, clips=2):
+    """Train VAE and discriminator for a step on the ranks' frames, and on whole clips; compare all there is."""
+    from megacogvx.data.clips import ClipBatch
+    from megacogvx.models.vae import VAELoss, VAELossConfig
+    from megacogvx.parallel.data_parallel import forward_backward, sum_over_tokens
+    from megacogvx.training.adversary import Adversary
+    from megacogvx.training.vae_step import VAEStep
+
+    step, video = 3, make_video(frames, clips).to(groups.device)
+    reference, judge = make_model().to(groups.device), make_discriminator().to(groups.device)
+    model, discriminator = make_model(), make_discriminator()
+    before = weights_of(reference), weights_of(judge)
+    noise = vae_step(reference, alone(groups), False).noise(ClipBatch(step, video))
+    expected = gan_reference(reference, judge, video, noise.to(video), clips)
+
+    ddp, optimizer = train_ready(model, groups)
+    adversary = Adversary(VAELossConfig(**GAN), *train_ready(discriminator, groups), groups)
+    forward_step = VAEStep(model.config, VAELoss(VAELossConfig(**GAN)), 7, groups, torch.float32, adversary)
+    optimizer.zero_grad()
+    optimizer.schedule(0)
+    batch = ClipBatch(step, video[groups.data[0] :: groups.data[1]])
+    metrics = forward_backward(forward_step, [batch], ddp, groups, num_microbatches=1)
+    row = forward_step.read_log_sums(sum_over_tokens(metrics[0]["sums"], groups))
+    assert optimizer.step()[0]
+    row |= adversary.step(step)
+    assert row.pop("discriminator_grad_norm") > 0
+    assert row.keys() == expected.keys()
+    for name, number in expected.items():
+        assert_close(torch.tensor(row[name]), number.cpu(), 1e-5, name)
+    check_new_weights(model, reference, before[0], 5e-4)
+    check_new_weights(discriminator, judge, before[1], 5e-4)
 
 
 @on_ranks(2, {"context_parallel_size": 2})
@@ -173,6 +259,12 @@ def test_one_training_step_on_two_ranks(groups):
     check_step(groups, 1)  # an image, which both ranks compute
 
 
+@on_ranks(2, {}, {"context_parallel_size": 2})
+def test_one_step_with_a_discriminator_on_two_ranks(groups):
+    check_gan_step(groups, 17)
+    check_gan_step(groups, 1)
+
+
 @on_ranks(3, {"context_parallel_size": 3})
 def test_three_ranks_equal_one(groups):
     check_all(groups)
@@ -193,7 +285,11 @@ def test_one_training_step_on_four_ranks(groups):
     check_step(groups, 25)
 
 
-@pytest.mark.slow
+@on_ranks(4, {"context_parallel_size": 2}, {"context_parallel_size": 4})
+def test_one_step_with_a_discriminator_on_four_ranks(groups):
+    check_gan_step(groups, 25)
+
+
 @on_ranks(8, {"context_parallel_size": 8})
 def test_eight_ranks_equal_one(groups):
     check_coder(groups, 33, decode=False)

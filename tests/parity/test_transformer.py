@@ -13,8 +13,6 @@ from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 
 from megacogvx import draws
-from megacogvx.conversion.published_names import diffusers_transformer
-from megacogvx.conversion.tensors import InMemory, Translated
 from megacogvx.models.transformer import (
     PRESETS,
     CogVideoXConfig,
@@ -25,6 +23,7 @@ from megacogvx.models.transformer import (
 from megacogvx.pack_layout import build_layout, patchify, place_sample
 from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.groups import initialize, shutdown
+from megacogvx.testing.published_names import to_our_names
 from megacogvx.testing.tolerance import assert_all_close, assert_close
 
 OUTPUT_BOUND, GRADIENT_BOUND = 1e-5, 1e-4
@@ -49,13 +48,16 @@ FULL_TEXT = tuple((t, h, w, TEXT) for t, h, w, _ in SIZES)  # additive positions
 ROTARY = {"use_rotary_positional_embeddings": True}
 VARIANTS = {
     "2b": Variant({"in_channels": 4}, FULL_TEXT),
-    "5b": Variant({"in_channels": 4, **ROTARY}, SIZES),
+    "5b": Variant({"in_channels": 4, **ROTARY, "sample_width": 16}, SIZES),
     "5b_crop": Variant({"in_channels": 4, **ROTARY, "rope_grid": "crop"}, SIZES),
     "5b_i2v": Variant(
         {"in_channels": 8, **ROTARY, "use_learned_positional_embeddings": True},
         ((3, 8, 12, TEXT), (1, 8, 12, TEXT), (2, 8, 12, TEXT)),
     ),
-    "1_5": Variant({"in_channels": 4, **ROTARY, "patch_size_t": 2}, ((4, 8, 12, TEXT), (1, 4, 6, 3), (5, 6, 16, 5))),
+    "1_5": Variant(
+        {"in_channels": 4, **ROTARY, "patch_size_t": 2, "sample_width": 16},
+        ((4, 8, 12, TEXT), (1, 4, 6, 3), (5, 6, 16, 5)),
+    ),
     "1_5_i2v": Variant(
         {"in_channels": 8, **ROTARY, "patch_size_t": 2, "ofs_embed_dim": 32}, ((4, 8, 12, TEXT), (1, 4, 6, 3))
     ),
@@ -205,10 +207,3 @@ def _drop_vanishing_k_bias(gradients, references):
     for name in [name for name in references if name.endswith("k_norm.bias")]:
         assert float(gradients.pop(name).norm()) < 1e-5 * largest
         assert float(references.pop(name).norm()) < 1e-5 * largest
-
-
-def to_our_names(state, config):
-    """Rename (and rearrange) diffusers' tensors: weights or gradients, which rearrange alike."""
-    table = [group for group in diffusers_transformer(config) if set(group.theirs) <= state.keys()]  # no gradients
-    translated = Translated(InMemory(state), table)
-    return {name: translated.read(name) for name in translated.infos}

@@ -8,8 +8,16 @@ from __future__ import annotations
 
 import torch
 
-from megacogvx_kernels.adaln import reference
-from megacogvx_kernels.checks import require_floating, require_integer, require_shape
+from megacogvx_kernels.adaln import compiled, reference
+from megacogvx_kernels.adaln.runs import runs_of
+from megacogvx_kernels.checks import (
+    require_floating,
+    require_integer,
+    require_one_device,
+    require_one_dtype,
+    require_shape,
+    require_vectors,
+)
 
 __all__ = ["adaln_modulate", "gated_residual", "gated_residual_adaln"]
 
@@ -36,12 +44,15 @@ def adaln_modulate(
         shape and dtype of `x_SD`.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type or shape; it is named.
+        TypeError, ValueError: an argument has the wrong type, shape, device or layout, or a row isn't in the table; it
+            is named.
     """
-    _check_tokens("x_SD", x_SD, rows_S)
-    _check_affine(weight_D, bias_D, x_SD.shape[-1])
-    _check_table("modulation_R3D", modulation_R3D, 2, x_SD.shape[-1])
-    return reference.adaln_modulate(x_SD, weight_D, bias_D, modulation_R3D, rows_S, eps=eps)
+    _check_tokens(rows_S, x_SD=x_SD)
+    _check_affine(x_SD, weight_D, bias_D)
+    _check_table("modulation_R3D", modulation_R3D, 2, x_SD, rows_S)
+    parameters = (weight_D, bias_D, modulation_R3D)
+    implementation = compiled if compiled.takes("adaln_modulate", (x_SD,), parameters) else reference
+    return implementation.adaln_modulate(x_SD, *parameters, rows_S, eps=eps)
 
 
 def gated_residual(
@@ -58,12 +69,14 @@ def gated_residual(
         shape and dtype of `residual_SD`.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type or shape; it is named.
+        TypeError, ValueError: an argument has the wrong type, shape, device or layout, or a row isn't in the table; it
+            is named.
     """
-    _check_tokens("residual_SD", residual_SD, rows_S)
-    require_shape("branch_SD", branch_SD, tuple(residual_SD.shape))
-    _check_table("modulation_R3D", modulation_R3D, 3, residual_SD.shape[-1])
-    return reference.gated_residual(residual_SD, branch_SD, modulation_R3D, rows_S)
+    _check_tokens(rows_S, residual_SD=residual_SD, branch_SD=branch_SD)
+    _check_table("modulation_R3D", modulation_R3D, 3, residual_SD, rows_S)
+    is_compiled = compiled.takes("gated_residual", (residual_SD, branch_SD), (modulation_R3D,))
+    implementation = compiled if is_compiled else reference
+    return implementation.gated_residual(residual_SD, branch_SD, modulation_R3D, rows_S)
 
 
 def gated_residual_adaln(
@@ -92,33 +105,53 @@ def gated_residual_adaln(
         residual as it is stored, after the cast.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type or shape; it is named.
+        TypeError, ValueError: an argument has the wrong type, shape, device or layout, or a row isn't in the table; it
+            is named.
     """
-    width = residual_SD.shape[-1]
-    _check_tokens("residual_SD", residual_SD, rows_S)
-    require_shape("branch_SD", branch_SD, tuple(residual_SD.shape))
-    _check_table("gate_modulation_R3D", gate_modulation_R3D, 3, width)
-    _check_affine(weight_D, bias_D, width)
-    _check_table("modulation_R3D", modulation_R3D, 2, width)
-    return reference.gated_residual_adaln(
-        residual_SD, branch_SD, gate_modulation_R3D, weight_D, bias_D, modulation_R3D, rows_S, eps=eps
-    )
+    _check_tokens(rows_S, residual_SD=residual_SD, branch_SD=branch_SD)
+    _check_table("gate_modulation_R3D", gate_modulation_R3D, 3, residual_SD, rows_S)
+    _check_affine(residual_SD, weight_D, bias_D)
+    _check_table("modulation_R3D", modulation_R3D, 2, residual_SD, rows_S)
+    if modulation_R3D.shape[0] != gate_modulation_R3D.shape[0]:
+        rows = (modulation_R3D.shape[0], gate_modulation_R3D.shape[0])
+        raise ValueError(f"modulation_R3D has {rows[0]} rows, gate_modulation_R3D {rows[1]}; they must agree")
+    parameters = (weight_D, bias_D, modulation_R3D)
+    tokens = (residual_SD, branch_SD)
+    is_compiled = compiled.takes("gated_residual_adaln", tokens, (gate_modulation_R3D, *parameters))
+    implementation = compiled if is_compiled else reference
+    return implementation.gated_residual_adaln(*tokens, gate_modulation_R3D, *parameters, rows_S, eps=eps)
 
 
-def _check_tokens(name: str, x_SD: torch.Tensor, rows_S: torch.Tensor) -> None:
-    require_floating(name, x_SD)
-    if x_SD.dim() not in (2, 3) or (x_SD.dim() == 3 and x_SD.shape[1] != 1):
-        raise ValueError(f"{name} has the shape {tuple(x_SD.shape)}; expected [S, D] or [S, 1, D]")
-    require_shape("rows_S", rows_S, (x_SD.shape[0],))
+def _check_tokens(rows_S: torch.Tensor, **tokens: torch.Tensor) -> None:
+    (name, first_SD), *others = tokens.items()
+    if not isinstance(first_SD, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(first_SD).__name__}")
+    require_floating(name, first_SD)
+    shape = tuple(first_SD.shape)
+    if len(shape) not in (2, 3) or (len(shape) == 3 and shape[1] != 1) or not shape[-1]:
+        raise ValueError(f"{name} has the shape {shape}; expected [S, D] or [S, 1, D]")
+    require_shape("rows_S", rows_S, shape[:1])
     require_integer("rows_S", rows_S)
+    for other, x_SD in others:
+        require_shape(other, x_SD, shape)
+        require_floating(other, x_SD)
+    for each, x_SD in tokens.items():
+        require_vectors(each, x_SD)
+    require_one_device(**tokens, rows_S=rows_S)
 
 
-def _check_affine(weight_D: torch.Tensor, bias_D: torch.Tensor, width: int) -> None:
-    require_shape("weight_D", weight_D, (width,))
-    require_shape("bias_D", bias_D, (width,))
+def _check_affine(x_SD: torch.Tensor, weight_D: torch.Tensor, bias_D: torch.Tensor) -> None:
+    require_shape("weight_D", weight_D, (x_SD.shape[-1],))
+    require_shape("bias_D", bias_D, (x_SD.shape[-1],))
+    require_one_dtype(weight_D=weight_D, bias_D=bias_D)
+    require_one_device(x_SD=x_SD, weight_D=weight_D, bias_D=bias_D)
 
 
-def _check_table(name: str, table: torch.Tensor, least: int, width: int) -> None:
-    require_shape(name, table, (None, None, width))
+def _check_table(name: str, table: torch.Tensor, least: int, x_SD: torch.Tensor, rows_S: torch.Tensor) -> None:
+    require_shape(name, table, (None, None, x_SD.shape[-1]))
+    require_floating(name, table)
     if table.shape[1] < least:
         raise ValueError(f"{name} has the shape {tuple(table.shape)}; it needs {least} vectors a row")
+    require_one_device(x_SD=x_SD, **{name: table})
+    if not torch.compiler.is_compiling():
+        runs_of(rows_S, table.shape[0])  # raises for a row that the table doesn't have

@@ -22,7 +22,8 @@ def adaln_modulate(
     eps: float,
 ) -> torch.Tensor:
     """Return LN(x) * (1 + scale[rows]) + shift[rows]; see the public function for the arguments."""
-    normed = F.layer_norm(x_SD.float(), weight_D.shape, weight_D.float(), bias_D.float(), eps)
+    precision = torch.promote_types(x_SD.dtype, torch.float32)
+    normed = F.layer_norm(x_SD.to(precision), weight_D.shape, weight_D.to(precision), bias_D.to(precision), eps)
     scale = _spread(modulation_R3D, SCALE, rows_S, x_SD)
     shift = _spread(modulation_R3D, SHIFT, rows_S, x_SD)
     return (normed * (1 + scale) + shift).to(x_SD.dtype)
@@ -33,7 +34,7 @@ def gated_residual(
 ) -> torch.Tensor:
     """Add gate[rows] * branch to the residual; see the public function for the arguments."""
     gate = _spread(modulation_R3D, GATE, rows_S, residual_SD)
-    return (residual_SD.float() + gate * branch_SD.float()).to(residual_SD.dtype)
+    return (residual_SD.to(gate.dtype) + gate * branch_SD.to(gate.dtype)).to(residual_SD.dtype)
 
 
 def gated_residual_adaln(
@@ -53,8 +54,9 @@ def gated_residual_adaln(
 
 
 def _spread(table_R3D: torch.Tensor, column: int, rows_S: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return one column of the table for every token, fp32, in the shape of `like`.
+    """Return one column of the table for every token, fp32 or better, in the shape of `like`.
 
     Backward: the gradients of a row's tokens are summed in fp32, also where the table is bf16.
     """
-    return table_R3D[:, column].float().index_select(0, rows_S).reshape(like.shape)
+    precision = torch.promote_types(like.dtype, torch.float32)
+    return table_R3D[:, column].to(precision).index_select(0, rows_S).reshape(like.shape)

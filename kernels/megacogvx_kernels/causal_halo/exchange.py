@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
+from megacogvx_kernels.causal_halo.frames import add_to_last_frames, as_sent, last_frames, layout_of
+
 
 class HaloExchange:
     """One exchange under way: `start_halo` makes it, `wait` ends it; the gradient comes back the same way."""
@@ -46,9 +48,11 @@ class HaloExchange:
     # What the two autograd nodes do, forward and then backward.
 
     def _begin(self, x_BCTHW: torch.Tensor) -> None:
-        self.tail = x_BCTHW[:, :, x_BCTHW.shape[2] - self.own :]
+        self.tail, self.layout = x_BCTHW[:, :, x_BCTHW.shape[2] - self.own :], layout_of(x_BCTHW)
         first = x_BCTHW[:, :, :1].expand(-1, -1, self.size, -1, -1)
-        self.halo = first.contiguous() if self.is_first else first.new_empty(first.shape)
+        self.halo = torch.empty(first.shape, dtype=first.dtype, device=first.device, memory_format=self.layout)
+        if self.is_first:
+            self.halo.copy_(first)
         self.can_send = self.own == self.size or self.is_first
         self._post(send=self._outgoing() if self.can_send else None, to=1, receive=None if self.is_first else self.halo)
 
@@ -62,7 +66,7 @@ class HaloExchange:
         return halo
 
     def _begin_backward(self, gradient_BCTHW: torch.Tensor) -> None:
-        self.halo_gradient = gradient_BCTHW.clone(memory_format=torch.contiguous_format)
+        self.halo_gradient = gradient_BCTHW.clone(memory_format=self.layout)
         self.tail_gradient = None if self.is_last else torch.empty_like(self.halo_gradient)
         outgoing = None if self.is_first else self.halo_gradient
         if self.own == self.size:
@@ -76,9 +80,9 @@ class HaloExchange:
 
     def _end_backward(self, shape: torch.Size) -> torch.Tensor:
         self._finish()
-        gradient = self.halo_gradient.new_zeros(shape)
+        gradient = torch.zeros_like(self.halo_gradient[:, :, :1].expand(shape), memory_format=self.layout)
         if self.tail_gradient is not None:
-            gradient[:, :, shape[2] - self.own :] += self.tail_gradient[:, :, self.size - self.own :]
+            add_to_last_frames(gradient, self.tail_gradient[:, :, self.size - self.own :])
         if self.is_first:
             gradient[:, :, 0] += self.halo_gradient.sum(dim=2)
         del self.halo_gradient, self.tail_gradient
@@ -86,12 +90,20 @@ class HaloExchange:
 
     def _outgoing(self) -> torch.Tensor | None:
         """Return the last `size` frames of [halo, x], or None on the last rank."""
-        return None if self.is_last else torch.cat([self.halo[:, :, self.own :], self.tail], dim=2).contiguous()
+        if self.is_last:
+            return None
+        if self.own == self.size:
+            return last_frames(self.tail, self.layout)
+        return torch.cat([self.halo[:, :, self.own :], self.tail], dim=2).contiguous(memory_format=self.layout)
 
     def _post(self, send: torch.Tensor | None, to: int, receive: torch.Tensor | None) -> None:
         """Send to the neighbour at `to` (-1 or 1) and receive from the other one; None is no message."""
         wanted = [(dist.irecv, receive, self.rank - to), (dist.isend, send, self.rank + to)]
-        ops = [dist.P2POp(call, x, group=self.group, group_peer=peer) for call, x, peer in wanted if x is not None]
+        ops = [
+            dist.P2POp(call, as_sent(x, self.layout), group=self.group, group_peer=peer)
+            for call, x, peer in wanted
+            if x is not None
+        ]
         if ops:
             self.in_flight += [op.tensor for op in ops]
             self.works += dist.batch_isend_irecv(ops)

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from megacogvx_kernels.checks import require_floating, require_shape
-from megacogvx_kernels.group_norm_moments import reference
+from megacogvx_kernels.checks import require_floating, require_one_device, require_one_dtype, require_shape
+from megacogvx_kernels.group_norm_moments import compiled, reference
 from megacogvx_kernels.group_norm_moments.exchange import SharedGroupNorm
 
 __all__ = ["group_norm_moments"]
@@ -57,7 +57,12 @@ def group_norm_moments(
         raise ValueError(f"groups={groups} must divide the {channels} channels of x_BCTHW")
     if eps <= 0:
         raise ValueError(f"eps={eps} must be greater than 0")
-    if group is not None and group.size() > 1:
-        y_BCTHW: torch.Tensor = SharedGroupNorm.apply(x_BCTHW, weight_C, bias_C, groups, eps, group)
+    require_one_dtype(weight_C=weight_C, bias_C=bias_C)
+    require_one_device(x_BCTHW=x_BCTHW, weight_C=weight_C, bias_C=bias_C)
+    shared = group if group is not None and group.size() > 1 else None
+    if compiled.takes(x_BCTHW):
+        return compiled.group_norm_moments(x_BCTHW, weight_C, bias_C, groups, eps, activation, shared)
+    if shared is not None:
+        y_BCTHW: torch.Tensor = SharedGroupNorm.apply(x_BCTHW, weight_C, bias_C, groups, eps, shared)
         return F.silu(y_BCTHW, inplace=not torch.is_grad_enabled()) if activation else y_BCTHW
     return reference.group_norm_moments(x_BCTHW, weight_C, bias_C, groups, eps, activation)

@@ -7,10 +7,19 @@ from __future__ import annotations
 
 import torch
 
-from megacogvx_kernels.checks import require_floating, require_integer, require_shape
-from megacogvx_kernels.qk_norm_rope import reference
+from megacogvx_kernels.checks import (
+    require_floating,
+    require_integer,
+    require_one_device,
+    require_one_dtype,
+    require_sample_table,
+    require_shape,
+    require_vectors,
+)
+from megacogvx_kernels.qk_norm_rope import compiled, reference
+from megacogvx_kernels.qk_norm_rope.shared_gradient import take_v
 
-__all__ = ["qk_norm_rope"]
+__all__ = ["qk_norm_rope", "take_v"]
 
 
 def qk_norm_rope(
@@ -50,24 +59,57 @@ def qk_norm_rope(
         q and k, `[S, N, K]` each, of the dtype of `qkv_SN3K`.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type or shape; it is named.
+        TypeError, ValueError: an argument has the wrong type, shape, device or layout, the samples of the table don't
+            follow each other or end before the last token; it is named.
     """
-    require_shape("q_weight_K", q_weight_K, (None,))
-    width = q_weight_K.shape[0]
-    for name, vector in (("q_bias_K", q_bias_K), ("k_weight_K", k_weight_K), ("k_bias_K", k_bias_K)):
-        require_shape(name, vector, (width,))
-    require_floating("qkv_SN3K", qkv_SN3K)
-    if qkv_SN3K.numel() % (3 * width) or qkv_SN3K.dim() < 2:
-        raise ValueError(f"qkv_SN3K has the shape {tuple(qkv_SN3K.shape)}; expected [S, N, 3, K] with K={width}")
-    split_SN3K = qkv_SN3K.reshape(qkv_SN3K.shape[0], -1, 3, width)
-    require_shape("sample_table_M5", sample_table_M5, (None, 5))
-    require_integer("sample_table_M5", sample_table_M5)
-    require_shape("rope_grid_M6", rope_grid_M6, (sample_table_M5.shape[0], 6))
-    if rotate and (sum(axes) != width or any(axis % 2 for axis in axes)):
-        raise ValueError(f"axes={tuple(axes)} must be three even numbers that sum to K={width}")
-    if token_offset < 0:
-        raise ValueError(f"token_offset={token_offset} must not be negative")
-    return reference.qk_norm_rope(
+    split_SN3K = _split_by_head(qkv_SN3K, q_weight_K)
+    parameters = {"q_weight_K": q_weight_K, "q_bias_K": q_bias_K, "k_weight_K": k_weight_K, "k_bias_K": k_bias_K}
+    tables = {"sample_table_M5": sample_table_M5, "rope_grid_M6": rope_grid_M6}
+    _check_parameters(split_SN3K, parameters, tables)
+    _check_rotation(split_SN3K, sample_table_M5, token_offset, axes, rotate)
+    implementation = compiled if compiled.takes(split_SN3K, rotate) else reference
+    return implementation.qk_norm_rope(
         split_SN3K, q_weight_K, q_bias_K, k_weight_K, k_bias_K, sample_table_M5, rope_grid_M6, token_offset,
         eps=eps, axes=axes, theta=theta, rotate=rotate,
     )  # fmt: skip
+
+
+def _split_by_head(qkv_SN3K: torch.Tensor, q_weight_K: torch.Tensor) -> torch.Tensor:
+    require_shape("q_weight_K", q_weight_K, (None,))
+    width = q_weight_K.shape[0]
+    if not isinstance(qkv_SN3K, torch.Tensor):
+        raise TypeError(f"qkv_SN3K must be a tensor, not {type(qkv_SN3K).__name__}")
+    require_floating("qkv_SN3K", qkv_SN3K)
+    if not width or qkv_SN3K.dim() < 2 or not qkv_SN3K.numel() or qkv_SN3K.numel() % (3 * width):
+        raise ValueError(
+            f"qkv_SN3K has the shape {tuple(qkv_SN3K.shape)}; expected [S, N, 3, K] with K={width}, S and N at least 1"
+        )
+    require_vectors("qkv_SN3K", qkv_SN3K)
+    return qkv_SN3K.reshape(qkv_SN3K.shape[0], -1, 3, width)
+
+
+def _check_parameters(
+    split_SN3K: torch.Tensor, parameters: dict[str, torch.Tensor], tables: dict[str, torch.Tensor]
+) -> None:
+    for name, vector in parameters.items():
+        require_shape(name, vector, (split_SN3K.shape[-1],))
+    require_one_dtype(**parameters)
+    table_M5, grid_M6 = tables.values()
+    require_shape("sample_table_M5", table_M5, (None, 5))
+    require_integer("sample_table_M5", table_M5)
+    require_shape("rope_grid_M6", grid_M6, (table_M5.shape[0], 6))
+    require_floating("rope_grid_M6", grid_M6)
+    require_one_device(qkv_SN3K=split_SN3K, **parameters, **tables)
+
+
+def _check_rotation(
+    split_SN3K: torch.Tensor, table_M5: torch.Tensor, token_offset: int, axes: tuple[int, int, int], rotate: bool
+) -> None:
+    width = split_SN3K.shape[-1]
+    if width % 2:
+        raise ValueError(f"q_weight_K and with it a head have K={width} channels; rotation needs an even number")
+    if rotate and (len(axes) != 3 or sum(axes) != width or any(axis % 2 or axis < 0 for axis in axes)):
+        raise ValueError(f"axes={tuple(axes)} must be three even numbers that sum to K={width}")
+    if token_offset < 0:
+        raise ValueError(f"token_offset={token_offset} must not be negative")
+    require_sample_table("sample_table_M5", table_M5, token_offset, split_SN3K.shape[0])

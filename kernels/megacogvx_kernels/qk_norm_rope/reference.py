@@ -22,11 +22,12 @@ def qk_norm_rope(
     rotate: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Norm q and k over K, rotate those of video tokens; see the public function for the arguments."""
-    q_SNK = _norm(qkv_SN3K[:, :, 0], q_weight_K, q_bias_K, eps)
-    k_SNK = _norm(qkv_SN3K[:, :, 1], k_weight_K, k_bias_K, eps)
+    q_SNK, k_SNK, _ = qkv_SN3K.unbind(2)  # one gradient of the size of qkv; two slices would make one each
+    q_SNK = _norm(q_SNK, q_weight_K, q_bias_K, eps)
+    k_SNK = _norm(k_SNK, k_weight_K, k_bias_K, eps)
     if rotate:
         tokens_S = token_offset + torch.arange(qkv_SN3K.shape[0], device=qkv_SN3K.device)
-        angles_SK = rotary_angles(tokens_S, sample_table_M5, rope_grid_M6, axes, theta)
+        angles_SK = rotary_angles(tokens_S, sample_table_M5, rope_grid_M6.to(q_SNK.dtype), axes, theta)
         cos_S1K, sin_S1K = angles_SK.cos()[:, None], angles_SK.sin()[:, None]
         q_SNK = q_SNK * cos_S1K + _quarter_turn(q_SNK) * sin_S1K
         k_SNK = k_SNK * cos_S1K + _quarter_turn(k_SNK) * sin_S1K
@@ -40,11 +41,11 @@ def rotary_angles(
     axes: tuple[int, int, int],
     theta: float,
 ) -> torch.Tensor:
-    """Return fp32 `[S, K]`: the angle of each channel (both of a pair alike); zeros for text and padding."""
+    """Return `[S, K]`: the angle of each channel (both of a pair alike); zeros for text and padding."""
     position_S3, is_video_S = positions(tokens_S, sample_table_M5, rope_grid_M6)
     parts = []
     for axis, channels in enumerate(axes):
-        exponent = torch.arange(0, channels, 2, dtype=torch.float32, device=tokens_S.device) / channels
+        exponent = torch.arange(0, channels, 2, dtype=position_S3.dtype, device=tokens_S.device) / channels
         angle = position_S3[:, axis, None] * (1.0 / theta**exponent)
         parts.append(angle.repeat_interleave(2, dim=1))
     return torch.cat(parts, dim=1) * is_video_S[:, None]
@@ -53,7 +54,7 @@ def rotary_angles(
 def positions(
     tokens_S: torch.Tensor, sample_table_M5: torch.Tensor, rope_grid_M6: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the rotary position (t, h, w) of each token of the pack, fp32 `[S, 3]`, and whether it is video."""
+    """Return the rotary position (t, h, w) of each token of the pack, `[S, 3]`, and whether it is video."""
     table = sample_table_M5.long()
     sample_S = torch.searchsorted(table[:, 0].contiguous(), tokens_S, right=True) - 1
     start, text, frames, height, width = table[sample_S].unbind(1)
@@ -61,12 +62,13 @@ def positions(
     is_video_S = (place >= 0) & (place < frames * height * width)
     height, width = height.clamp(min=1), width.clamp(min=1)  # the padding has no grid
     cell = torch.stack([place // (height * width), place // width % height, place % width], dim=1)
-    grid = rope_grid_M6.float()[sample_S]
-    return grid[:, :3] + grid[:, 3:] * cell.float(), is_video_S
+    grid = rope_grid_M6[sample_S]
+    return grid[:, :3] + grid[:, 3:] * cell.to(grid.dtype), is_video_S
 
 
 def _norm(x_SNK: torch.Tensor, weight_K: torch.Tensor, bias_K: torch.Tensor, eps: float) -> torch.Tensor:
-    return F.layer_norm(x_SNK.float(), weight_K.shape, weight_K.float(), bias_K.float(), eps)
+    precision = torch.promote_types(x_SNK.dtype, torch.float32)
+    return F.layer_norm(x_SNK.to(precision), weight_K.shape, weight_K.to(precision), bias_K.to(precision), eps)
 
 
 def _quarter_turn(x_SNK: torch.Tensor) -> torch.Tensor:

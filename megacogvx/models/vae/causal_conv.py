@@ -11,15 +11,24 @@ from megacogvx_kernels.causal_halo import causal_halo, start_halo
 
 
 class CausalConv3d(nn.Conv3d):
-    """A 3 x 3 convolution in space, zeros around, over the last `kernel_frames` frames."""
+    """A convolution over the last `kernel_frames` frames, in space one ring of zeros around."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_frames: int) -> None:
-        """Make the convolution; `kernel_frames` is 3, or 1 for a model that codes every frame by itself."""
-        super().__init__(in_channels, out_channels, (kernel_frames, 3, 3), padding=(0, 1, 1))
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_frames: int, kernel_size: int = 3, stride: int = 1
+    ) -> None:
+        """Make the convolution.
+
+        Args:
+            in_channels, out_channels: widths.
+            kernel_frames: 3, or 1 for a model that codes every frame by itself.
+            kernel_size, stride: in space, in pixels.
+        """
+        kernel, strides = (kernel_frames, kernel_size, kernel_size), (1, stride, stride)
+        super().__init__(in_channels, out_channels, kernel, strides, padding=(0, 1, 1))
         self.halo_frames = kernel_frames - 1
 
     def forward(self, x_BCTHW: torch.Tensor, frames: FrameSpan) -> torch.Tensor:  # type: ignore[override]
-        """Return `[B, out_channels, T, H, W]`.
+        """Return `[B, out_channels, T, H', W']`.
 
         Where the clip lies on several ranks, the frames that see this rank's frames alone are computed while the halo
         is on its way.
@@ -37,7 +46,7 @@ class CausalConv3d(nn.Conv3d):
 
     def _convolve(self, padded_BCTHW: torch.Tensor) -> torch.Tensor:
         """Return the `halo_frames` fewer frames for which all they see is there."""
-        return F.conv3d(padded_BCTHW, self.weight, self.bias, padding=self.padding)
+        return F.conv3d(padded_BCTHW, self.weight, self.bias, self.stride, self.padding)
 
 
 def conv_frames(conv: nn.Conv2d, x_BCTHW: torch.Tensor) -> torch.Tensor:

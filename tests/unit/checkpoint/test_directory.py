@@ -1,11 +1,22 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 
 import pytest
 
-from megacogvx.checkpoint.directory import MANIFEST, CheckpointDirectory, files_of, read_manifest, seal, verify
+from megacogvx.checkpoint import directory as folders
+from megacogvx.checkpoint.directory import (
+    MANIFEST,
+    TRACKER,
+    CheckpointDirectory,
+    files_of,
+    read_manifest,
+    seal,
+    verify,
+)
 from megacogvx.errors import CheckpointError
 
 
@@ -16,6 +27,10 @@ def write(directory, step, content=b"weights"):
     (partial / "inner").mkdir()
     (partial / "inner" / "more.bin").write_bytes(b"more")
     return directory.commit(step, {name: seal(partial, name) for name in files_of(partial)})
+
+
+def names(directory):
+    return sorted(file.name for file in directory.folder.iterdir() if file.name != TRACKER)
 
 
 @pytest.fixture
@@ -42,7 +57,8 @@ def test_commit_gives_the_name_and_the_manifest(directory):
     assert sorted(entries) == ["inner/more.bin", "tensors.bin"]
     assert entries["tensors.bin"].size == 7
     assert verify(path) == 100
-    assert sorted(file.name for file in directory.folder.iterdir()) == ["step-00000100"]
+    assert names(directory) == ["step-00000100"]
+    assert (directory.folder / TRACKER).read_text() == "100\n"
 
 
 def test_latest_is_by_number_not_by_date(directory):
@@ -70,7 +86,9 @@ def test_writing_a_step_again_replaces_it(directory):
     directory.begin(1)
     path = write(directory, 1, b"other weights")
     assert (path / "tensors.bin").read_bytes() == b"other weights"
-    assert sorted(file.name for file in directory.folder.iterdir()) == ["step-00000001"]
+    assert names(directory)[0] == "step-00000001" and ".partial" in "".join(names(directory)[1:])
+    directory.recover()
+    assert names(directory) == ["step-00000001"]
 
 
 def test_commit_refuses_files_that_were_not_sealed(directory):
@@ -118,3 +136,85 @@ def test_foreign_folders_say_what_is_near(directory):
         (path / MANIFEST).write_text(json.dumps({**manifest, **change}))
         with pytest.raises(CheckpointError, match=match):
             read_manifest(path)
+
+
+def test_every_damaged_file_is_named(directory):
+    path = write(directory, 1)
+    (path / "tensors.bin").write_bytes(b"another")
+    (path / "inner" / "more.bin").unlink()
+    (path / "extra.bin").touch()
+    with pytest.raises(CheckpointError, match=r"extra\.bin.*more\.bin is missing.*tensors\.bin is damaged"):
+        verify(path)
+
+
+def test_no_bit_of_a_manifest_can_turn(directory):
+    path = write(directory, 12)
+    text = bytearray((path / MANIFEST).read_bytes())
+    for place in range(len(text)):
+        for bit in range(8):
+            turned = bytearray(text)
+            turned[place] ^= 1 << bit
+            (path / MANIFEST).write_bytes(turned)
+            with pytest.raises(CheckpointError):
+                verify(path)
+
+
+def test_a_checkpoint_under_another_steps_name_is_refused(directory):
+    os.rename(write(directory, 5), directory.path(6))
+    with pytest.raises(CheckpointError, match="of step 5"):
+        verify(directory.path(6))
+    assert directory.steps() == []
+
+
+def test_names_that_leave_the_folder_are_refused(directory):
+    path = write(directory, 5)
+    step, entries = read_manifest(path)
+    for name in ("../outside.bin", "/etc/hostname"):
+        (path / MANIFEST).write_text(folders._render(step, {**entries, name: entries["tensors.bin"]}))
+        with pytest.raises(CheckpointError, match="outside the checkpoint"):
+            verify(path)
+
+
+def test_retention_keeps_the_newest_and_every_so_many(directory):
+    for step in range(100, 1000, 100):
+        write(directory, step)
+    assert directory.prune(None, 300) == []
+    assert directory.prune(2, 300) == [100, 200, 400, 500, 700]
+    assert directory.steps() == [300, 600, 800, 900]
+    assert directory.prune(1, None) == [300, 600, 800]
+    assert names(directory) == ["step-00000900"]
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def test_wherever_a_commit_or_a_prune_is_killed_the_last_complete_checkpoint_stays(directory, monkeypatch):
+    """Kill before each rename, deletion and sync of the third save; then start again."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # of no use to a test, and slow
+    for name in ("replace", "fsync"):
+        real, survived, before = getattr(os, name), False, -1
+        while not survived:
+            before += 1
+            for step in (1, 2, 2):
+                write(directory, step)
+            calls = iter(range(100))
+
+            def fatal(*arguments, real=real, calls=calls, before=before):
+                if next(calls) == before:
+                    raise Killed
+                return real(*arguments)
+
+            monkeypatch.setattr(os, name, fatal)
+            with contextlib.suppress(Killed):
+                write(directory, 2, b"new weights")
+                write(directory, 3)
+                directory.prune(1, None)
+                survived = True
+            monkeypatch.setattr(os, name, real)
+            again = CheckpointDirectory(directory.folder)
+            again.recover()
+            assert verify(again.latest()) in ((3,) if survived else (2, 3)), f"{name} {before}"
+            assert names(again) == [again.path(step).name for step in again.steps()], "leftovers"
+            assert int((again.folder / TRACKER).read_text()) in (2, 3)
+        assert before > 6, "too few places to be killed at"

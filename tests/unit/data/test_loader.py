@@ -2,6 +2,8 @@
 
 import gc
 import json
+import subprocess
+import sys
 import threading
 import time
 from itertools import islice
@@ -136,3 +138,27 @@ def test_tensors_outlive_the_loader(folder):
         (first, *_) = next(packs)
     gc.collect()
     assert all(torch.isfinite(latents).all() for latents in first.latents)
+
+
+BUSY = """
+import sys, time, torch
+from megacogvx.data import loader
+from megacogvx.data.corpus import Corpus, DataConfig
+from megacogvx.data.planner import PackPlan
+
+def load_step(*_):
+    end = time.monotonic() + 2
+    while time.monotonic() < end:
+        torch.randn(300_000).sum()
+
+loader._load_step = load_step
+config = DataConfig(paths=(sys.argv[1],), tokens_per_pack=64, packs_per_step=4)
+corpus = Corpus(config)
+packs = loader.PackLoader(corpus, PackPlan(corpus.columns, config, 0, (1, 2, 2)), 0, 1)
+time.sleep(0.5)
+"""
+
+
+def test_a_process_ends_cleanly_while_the_thread_is_inside_torch(folder):
+    done = subprocess.run([sys.executable, "-c", BUSY, str(folder)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr  # -6, SIGABRT, if the interpreter goes down under the thread

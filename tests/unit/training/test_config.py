@@ -1,6 +1,7 @@
 """Rules between sections: each message names the keys, the values and the sizes that would work."""
 
 import pytest
+import torch
 
 from megacogvx.config import build_config, load_config
 from megacogvx.errors import ConfigError, LaunchError
@@ -24,6 +25,12 @@ def test_heads_that_do_not_divide_name_the_products_that_work(axis):
     data = {"tokens_per_pack": 1023}
     with pytest.raises(ConfigError, match=rf"model\.num_attention_heads=4 .*{axis}_parallel_size=3.*work: 1, 2, 4"):
         config(parallel={f"{axis}_parallel_size": 3}, data=data).validate_layout(3)
+
+
+def test_an_ablation_that_cannot_be_cut_over_tensor_ranks():
+    with pytest.raises(ConfigError, match=r"model\.block=mmdit with parallel\.tensor_parallel_size=2.*works is 1"):
+        config(model={"block": "mmdit"}, parallel={"tensor_parallel_size": 2}).validate_layout(2)
+    config(model={"block": "mmdit"}, parallel={"context_parallel_size": 2}).validate_layout(2)
 
 
 def test_pack_tokens_that_do_not_divide_name_the_nearest():
@@ -67,6 +74,30 @@ def test_processes_that_do_not_hold_whole_pipelines():
         config(parallel={"pipeline_parallel_size": 3}).validate_layout(4)
 
 
+def test_a_ring_takes_more_context_ranks_than_heads():
+    config(parallel={"context_parallel_size": 8, "ring_size": 2}).validate_layout(8)
+    with pytest.raises(ConfigError, match=r"num_attention_heads=4 .*=8 = 8; .*or parallel\.ring_size=2 for"):
+        config(parallel={"context_parallel_size": 8}).validate_layout(8)
+
+
+def test_kernels_that_are_not_there_are_broken_rules_like_others():
+    parallel = {"transformer_impl": "transformer_engine", "fp8_recipe": "blockwise", "tensor_parallel_size": 3}
+    with pytest.raises(ConfigError) as error:
+        config(parallel=parallel, data={"tokens_per_pack": 999}).validate_layout(3)
+    message = str(error.value)
+    assert "transformer_impl=transformer_engine can't be used" in message
+    assert "fp8_recipe=blockwise: data.tokens_per_pack=999 must divide into blocks of 32 on each of 3 ranks" in message
+    assert "nearest that work: 960, 1056" in message and "num_attention_heads=4" in message
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)]
+)
+def test_precision_names_a_dtype(precision, dtype):
+    settings = config(training={"precision": precision}).training
+    assert settings.dtype(torch.device("cpu")) == settings.dtype(torch.device("cuda")) == dtype
+
+
 def test_all_broken_rules_are_named_at_once():
     with pytest.raises(ConfigError) as error:
         config(parallel={"tensor_parallel_size": 3}).validate_layout(3)
@@ -85,6 +116,11 @@ def test_unknown_key_suggests_the_nearest(tmp_path):
         ConfigError, match=r"parallel\.tensor_paralel_size; did you mean parallel\.tensor_parallel_size"
     ):
         load_config(TrainConfig, path)
+
+
+def test_vae_has_no_rings():
+    with pytest.raises(ConfigError, match="ring_size=2: the VAE has no keys and values"):
+        vae_config(context_parallel_size=2, ring_size=2).validate_layout(2)
 
 
 def test_vae_has_no_stages():
@@ -127,3 +163,11 @@ def test_shipped_configs_are_valid(name, request):
     root = VAETrainConfig if name.startswith("vae") else TrainConfig
     loaded = load_config(root, request.config.rootpath / "examples" / "configs" / name)
     loaded.validate_layout(1)
+
+
+def test_packs_are_asked_to_divide_once_they_are_known():
+    given = config(data={"packs_per_step": 1, "samples_per_step": 10}, parallel={"pipeline_parallel_size": 2})
+    given.validate_layout(6)
+    known = given.model_copy(update={"data": given.data.in_packs(mean_tokens=512.0)})  # 5 packs
+    with pytest.raises(ConfigError, match=r"data\.packs_per_step=5 .*3 data-parallel replicas"):
+        known.validate_layout(6)

@@ -2,6 +2,8 @@ import pytest
 import torch
 
 from megacogvx import draws
+from megacogvx.config import build_config
+from megacogvx.errors import CheckpointError, ConfigError
 from megacogvx.models.vae import VAELoss, VAELossConfig, gaussian
 from megacogvx.models.vae.losses import PerceptualRandomNet
 from megacogvx.testing.tolerance import assert_close
@@ -18,17 +20,30 @@ def _moments():
 def test_total_is_the_weighted_sum_of_the_named_terms():
     config = VAELossConfig(l1_weight=2.0, perceptual_weight=0.5, kl_weight=3.0)
     video, other, moments = _video(), _video("other"), _moments()
-    total, terms = VAELoss(config)(video, other, moments)
-    assert set(terms) == {"l1", "kl", "perceptual_random_net"}
+    loss = VAELoss(config)
+    total, terms, reconstruction = loss(video, other, moments)
+    assert tuple(terms) == loss.term_names == ("l1", "perceptual_random_net", "kl")
     assert_close(terms["l1"], (video - other).abs().mean(), 1e-6)
     assert_close(terms["kl"], gaussian.kl(moments).sum() / video.numel(), 1e-6)
-    assert_close(total, 2.0 * terms["l1"] + 0.5 * terms["perceptual_random_net"] + 3.0 * terms["kl"], 1e-6)
+    assert_close(reconstruction, 2.0 * terms["l1"] + 0.5 * terms["perceptual_random_net"], 1e-6)
+    assert_close(total, reconstruction + 3.0 * terms["kl"], 1e-6)
 
 
 def test_without_perceptual_term_there_is_no_net():
-    loss = VAELoss(VAELossConfig(perceptual="none"))
-    assert loss.perceptual_random_net is None
-    assert set(loss(_video(), _video("other"), _moments()).terms) == {"l1", "kl"}
+    for config in (VAELossConfig(perceptual="none"), VAELossConfig(perceptual_weight=0.0)):
+        loss = VAELoss(config)
+        assert loss.perceptual is None and loss.term_names == ("l1", "kl")
+        assert set(loss(_video(), _video("other"), _moments()).terms) == {"l1", "kl"}
+
+
+def test_lpips_needs_its_files_and_is_never_a_random_net(tmp_path):
+    with pytest.raises(ConfigError, match=r"perceptual=lpips needs lpips_heads: .*set perceptual=random_net or none"):
+        build_config(VAELossConfig, {"perceptual": "lpips", "lpips_backbone": "a.pth"})
+    with pytest.raises(ConfigError, match=r"perceptual=random_net doesn't read it; set perceptual=lpips"):
+        build_config(VAELossConfig, {"lpips_backbone": "a.pth", "lpips_heads": "b.pth"})
+    files = {"lpips_backbone": str(tmp_path / "a.pth"), "lpips_heads": str(tmp_path / "b.pth")}
+    with pytest.raises(CheckpointError, match=r"a\.pth does not exist"):
+        VAELoss(build_config(VAELossConfig, {"perceptual": "lpips", **files}))
 
 
 def test_loss_has_no_parameters_and_no_state_and_is_the_same_each_time():

@@ -1,0 +1,318 @@
+"""Trainings of a tiny model on several processes, with one fault planted, as tests and `make faults` start them.
+
+A start is all ranks of one `megacogvx train`, forked from the server that has imported megatron-core. A fault is a
+function of `fault_points.py`, called by name in the rank that it is for, which changes what the training will meet at
+a certain step: it kills the process, spoils a gradient, fills the disk. Only the processes of that start see it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+from megacogvx.testing import spawn
+from megacogvx.testing.fault_points import FAULTS
+from megacogvx.testing.tiny_dataset import write_tiny_dataset
+
+START_SECONDS = 120.0  # for one start, all of it
+PEER_SECONDS = 60.0  # a collective without its peer fails by then at the latest
+STEPS = 6
+SAVE_EVERY = 2
+
+CONFIG: dict[str, dict[str, Any]] = {
+    "model": {
+        "preset": "tiny", "num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 16, "in_channels": 4,
+        "out_channels": 4, "text_embed_dim": 8, "max_text_seq_length": 6,
+    },
+    "data": {"tokens_per_pack": 64, "packs_per_step": 4},
+    "optimizer": {"learning_rate": 1e-3, "warmup_steps": 0, "decay_steps": 100},
+    "training": {"seed": 3, "steps": STEPS, "save_every": SAVE_EVERY},
+    "parallel": {"device": "cpu", "timeout_minutes": PEER_SECONDS / 60},
+    "guard": {"stuck_seconds": None, "slow_factor": None},
+    "tracking": {"tensorboard": False},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One planted fault.
+
+    Attributes:
+        name: a function of `fault_points.FAULTS`.
+        rank: where; None on all ranks.
+        settings: its arguments.
+    """
+
+    name: str
+    rank: int | None = 0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a start ended: exit status by rank (negative: by that signal), its seconds, and what each rank wrote."""
+
+    statuses: list[int | None]
+    seconds: float
+    output: list[str]
+
+    @property
+    def well(self) -> bool:
+        """Whether every rank ended with status 0."""
+        return all(status == 0 for status in self.statuses)
+
+
+class Training:
+    """One run folder and the starts of its run.
+
+    Args:
+        folder: holds the run, its dataset unless another is named, and the ranks' output.
+        ranks: processes.
+        parallel: the layout, fields of section `parallel`.
+        dataset: an indexed dataset; None writes a tiny one.
+        changes: settings by section, over `CONFIG`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        ranks: int = 2,
+        parallel: Mapping[str, Any] | None = None,
+        *,
+        dataset: Path | None = None,
+        changes: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        self.folder, self.ranks, self.parallel = folder, ranks, dict(parallel or {})
+        self.changes = {name: dict(section) for name, section in (changes or {}).items()}
+        self.dataset = dataset or folder / "dataset"
+        self.run, self.held_out = folder / "run", self.dataset.with_name("held_out")
+        if not self.dataset.exists():
+            write_tiny_dataset(self.dataset)
+            write_tiny_dataset(self.held_out, 8, first_id=9000)
+
+    def config(self, changes: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:
+        """Return all settings of a start."""
+        values = {name: dict(section) for name, section in CONFIG.items()}
+        values["data"]["paths"] = [str(self.dataset)]
+        values["validation"] = {"paths": [str(self.held_out)], "timesteps": [100, 900]}
+        values["training"]["run_folder"] = str(self.run)
+        for section, settings in [("parallel", self.parallel), *self.changes.items(), *(changes or {}).items()]:
+            values.setdefault(section, {}).update(settings)
+        return values
+
+    def start(
+        self,
+        *faults: Fault,
+        changes: Mapping[str, Mapping[str, Any]] | None = None,
+        meanwhile: Callable[[list[ForkServerProcess]], None] | None = None,
+    ) -> Ended:
+        """Start all ranks and wait until they have ended.
+
+        Args:
+            faults: what is planted.
+            changes: settings of this start alone.
+            meanwhile: called with the processes once they run.
+        """
+        output = self.folder / "output"
+        shutil.rmtree(output, ignore_errors=True)
+        output.mkdir(parents=True)
+        config, port, began = self.config(changes), spawn.free_port(), time.monotonic()
+        processes = []
+        for rank in range(self.ranks):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.ranks, "LOCAL_WORLD_SIZE": self.ranks}
+            environment: dict[str, Any] = {**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "STARTED": began}
+            mine = [fault for fault in faults if fault.rank in (None, rank)]
+            processes.append(spawn.server.Process(target=_rank, args=(config, output / str(rank), environment, mine)))
+            processes[-1].start()
+        if meanwhile is not None:
+            meanwhile(processes)
+        statuses = _wait(processes, began + START_SECONDS)
+        texts = [(output / str(rank)).read_text(errors="replace") for rank in range(self.ranks)]
+        return Ended(statuses, time.monotonic() - began, texts)
+
+    def start_by_torchrun(self, *faults: Fault, restarts: int = 1) -> Ended:
+        """Start under torchrun, which starts all ranks again when one has failed; the faults strike the first time."""
+        plan = self.folder / "torchrun.json"
+        plan.write_text(json.dumps({"config": self.config(), "faults": [vars(fault) for fault in faults]}))
+        words = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(self.ranks)]
+        words += ["--max-restarts", str(restarts), "-m", "megacogvx.testing.faults", str(plan)]
+        began = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-m", *words], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        return Ended([done.returncode], time.monotonic() - began, [done.stdout + done.stderr])
+
+    def steps(self) -> list[int]:
+        """Return the steps of the complete checkpoints."""
+        from megacogvx.checkpoint.directory import CheckpointDirectory
+
+        return CheckpointDirectory(self.run / "checkpoints").steps()
+
+    def rows(self, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+        """Return the rows of a file of the run folder."""
+        file = self.run / name
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def identical(actual: Training, expected: Training, step: int = STEPS) -> list[str]:
+    """Compare two runs byte for byte: weights, moments and master weights, state, loss history, samples consumed.
+
+    Returns:
+        what differs; empty if they are identical.
+    """
+    from megacogvx.checkpoint.directory import CheckpointDirectory, read_manifest, verify
+    from megacogvx.checkpoint.whole import read_state
+
+    ours, theirs = (CheckpointDirectory(one.run / "checkpoints").path(step) for one in (actual, expected))
+    if not ours.is_dir():
+        return [f"there is no checkpoint of step {step}"]
+    verify(ours)
+    # `.metadata` holds the folder's name and a random number; `config.yaml` holds the folder's name.
+    names = ("common.pt", "distcp")
+    files = [
+        {name: entry.xxh3 for name, entry in read_manifest(path)[1].items() if name.endswith(names)}
+        for path in (ours, theirs)
+    ]
+    problems = [
+        f"{name} differs" for name in files[0].keys() | files[1].keys() if files[0].get(name) != files[1].get(name)
+    ]
+    if read_state(ours)["state"] != read_state(theirs)["state"]:
+        problems.append("the state differs")
+    numbers = ("step", "loss", "loss_by_interval", "grad_norm", "lr", "samples", "tokens", "validation_loss")
+    histories = [[{name: row.get(name) for name in numbers} for row in one.rows()] for one in (actual, expected)]
+    if histories[0] != histories[1]:
+        problems.append("the loss history differs")
+    return problems + [
+        f"{word} {count} samples" for word, count in samples_lost_and_repeated(actual, expected) if count
+    ]
+
+
+def samples_lost_and_repeated(actual: Training, expected: Training) -> list[tuple[str, int]]:
+    """Return how many samples the run's history lacks, and has too often, against an uninterrupted run's.
+
+    A step that was done again after a crash counts once, as its last update: the ones before went with the crash.
+    """
+    ours, theirs = (
+        [(step, sample) for step, ids in sorted(_consumed(one).items()) for sample in ids] for one in (actual, expected)
+    )
+    lost = [pair for pair in theirs if ours.count(pair) < theirs.count(pair)]
+    repeated = [pair for pair in ours if ours.count(pair) > theirs.count(pair)]
+    return [("lost", len(lost)), ("repeated", len(repeated))]
+
+
+def _consumed(training: Training) -> dict[int, list[int]]:
+    """Return the sample ids of each step's last update, over the data ranks."""
+    parts: dict[int, dict[float, dict[int, list[int]]]] = {}
+    for file in sorted(training.run.glob("consumed-*.jsonl")):
+        for line in file.read_text().splitlines():
+            step, started, place, ids = json.loads(line)
+            parts.setdefault(step, {}).setdefault(started, {})[place] = ids
+    last = {step: starts[max(starts)] for step, starts in parts.items()}
+    return {step: sorted(sample for ids in places.values() for sample in ids) for step, places in last.items()}
+
+
+def _wait(processes: Sequence[ForkServerProcess], end: float) -> list[int | None]:
+    """Wait for all ranks; those left when one has failed get some seconds more, as a launcher would give them."""
+    while time.monotonic() < end:
+        codes = [process.exitcode for process in processes]
+        if all(code is not None for code in codes):
+            break
+        if any(code not in (None, 0) for code in codes):
+            end = min(end, time.monotonic() + PEER_SECONDS)
+        time.sleep(0.05)
+    statuses = [process.exitcode for process in processes]
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid or 0, signal.SIGKILL)  # with the writers that it may have left
+        process.join()
+    return statuses
+
+
+def _rank(config: dict[str, Any], output: Path, environment: Mapping[str, Any], faults: list[Fault]) -> None:
+    """Do what `megacogvx train` does, as one rank."""
+    os.setsid()
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    spawn.write_to(output)
+    faulthandler.dump_traceback_later(START_SECONDS, exit=True)
+    status = 1
+    try:
+        _note_consumed(Path(config["training"]["run_folder"]), environment["RANK"], environment["STARTED"])
+        for fault in faults:
+            FAULTS[fault.name](**fault.settings)
+        status = _train(config)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _train(config: dict[str, Any]) -> int:
+    from megacogvx.cli import USER_ERROR_STATUS
+    from megacogvx.config import build_config
+    from megacogvx.errors import MegacogvxError
+    from megacogvx.training.config import TrainConfig
+    from megacogvx.training.train import pretrain
+
+    try:
+        pretrain(build_config(TrainConfig, config))
+    except MegacogvxError as error:
+        print(f"{type(error).__name__}: {error}")
+        return USER_ERROR_STATUS
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def _note_consumed(run: Path, rank: int, started: float) -> None:
+    """Append the sample ids of each step that this rank has done to RUN/consumed-RANK.jsonl.
+
+    It also asks that no step moves a running generator: a checkpoint holds none, since nothing draws from one.
+    """
+    import torch
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    from megacogvx.training import loop
+
+    advance, generators = loop._advance, list[torch.Tensor]()
+
+    def noted(state: Any, inputs: Any) -> None:
+        now = [torch.get_rng_state(), *get_cuda_rng_tracker().get_states().values()]
+        assert not generators or all(torch.equal(a, b) for a, b in zip(now, generators, strict=True)), "a draw"
+        generators[:] = now
+        ids = [sample for ids in inputs.sample_ids for sample in ids]
+        first = inputs.microbatches[0][0].place
+        with (run / f"consumed-{rank}.jsonl").open("a") as file:
+            file.write(json.dumps([state.step, started, first, ids]) + "\n")
+        advance(state, inputs)
+
+    loop._advance = noted
+
+
+def main() -> int:
+    """Be one rank under torchrun; the faults of the plan are for the first time that it starts the ranks."""
+    plan, rank = json.loads(Path(sys.argv[1]).read_text()), int(os.environ["RANK"])
+    _note_consumed(
+        Path(plan["config"]["training"]["run_folder"]), rank, float(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    )
+    for fault in plan["faults"] if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" else []:
+        if fault["rank"] in (None, rank):
+            FAULTS[fault["name"]](**fault["settings"])
+    return _train(plan["config"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

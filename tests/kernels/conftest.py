@@ -1,0 +1,62 @@
+"""What the tests of the compiled ops share: kernels/toolchain.py, the SIMT shim's library, and what a skip means."""
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+PROJECT = Path(__file__).resolve().parents[2]
+MUST_RUN = "MEGACOGVX_KERNELS_MUST_RUN"  # set where a skipped test of the compiled ops is a failure: in CI with nvcc
+
+
+def _beside_the_ops(name):
+    sys.path.insert(0, str(PROJECT / "kernels"))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.pop(0)
+
+
+@pytest.fixture(scope="session")
+def toolchain():
+    return _beside_the_ops("toolchain")
+
+
+@pytest.fixture(scope="session")
+def machine_code():
+    return _beside_the_ops("machine_code")
+
+
+@pytest.fixture(scope="session")
+def cannot():
+    """Skip for a reason, or fail where nothing may be skipped."""
+
+    def skip(reason):
+        if os.environ.get(MUST_RUN):
+            pytest.fail(f"{MUST_RUN} is set: {reason}")
+        pytest.skip(reason)
+
+    return skip
+
+
+@pytest.fixture(scope="session")
+def simt(toolchain, cannot):
+    """`torch.ops.megacogvx_simt`: the .cu files' kernels, run on the CPU; with AddressSanitizer where it is loaded."""
+    try:
+        tools = toolchain.find_tools("cpu")
+    except toolchain.BuildError as error:
+        cannot(str(error))
+    sanitize = "libasan" in os.environ.get("LD_PRELOAD", "")
+    torch.ops.load_library(toolchain.compile_simt(tools, PROJECT / "build" / "simt", sanitize))
+    return torch.ops.megacogvx_simt
+
+
+@pytest.fixture(scope="session")
+def need_compiled(cannot):
+    from megacogvx_kernels import compiled
+
+    if "cpu" not in compiled.available():
+        cannot("the ops aren't compiled: python setup.py build_ext --inplace")

@@ -1,0 +1,33 @@
+"""What nvcc makes of the kernels, held to kernels/budgets.json: one architecture here, all three in `make kernels`."""
+
+import os
+
+import pytest
+
+ARCHITECTURES = [int(each) for each in os.environ.get("MEGACOGVX_KERNELS_ARCHITECTURES", "90").split()]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_kernel_keeps_its_budget(machine_code, cannot, toolchain, architecture):
+    for program in ("nvcc", *machine_code.PROGRAMS):
+        if toolchain.find_cuda_program(program) is None:
+            cannot(f"no {program}")
+    code = machine_code.examine(architecture)
+    assert len(code) > 10
+    assert not machine_code.problems(code, machine_code.load_budgets()[f"sm_{architecture}"])
+
+
+def test_every_way_to_break_a_budget_is_seen(machine_code):
+    good = machine_code.MachineCode(registers=80, shared=64, stack=0, local=0, wide_loads=2, wide_stores=1)
+    budget = {"kernel": {"registers": 80, "shared": 64, "wide_loads": 2, "wide_stores": 1}}
+    assert machine_code.problems({"kernel": good}, budget) == []
+    for key, value in dict(registers=81, shared=65, stack=32, local=1, wide_loads=1, wide_stores=0).items():
+        changed = machine_code.MachineCode(**{**vars(good), key: value})
+        (problem,) = machine_code.problems({"kernel": changed}, budget)
+        assert key in problem
+    assert machine_code.problems({}, budget)
+    assert machine_code.problems({"kernel": good}, {})
+
+
+def test_every_architecture_has_budgets(machine_code, toolchain):
+    assert set(machine_code.load_budgets()) == {f"sm_{architecture}" for architecture in toolchain.ARCHITECTURES}
