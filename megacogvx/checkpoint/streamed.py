@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader, FileSystemWriter, load, save
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, load, save
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from megacogvx.checkpoint import directory as folders
 from megacogvx.checkpoint.directory import CheckpointDirectory, verify
 from megacogvx.checkpoint.distributed import FORMAT, STATE, WRITER_THREADS
+from megacogvx.checkpoint.reading import SafeReader
 from megacogvx.checkpoint.whole import PREFIX
 from megacogvx.errors import CheckpointError
 
@@ -114,7 +115,7 @@ def write_streamed(
     return directory.commit(step, {name: folders.seal(partial, name) for name in folders.files_of(partial)})
 
 
-class _CachingReader(FileSystemReader):
+class _CachingReader(SafeReader):
     """Reads the metadata once, not for each tensor."""
 
     def __init__(self, path: Path) -> None:

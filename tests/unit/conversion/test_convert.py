@@ -263,6 +263,15 @@ def test_what_fp16_cannot_hold_is_refused(folders):
         part.tensors.read("head.proj.bias")
 
 
+def test_an_ablation_has_no_published_names(folders, tmp_path):
+    part = opened(folders["megacogvx"])["transformer"]
+    model = part.settings.model.model_copy(update={"attention": "2d_1d"})
+    part = dataclasses.replace(part, settings=dataclasses.replace(part.settings, model=model))
+    for to in ("diffusers", "sat"):
+        with pytest.raises(ConfigError, match="attention=2d_1d: an ablation"):
+            convert({"transformer": part}, to, tmp_path / "out")
+
+
 def test_nothing_is_left_of_a_conversion_that_fails(folders, tmp_path):
     parts = opened(folders["diffusers"])
     read = parts["vae"].tensors.read
