@@ -51,7 +51,7 @@ def test_two_formats_are_compared_under_our_names(folders):
 def test_differences_are_found(tmp_path, capsys):
     one, two, three = (torch.ones(size) for size in (1, 2, 3))
     a = {"same": three, "changed": torch.tensor([3.0, 4.0, math.nan]), "longer": two, "gone": one}
-    b = {"same": three, "changed": torch.tensor([3.0, 3.0, math.nan]), "longer": three, "new": one}
+    b = {"same": three, "changed": torch.tensor([3.0, 3.0, math.nan]), "longer": three + 0, "new": one}
     save_file(a, tmp_path / "a.safetensors")
     torch.save(b, tmp_path / "b.pt")
     with pytest.raises(CheckpointError, match="no checkpoint that is known"):
