@@ -86,7 +86,7 @@ def require_sample_table(name: str, table_M5: torch.Tensor, token_offset: int, t
         table_M5: per sample its first token, text tokens and grid t, h, w.
         token_offset, tokens: what is looked up in it.
     """
-    if torch.compiler.is_compiling():
+    if table_M5.is_meta or torch.compiler.is_compiling():
         return  # a traced tensor has no values
     known = _tables.get(table_M5)
     if known is None or known[0] != version_of(table_M5):
