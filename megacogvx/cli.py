@@ -23,6 +23,8 @@ VERBS = {
     "train": ("megacogvx.training.train", "pretrain a transformer on an indexed dataset"),
     "estimate": ("megacogvx.training.estimate.command", "say what a training costs on so many GPUs, without one"),
     "doctor": ("megacogvx.parallel.doctor", "look whether these machines are fit to train"),
+    "convert": ("megacogvx.conversion.convert", "convert a checkpoint between our, diffusers' and SAT's format"),
+    "inspect": ("megacogvx.conversion.inspect", "show what a checkpoint of any format holds, or how two differ"),
     "generate": ("megacogvx.inference.generate", "generate a video from a prompt"),
     "report": ("megacogvx.evaluation.report", "draw runs and samples as one HTML page"),
 }

@@ -123,6 +123,11 @@ class PackLayout:
         rows = [(start, s.text_length, *s.grid) for start, s in zip(self.boundaries, self.samples, strict=False)]
         return self._on_device("table", device, lambda: torch.tensor(rows, dtype=torch.int32))
 
+    def cu_seqlens(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Return int32 `[M]`: the boundaries without the padding's end, for kernels that read them on the device."""
+        ends = self.boundaries[:-1]
+        return self._on_device("cu_seqlens", device, lambda: torch.tensor(ends, dtype=torch.int32))
+
     def rope_grid(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """Return fp32 `[M, 6]`: rotary origin t, h, w, then step t, h, w (op `qk_norm_rope`)."""
         rows = [(*s.origin, *s.step) for s in self.samples]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,6 +22,30 @@ WEIGHT_STEPS = 10_000  # weights are rounded to this many parts of their sum, so
 WeightedPath = tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], str]
 
 
+class Threshold(Section):
+    """What a sample's score has to be, from some step on; a sample without the score is left out.
+
+    Attributes:
+        column: name of a side column (`megacogvx data column`).
+        minimum, maximum: bounds of the score, inclusive; None for no bound.
+        from_step: first step for which samples are drawn by it; it replaces an earlier threshold of the same column.
+    """
+
+    column: str
+    minimum: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    maximum: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    from_step: int = Field(default=0, ge=0)
+
+    def admits(self, scores: np.ndarray) -> np.ndarray:
+        """Return which of `scores` (float32 `[n]`, NaN for none) pass: bool `[n]`."""
+        passed = ~np.isnan(scores)
+        if self.minimum is not None:
+            passed &= scores >= self.minimum
+        if self.maximum is not None:
+            passed &= scores <= self.maximum
+        return passed
+
+
 class DataConfig(Section):
     """Config section `data`: which samples, and how many of them make a step.
 
@@ -36,6 +61,7 @@ class DataConfig(Section):
         buffer: tokens from which a step's packs are chosen, in steps; more balances better, and mixes epochs at their
             edge a little more.
         max_age: steps after which a sample that waits is sure to have been placed.
+        thresholds: which scores samples need, by training step; all columns that have one must admit a sample.
     """
 
     paths: tuple[str | WeightedPath, ...]
@@ -46,11 +72,29 @@ class DataConfig(Section):
     prefetch: int = Field(default=2, ge=1)
     buffer: float = Field(default=2.0, ge=1.0, le=16.0)
     max_age: int = Field(default=8, ge=2)
+    thresholds: tuple[Threshold, ...] = ()
 
     @field_validator("paths", mode="before")
     @classmethod
     def _one_folder(cls, value: object) -> object:
         return [value] if isinstance(value, str) else value
+
+    @field_validator("thresholds")
+    @classmethod
+    def _one_at_a_time(cls, value: tuple[Threshold, ...]) -> tuple[Threshold, ...]:
+        places = [(threshold.column, threshold.from_step) for threshold in value]
+        if len(set(places)) < len(places):
+            raise ValueError("two thresholds of one column begin at the same step; keep one of them")
+        return value
+
+    def active_thresholds(self, step: int) -> tuple[Threshold, ...]:
+        """Return the threshold of each column that holds at `step`."""
+        begun = sorted((t for t in self.thresholds if t.from_step <= step), key=lambda t: t.from_step)
+        return tuple({threshold.column: threshold for threshold in begun}.values())
+
+    def threshold_generation(self, step: int) -> int:
+        """Return how often the thresholds have changed up to `step`."""
+        return len({threshold.from_step for threshold in self.thresholds if 0 < threshold.from_step <= step})
 
     @field_validator("paths")
     @classmethod
@@ -99,7 +143,8 @@ class CorpusColumns:
         sample_id: uint64 keys.
         frames, height, width, text_length: int64; latent cells and text tokens.
         groups: how they are blended.
-        checksum: changes with any change of the data or the weights.
+        checksum: changes with any change of the data or the weights, not with the scores.
+        scores: side columns that thresholds ask for, float32.
     """
 
     sample_id: np.ndarray
@@ -109,6 +154,7 @@ class CorpusColumns:
     text_length: np.ndarray
     groups: tuple[Group, ...]
     checksum: int = 0
+    scores: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.sample_id)
@@ -158,7 +204,8 @@ class Corpus:
                     f"{differing}; a model sees one kind: encode one of them again"
                 )
         self._starts = np.cumsum([0, *map(len, self.datasets)])
-        self.columns = self._join([None if isinstance(path, str) else path[0] for path in config.paths])
+        weights = [None if isinstance(path, str) else path[0] for path in config.paths]
+        self.columns = self._join(weights, sorted({threshold.column for threshold in config.thresholds}))
         self._check_ids()
 
     def __len__(self) -> int:
@@ -188,14 +235,15 @@ class Corpus:
         place = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self.datasets[place], index - int(self._starts[place])
 
-    def _join(self, weights: list[float | None]) -> CorpusColumns:
+    def _join(self, weights: list[float | None], scored: list[str]) -> CorpusColumns:
         sizes = [len(dataset) for dataset in self.datasets]
         shares = integer_weights([weight for weight in weights if weight is not None])
         groups = tuple(map(Group, self._starts.tolist(), sizes, shares)) if shares else (Group(0, len(self), 1),)
         identity = [[f"{dataset.manifest.checksum:016x}" for dataset in self.datasets], shares]
         names = ("sample_id", "frames", "height", "width", "text_length")
         columns = {name: np.concatenate([getattr(dataset, name) for dataset in self.datasets]) for name in names}
-        return CorpusColumns(**columns, groups=groups, checksum=digest(canonical_json(identity)))
+        scores = {name: np.concatenate([dataset.side_column(name) for dataset in self.datasets]) for name in scored}
+        return CorpusColumns(**columns, groups=groups, checksum=digest(canonical_json(identity)), scores=scores)
 
     def _check_ids(self) -> None:
         ids, counts = np.unique(self.columns.sample_id, return_counts=True)

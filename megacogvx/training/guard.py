@@ -57,11 +57,16 @@ class Measured:
         numbers: the log row: `loss`, and whatever else the step measures.
         grad_norm: L2 norm of the whole gradient before clipping.
         suspects: ids of the samples in the packs whose own loss is not finite; of all packs if none is.
+        loss_scale: what the loss was multiplied by, for fp16 weights.
+        overflowed: the gradient is not finite under a loss scale that can still be lowered: no fault, the step is left
+            out.
     """
 
     numbers: dict[str, Any]
     grad_norm: float
     suspects: Callable[[], list[int]]
+    loss_scale: float = 1.0
+    overflowed: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,8 @@ class Guard:
             DataError: the step stays bad and the policy is to stop, or too many were left out.
         """
         first = measure()
+        if first.overflowed:
+            return Verdict(first, False)
         problem = self.problem(first)
         if problem is None:
             self._remember(first)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -164,6 +165,8 @@ def train_step(run: Run, inputs: StepInput, guard: Guard, events: MetricsFile) -
         if run.groups.is_first:
             logger.warning("bad step: %s", verdict.event)
         numbers["guard"] = f"{verdict.event['kind']}: {verdict.event['action']}"
+    if run.optimizer.scales_loss:
+        numbers |= {"loss_scale": verdict.measured.loss_scale, "skipped": int(verdict.measured.overflowed)}
     if verdict.take:
         run.optimizer.take(verdict.measured.grad_norm)
         for follow in run.after_step:
@@ -189,6 +192,7 @@ def _measure(run: Run, inputs: StepInput) -> Measured:
     """Run the packs forward and backward; nothing changes but the gradients."""
     for forget in run.before_pass:
         forget()
+    loss_scale = run.optimizer.loss_scale
     run.optimizer.zero_grad()
     metrics = forward_backward(
         run.forward_step,
@@ -199,9 +203,15 @@ def _measure(run: Run, inputs: StepInput) -> Measured:
         pack_tokens=run.pack_tokens,
     )
     norm = run.optimizer.gradient_norm()
+    overflowed = not math.isfinite(norm) and run.optimizer.lowers_loss_scale
+    if overflowed:
+        logger.warning(
+            "step %d is skipped: its gradient overflowed under a loss scale of %g; the next one has %g",
+            run.state.step + 1, loss_scale, run.optimizer.loss_scale,
+        )  # fmt: skip
     local = torch.stack([metric["sums"] for metric in metrics]).sum(dim=0) if metrics else None
     sums = sum_over_tokens(from_last_stage(local, run.groups), run.groups)
-    return Measured(run.read_sums(sums), norm, lambda: _suspects(inputs, metrics, run.groups))
+    return Measured(run.read_sums(sums), norm, lambda: _suspects(inputs, metrics, run.groups), loss_scale, overflowed)
 
 
 def _suspects(inputs: StepInput, metrics: list[Any], groups: ParallelGroups) -> list[int]:

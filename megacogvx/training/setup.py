@@ -26,6 +26,7 @@ from megacogvx.diffusion.timesteps import step_timesteps
 from megacogvx.errors import CheckpointError, ConfigError
 from megacogvx.inference.load import Checkpoint, find_checkpoint
 from megacogvx.log import get_logger
+from megacogvx.models.transformer.checks import rope_grid_problem
 from megacogvx.models.transformer.flops import cost_coefficients, training_flops
 from megacogvx.models.transformer.initialize import initialize_weights
 from megacogvx.models.transformer.model import CogVideoXTransformer, transformer_core
@@ -34,7 +35,8 @@ from megacogvx.models.vae.discriminator import initialize_discriminator
 from megacogvx.models.vae.initialize import initialize_weights as initialize_vae
 from megacogvx.models.vae.losses import VAELoss
 from megacogvx.models.vae.model import CogVideoXVAE
-from megacogvx.pack_layout import PackLayout
+from megacogvx.models.weights import check_finite
+from megacogvx.pack_layout import PackLayout, place_sample
 from megacogvx.parallel.data_parallel import DistributedDataParallel, unwrap, wrap
 from megacogvx.parallel.groups import ParallelGroups, barrier, initialize, launch_environment
 from megacogvx.parallel.megatron import TransformerConfig, plain_core_config
@@ -185,7 +187,8 @@ def check_corpus(config: TrainConfig, corpus: Corpus) -> None:
     """Check that the model can read what the corpus holds.
 
     Raises:
-        ConfigError: latent channels or text width differ, or its captions are longer than the model's limit.
+        ConfigError: latent channels or text width differ, its captions are longer than the model's limit, or its
+            videos larger than the rope grid.
     """
     encoder, model = corpus.encoder, config.model
     wanted = {
@@ -201,6 +204,9 @@ def check_corpus(config: TrainConfig, corpus: Corpus) -> None:
             f"model.max_text_seq_length={model.max_text_seq_length}, but the dataset has a text of {longest} tokens; "
             f"set it to at least {longest}, or encode again with shorter captions"
         )
+    largest = place_sample(0, 1, int(corpus.columns.height.max()), int(corpus.columns.width.max()), 0, model.patch)
+    if problem := rope_grid_problem(model, largest):
+        raise ConfigError(f"the dataset's largest height and width: {problem}")
 
 
 def _with_packs_per_step(config: TrainConfig, corpus: Corpus) -> TrainConfig:
@@ -268,6 +274,7 @@ def _make_optimizer(
         warmup_steps=min(settings.warmup_steps, steps - 1), decay=settings.decay,
         betas=(settings.beta1, settings.beta2), eps=settings.eps, weight_decay=settings.weight_decay,
         clip_grad=settings.clip_gradient,
+        initial_loss_scale=settings.initial_loss_scale, loss_scale_window=settings.loss_scale_window,
     )  # fmt: skip
 
 
@@ -286,6 +293,7 @@ def _load_newest(
     found = load_newest(checkpoints, ddp, optimizer, groups, go_back=go_back, beside=beside)
     if found is not None:
         path, extra = found
+        check_finite(model, str(path))
         logger.info("resumed from %s", path)
         return TrainState.from_json(extra["state"])
     if config.training.start_from is not None:

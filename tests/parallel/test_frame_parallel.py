@@ -290,7 +290,6 @@ def test_one_step_with_a_discriminator_on_four_ranks(groups):
     check_gan_step(groups, 25)
 
 
-@pytest.mark.slow
 @on_ranks(8, {"context_parallel_size": 8})
 def test_eight_ranks_equal_one(groups):
     check_coder(groups, 33, decode=False)

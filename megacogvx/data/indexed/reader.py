@@ -30,6 +30,7 @@ from megacogvx.data.indexed.layout import (
     unseal,
 )
 from megacogvx.data.indexed.manifest import MANIFEST, Manifest, ShardEntry, differing_keys, read_index, read_manifest
+from megacogvx.data.indexed.side_columns import read_side_column
 from megacogvx.errors import DataError
 
 Verify = Literal["always", "once", "never"]
@@ -213,6 +214,14 @@ class IndexedDataset:
         """
         shard, row = self.locate(number)
         return shard.record(row, frames)
+
+    def side_column(self, name: str) -> np.ndarray:
+        """Return the newest generation of a side column: float32 `[n]`, NaN where a sample has no value.
+
+        Raises:
+            DataError: there is none of this name, it is damaged, or of other samples.
+        """
+        return read_side_column(self.folder, name, self.sample_id)
 
     def locate(self, number: int) -> tuple[Shard, int]:
         """Return the shard that holds sample `number`, and its row there."""

@@ -1,6 +1,7 @@
 """Rules between sections: each message names the keys, the values and the sizes that would work."""
 
 import pytest
+import torch
 
 from megacogvx.config import build_config, load_config
 from megacogvx.errors import ConfigError, LaunchError
@@ -67,6 +68,30 @@ def test_processes_that_do_not_hold_whole_pipelines():
         config(parallel={"pipeline_parallel_size": 3}).validate_layout(4)
 
 
+def test_a_ring_takes_more_context_ranks_than_heads():
+    config(parallel={"context_parallel_size": 8, "ring_size": 2}).validate_layout(8)
+    with pytest.raises(ConfigError, match=r"num_attention_heads=4 .*=8 = 8; .*or parallel\.ring_size=2 for"):
+        config(parallel={"context_parallel_size": 8}).validate_layout(8)
+
+
+def test_kernels_that_are_not_there_are_broken_rules_like_others():
+    parallel = {"transformer_impl": "transformer_engine", "fp8_recipe": "blockwise", "tensor_parallel_size": 3}
+    with pytest.raises(ConfigError) as error:
+        config(parallel=parallel, data={"tokens_per_pack": 999}).validate_layout(3)
+    message = str(error.value)
+    assert "transformer_impl=transformer_engine can't be used" in message
+    assert "fp8_recipe=blockwise: data.tokens_per_pack=999 must divide into blocks of 32 on each of 3 ranks" in message
+    assert "nearest that work: 960, 1056" in message and "num_attention_heads=4" in message
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)]
+)
+def test_precision_names_a_dtype(precision, dtype):
+    settings = config(training={"precision": precision}).training
+    assert settings.dtype(torch.device("cpu")) == settings.dtype(torch.device("cuda")) == dtype
+
+
 def test_all_broken_rules_are_named_at_once():
     with pytest.raises(ConfigError) as error:
         config(parallel={"tensor_parallel_size": 3}).validate_layout(3)
@@ -85,6 +110,11 @@ def test_unknown_key_suggests_the_nearest(tmp_path):
         ConfigError, match=r"parallel\.tensor_paralel_size; did you mean parallel\.tensor_parallel_size"
     ):
         load_config(TrainConfig, path)
+
+
+def test_vae_has_no_rings():
+    with pytest.raises(ConfigError, match="ring_size=2: the VAE has no keys and values"):
+        vae_config(context_parallel_size=2, ring_size=2).validate_layout(2)
 
 
 def test_vae_has_no_stages():
