@@ -165,14 +165,17 @@ def _traffic_seconds(parallel: ParallelConfig, traffic: list[Traffic], machine: 
 
 
 def reach(parallel: ParallelConfig, axis: Axis, ranks: int) -> int:
-    """Return over how many neighbouring ranks a group spreads: tensor ranks are innermost, then context, data, stages.
+    """Return over how many neighbouring ranks a group spreads.
+
+    Tensor ranks are innermost, then context ranks (those that exchange heads, then the rings), data ranks, stages.
 
     Args:
         parallel: the layout.
         axis: of the group.
         ranks: its size.
     """
-    inner = {"tensor": 1, "context": parallel.tensor_parallel_size, "data_context": parallel.tensor_parallel_size}
+    tensor = parallel.tensor_parallel_size
+    inner = {"tensor": 1, "context": tensor, "ring": tensor * parallel.ulysses_size, "data_context": tensor}
     return ranks * inner.get(axis, 10**9)  # stages are as far apart as ranks can be
 
 
