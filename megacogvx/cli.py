@@ -52,11 +52,19 @@ def _run_verb(verb: str, rest: Sequence[str]) -> int:
     )
     module.add_arguments(parser)
     try:
-        module.run(parser.parse_args(rest))
+        module.run(_parse(parser, rest))
     except MegacogvxError as error:
         get_logger("megacogvx.cli").error("%s: %s", type(error).__name__, error)
         return USER_ERROR_STATUS
     return 0
+
+
+def _parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    """Parse with options before, between or after the overrides; a verb with subcommands takes them in order."""
+    try:
+        return parser.parse_intermixed_args(list(words))
+    except TypeError:  # argparse's word for subcommands
+        return parser.parse_args(list(words))
 
 
 def _overview() -> argparse.ArgumentParser:
