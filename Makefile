@@ -14,10 +14,10 @@ PYTHON ?= $(shell for python in python3.11 python3 python; do \
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test kernels lint format clean faults
+.PHONY: help setup demo ablations test kernels lint format clean faults
 
 help:  ## list the targets
-	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo '  ARGS="..." is handed to the demo, the faults and pytest, PYTHON=... names another interpreter for the set-up'
 
 setup: $(COMPILED)  ## make .venv/ with the pinned packages; the other targets do this themselves
@@ -42,6 +42,9 @@ $(COMPILED): $(STAMP)
 
 demo: $(COMPILED)  ## the whole road on one small machine: videos to a pretrained tiny model, an MP4 and a report
 	$(BIN)/python tools/demo.py $(ARGS)
+
+ablations: $(COMPILED)  ## the paper's ablations, tiny, on the demo's clips: figure 10 from runs of 15 minutes
+	$(BIN)/python examples/ablations/run.py $(ARGS)
 
 # Lint first: it takes seconds, and its complaints are read best in the tools' own words.
 test: lint $(COMPILED)  ## lint, then the default tests

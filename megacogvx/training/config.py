@@ -119,8 +119,13 @@ class TrainConfig(Section):
             )
 
     def _head_rules(self) -> Iterator[str]:
-        if problem := self.parallel.head_problem(self.model.num_attention_heads):
-            yield problem
+        yield from filter(
+            None,
+            (
+                self.model.layout_problem(self.parallel.tensor_parallel_size, self.parallel.recompute),
+                self.parallel.head_problem(self.model.num_attention_heads),
+            ),
+        )
 
     def _stage_rules(self, world_size: int) -> Iterator[str]:
         parallel, packs = self.parallel, self.data.packs_per_step

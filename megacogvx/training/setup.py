@@ -14,6 +14,7 @@ from torch import nn
 
 from megacogvx.checkpoint.directory import CheckpointDirectory
 from megacogvx.checkpoint.distributed import Kept, load, load_newest
+from megacogvx.checkpoint.find import Checkpoint, find_checkpoint
 from megacogvx.checkpoint.whole import read_state
 from megacogvx.config import Section, dump_config
 from megacogvx.data.clips import ClipLoader
@@ -24,7 +25,6 @@ from megacogvx.diffusion.objective import sample_weights
 from megacogvx.diffusion.schedule import NoiseSchedule
 from megacogvx.diffusion.timesteps import step_timesteps
 from megacogvx.errors import CheckpointError, ConfigError
-from megacogvx.inference.load import Checkpoint, find_checkpoint
 from megacogvx.log import get_logger
 from megacogvx.models.transformer.checks import rope_grid_problem
 from megacogvx.models.transformer.flops import cost_coefficients, training_flops

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 
 from megacogvx.checkpoint.distributed import load
+from megacogvx.checkpoint.find import Checkpoint, find_checkpoint
 from megacogvx.errors import CheckpointError
-from megacogvx.inference.load import Checkpoint, find_checkpoint
 from megacogvx.log import get_logger
 from megacogvx.models.transformer.config import CogVideoXConfig
 from megacogvx.models.transformer.model import CogVideoXTransformer, transformer_core

@@ -13,8 +13,6 @@ from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 
 from megacogvx import draws
-from megacogvx.conversion.published_names import diffusers_transformer
-from megacogvx.conversion.tensors import InMemory, Translated
 from megacogvx.models.transformer import (
     PRESETS,
     CogVideoXConfig,
@@ -25,6 +23,7 @@ from megacogvx.models.transformer import (
 from megacogvx.pack_layout import build_layout, patchify, place_sample
 from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.groups import initialize, shutdown
+from megacogvx.testing.published_names import to_our_names
 from megacogvx.testing.tolerance import assert_all_close, assert_close
 
 OUTPUT_BOUND, GRADIENT_BOUND = 1e-5, 1e-4
@@ -208,10 +207,3 @@ def _drop_vanishing_k_bias(gradients, references):
     for name in [name for name in references if name.endswith("k_norm.bias")]:
         assert float(gradients.pop(name).norm()) < 1e-5 * largest
         assert float(references.pop(name).norm()) < 1e-5 * largest
-
-
-def to_our_names(state, config):
-    """Rename (and rearrange) diffusers' tensors: weights or gradients, which rearrange alike."""
-    table = [group for group in diffusers_transformer(config) if set(group.theirs) <= state.keys()]  # no gradients
-    translated = Translated(InMemory(state), table)
-    return {name: translated.read(name) for name in translated.infos}

@@ -18,7 +18,7 @@ from megacogvx.parallel.ring_attention import ring_attention
 from megacogvx.parallel.sequence_parallel import sum_gradient_over_tensor_ranks
 from megacogvx.parallel.tensor_parallel import column_linear, row_linear
 from megacogvx_kernels.packed_attention import choose_backend, packed_attention
-from megacogvx_kernels.qk_norm_rope import qk_norm_rope
+from megacogvx_kernels.qk_norm_rope import qk_norm_rope, take_v
 
 logger = get_logger(__name__)
 
@@ -53,10 +53,16 @@ class JointAttention(nn.Module):
             layout, local: the pack and this rank's share.
             discarded: makes q and k, the exchange between context ranks included.
         """
+        return self.exchange(self.qkv(hidden_S1D), layout, local, discarded)
+
+    def exchange(
+        self, qkv_S1X: torch.Tensor, layout: PackLayout, local: LocalPack, discarded: Discarded
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return what `heads` returns, from the projection `[S/c, 1, 3 N/t K]` of this rank's tokens."""
         # fmt: off
-        qkv_SN3K = self._by_head(self.qkv(hidden_S1D))                               # [S/c, N/t, 3, K]
+        qkv_SN3K, v_SNK = take_v(self._by_head(qkv_S1X))                             # [S/c, N/t, 3, K], v of it
         q_SNK, k_SNK = discarded.run(self._q_and_k, qkv_SN3K, layout, local)         # [S/r, N/(t u), K] each
-        v_SNK = tokens_to_heads(qkv_SN3K[:, :, 2], self.groups.ulysses_group)        # [S/r, N/(t u), K]
+        v_SNK = tokens_to_heads(v_SNK, self.groups.ulysses_group)                    # [S/r, N/(t u), K]
         return q_SNK, k_SNK, v_SNK
         # fmt: on
 
@@ -73,8 +79,12 @@ class JointAttention(nn.Module):
 
     def project(self, out_SNK: torch.Tensor) -> torch.Tensor:
         """Return the output `[S_local, 1, D]` for this rank's tokens of what `attend` gave."""
+        return self.out(self.collect(out_SNK))
+
+    def collect(self, out_SNK: torch.Tensor) -> torch.Tensor:
+        """Return the attention of this rank's tokens, all its tensor share of the heads together, `[S/c, 1, N/t K]`."""
         out_SNK = heads_to_tokens(out_SNK, self.groups.ulysses_group)  # [S/c, N/t, K]
-        return self.out(out_SNK.flatten(1)[:, None])
+        return out_SNK.flatten(1)[:, None]
 
     def _by_head(self, qkv_S1X: torch.Tensor) -> torch.Tensor:
         return qkv_S1X.squeeze(1).unflatten(-1, (-1, 3, self.config.attention_head_dim))

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from megacogvx.models.transformer.block import CogVideoXBlock
+from megacogvx.errors import ConfigError
+from megacogvx.models.transformer.ablations import make_block
 from megacogvx.models.transformer.checks import check_pack, check_rows
 from megacogvx.models.transformer.config import CogVideoXConfig
 from megacogvx.models.transformer.embedding import PackEmbedding, TimeEmbedding
@@ -28,8 +29,12 @@ def transformer_core(
     """Return megatron-core's settings for this transformer.
 
     Raises:
-        ConfigError: the heads can't be cut over tensor and context ranks, or a pipeline stage would hold no layer.
+        ConfigError: the heads can't be cut over tensor and context ranks, a pipeline stage would hold no layer, or the
+            model is an ablation that doesn't run on this layout.
     """
+    problem = config.layout_problem(groups.tensor[1], parallel.recompute)
+    if problem:
+        raise ConfigError(problem)
     return core_config(
         hidden_size=config.hidden_size,
         num_layers=config.num_layers,
@@ -66,7 +71,7 @@ class CogVideoXTransformer(nn.Module):
         self.embedding = PackEmbedding(config, core) if self.pre_process else None
         self.blocks = nn.ModuleDict(
             {
-                str(layer): CogVideoXBlock(config, core, groups, block_policy(core.recompute, place))
+                str(layer): make_block(config, core, groups, layer, block_policy(core.recompute, place))
                 for place, layer in enumerate(core.stage_layers)
             }
         )

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from megacogvx.models.transformer.config import CogVideoXConfig
@@ -63,7 +63,7 @@ class Traffic:
 
 def communication(
     config: CogVideoXConfig, parallel: ParallelConfig, layouts: Sequence[PackLayout], *,
-    stage: int, data_size: int, bytes_per_weight: int, ring_rank: int | None = None,
+    stage: int, data_size: int, bytes_per_weight: int, ring_rank: int | None = None, packs: int | None = None,
 ) -> list[Traffic]:  # fmt: skip
     """Return everything that a rank of one pipeline stage exchanges in forward, backward and optimizer step.
 
@@ -76,9 +76,13 @@ def communication(
         data_size: data-parallel replicas.
         bytes_per_weight: 2 for bf16, 4 for fp32.
         ring_rank: the rank's place in its ring, with rings; None takes the one that sends most.
+        packs: how many packs they stand for, taken in turn; None: they are all.
     """
     counts = _Counts(config, parallel, stage, bytes_per_weight, ring_rank)
-    found = [entry for layout in layouts for entry in counts.of_pack(layout)]
+    found = []
+    for place, layout in enumerate(layouts):
+        repeats = 1 if packs is None else len(range(place, packs, len(layouts)))
+        found += [replace(entry, times=entry.times * repeats) for entry in counts.of_pack(layout)]
     found += counts.of_step(data_size)
     return [entry for entry in found if entry.ranks > 1 and entry.times and entry.tensor_bytes]
 

@@ -85,8 +85,9 @@ def predict(
                reserve=RESERVE, **size)
         for stage in stages
     ]  # fmt: skip
-    layouts = [work.layouts[place % len(work.layouts)] for place in range(per_replica)]
-    traffics = [communication(config.model, parallel, layouts, stage=stage, **size) for stage in stages]
+    traffics = [
+        communication(config.model, parallel, work.layouts, stage=stage, packs=per_replica, **size) for stage in stages
+    ]
     traffic = max(traffics, key=lambda entries: sum(entry.sent for entry in entries))
     seconds = {
         **_compute_seconds(config.model, parallel, costliest, machine, per_replica, ops),

@@ -27,6 +27,12 @@ def test_heads_that_do_not_divide_name_the_products_that_work(axis):
         config(parallel={f"{axis}_parallel_size": 3}, data=data).validate_layout(3)
 
 
+def test_an_ablation_that_cannot_be_cut_over_tensor_ranks():
+    with pytest.raises(ConfigError, match=r"model\.block=mmdit with parallel\.tensor_parallel_size=2.*works is 1"):
+        config(model={"block": "mmdit"}, parallel={"tensor_parallel_size": 2}).validate_layout(2)
+    config(model={"block": "mmdit"}, parallel={"context_parallel_size": 2}).validate_layout(2)
+
+
 def test_pack_tokens_that_do_not_divide_name_the_nearest():
     with pytest.raises(ConfigError, match=r"data\.tokens_per_pack=1022 .*size 4; nearest that work: 1020, 1024"):
         config(
