@@ -24,7 +24,7 @@ from megacogvx.pack_layout import PackLayout
 from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.ring_attention import shared_rows
 from megacogvx.training.estimate.memory import FP32, stage_layers
-from megacogvx.training.estimate.parameters import stage_weights
+from megacogvx.training.estimate.parameters import local_sizes, stage_weights
 
 Axis = Literal["tensor", "context", "ring", "data_context", "pipeline", "all"]
 Collective = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send", "broadcast"]
@@ -129,7 +129,7 @@ class _Counts:
         for part, size in summed.items():  # one all-reduce of them all, told apart here
             yield Traffic(f"{part} {SUMMED}", "tensor", "all_reduce", 1, size * FP32, tensor)
         ranks = data_size * parallel.context_parallel_size
-        size = buffer_elements([weight.local_size(tensor) for weight in weights], ranks)
+        size = buffer_elements(local_sizes(self.config, parallel, self.stage), ranks)
         yield Traffic("gradients", "data_context", "reduce_scatter", 1, size * FP32, ranks)
         yield Traffic("weights", "data_context", "all_gather", 1, size * self.bytes_per_weight, ranks)
         yield from self._shared_by_stages(ranks)

@@ -54,7 +54,24 @@ def stage_weights(config: CogVideoXConfig, parallel: ParallelConfig, stage: int 
     return _weights(config, layers, stage == 0, stage == stages - 1)
 
 
-@lru_cache(maxsize=64)  # hundreds of layouts ask for the same few stages
+def local_sizes(config: CogVideoXConfig, parallel: ParallelConfig, stage: int = 0) -> tuple[int, ...]:
+    """Return the elements of every parameter that one rank of a stage holds, in the order of `stage_weights`.
+
+    Raises:
+        ConfigError: the layers can't be split over the stages.
+    """
+    stages = parallel.pipeline_parallel_size
+    layers = split_layers(config.num_layers, stages, parallel.pipeline_layers)[stage]
+    return _local_sizes(config, layers, stage == 0, stage == stages - 1, parallel.tensor_parallel_size)
+
+
+# Hundreds of layouts ask for the same few stages.
+@lru_cache(maxsize=256)
+def _local_sizes(config: CogVideoXConfig, layers: range, first: bool, last: bool, tensor_ranks: int) -> tuple[int, ...]:
+    return tuple(weight.local_size(tensor_ranks) for weight in _weights(config, layers, first, last))
+
+
+@lru_cache(maxsize=64)
 def _weights(config: CogVideoXConfig, layers: range, first: bool, last: bool) -> tuple[Weight, ...]:
     weights = list(_time(config))
     if first:

@@ -13,7 +13,7 @@ from megacogvx.training.config import TrainConfig
 from megacogvx.training.estimate.communication import Axis, Traffic, communication
 from megacogvx.training.estimate.machine import Machine
 from megacogvx.training.estimate.memory import FP32, Memory, Ops, memory, stage_layers
-from megacogvx.training.estimate.parameters import stage_weights
+from megacogvx.training.estimate.parameters import local_sizes
 from megacogvx.training.estimate.workload import Workload
 
 FILL = 0.94  # of a GPU's memory that a run may count on
@@ -182,10 +182,7 @@ def reach(parallel: ParallelConfig, axis: Axis, ranks: int) -> int:
 
 def _optimizer_seconds(model: CogVideoXConfig, parallel: ParallelConfig, replicas: int, machine: Machine) -> float:
     stages = range(parallel.pipeline_parallel_size)
-    largest = max(
-        sum(weight.local_size(parallel.tensor_parallel_size) for weight in stage_weights(model, parallel, stage))
-        for stage in stages
-    )
+    largest = max(sum(local_sizes(model, parallel, stage)) for stage in stages)
     share = largest / (replicas * parallel.context_parallel_size)
     cleared = largest * FP32  # the gradient buffer, before every step
     return (share * OPTIMIZER_BYTES + cleared) / machine.bandwidth
