@@ -17,7 +17,7 @@ SMALL = {
 SIZES = ((1, 8, 12, 3), (3, 8, 12, 7), (2, 8, 12, 5))
 AXES = {
     "tensor": "tensor_group", "context": "context_group", "data_context": "data_context_group",
-    "pipeline": "pipeline_group",
+    "pipeline": "pipeline_group", "ring": "ring_group",
 }  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def _compare(groups, recompute="none", dtype=torch.float32, packs=2):
 
     parallel = ParallelConfig(
         tensor_parallel_size=groups.tensor[1], context_parallel_size=groups.context[1],
-        pipeline_parallel_size=groups.pipeline[1], recompute=recompute,
+        ring_size=groups.ring[1], pipeline_parallel_size=groups.pipeline[1], recompute=recompute,
     )  # fmt: skip
     stage = groups.pipeline[0]
     config, model, layouts, exchanges = _step(groups, parallel, dtype, packs)
@@ -70,8 +70,9 @@ def _compare(groups, recompute="none", dtype=torch.float32, packs=2):
     assert shapes == expected
 
     predicted = communication(
-        config, parallel, layouts, stage=stage, data_size=groups.data[1], bytes_per_weight=dtype.itemsize
-    )
+        config, parallel, layouts, stage=stage, data_size=groups.data[1], bytes_per_weight=dtype.itemsize,
+        ring_rank=groups.ring[0],
+    )  # fmt: skip
     ranks = {axis: tuple(torch.distributed.get_process_group_ranks(getattr(groups, AXES[axis]))) for axis in AXES}
     ranks["all"] = tuple(range(groups.world_size))
     wanted, summed = Counter(), 0
@@ -86,13 +87,16 @@ def _compare(groups, recompute="none", dtype=torch.float32, packs=2):
     assert exchanges == wanted, f"{recompute}: counted {exchanges - wanted} more, {wanted - exchanges} less"
 
 
-@on_ranks(2, {"tensor_parallel_size": 2}, {"context_parallel_size": 2}, {}, {"pipeline_parallel_size": 2})
+RING = {"context_parallel_size": 2, "ring_size": 2}
+
+
+@on_ranks(2, {"tensor_parallel_size": 2}, {"context_parallel_size": 2}, {}, {"pipeline_parallel_size": 2}, RING)
 def test_a_step_exchanges_what_the_closed_form_says(groups):
     _compare(groups)
     _compare(groups, dtype=torch.bfloat16, packs=1)
 
 
-@on_ranks(2, {"tensor_parallel_size": 2}, {"context_parallel_size": 2})
+@on_ranks(2, {"tensor_parallel_size": 2}, {"context_parallel_size": 2}, RING)
 def test_recompute_exchanges_again_what_it_runs_again(groups):
     for policy in ("selective", "keep_attention", "full", "block:1"):
         _compare(groups, policy, packs=1)

@@ -71,9 +71,10 @@ def bytes_per_weight(config: TrainConfig) -> int:
 
 def layout_text(parallel: ParallelConfig, replicas: int) -> str:
     """Return a layout in short: "tp1 cp4 pp1 dp64 keep_attention"."""
+    ring = f" ring{parallel.ring_size}" if parallel.ring_size > 1 else ""
     return (
-        f"tp{parallel.tensor_parallel_size} cp{parallel.context_parallel_size} pp{parallel.pipeline_parallel_size} "
-        f"dp{replicas} {parallel.recompute}"
+        f"tp{parallel.tensor_parallel_size} cp{parallel.context_parallel_size}{ring} "
+        f"pp{parallel.pipeline_parallel_size} dp{replicas} {parallel.recompute}"
     )
 
 
@@ -149,7 +150,13 @@ def overrides(config: TrainConfig, found: Prediction) -> str:
     """Return the overrides that turn `config` into this layout."""
     pairs = [
         f"parallel.{name}={getattr(found.parallel, name)}"
-        for name in ("tensor_parallel_size", "context_parallel_size", "pipeline_parallel_size", "recompute")
+        for name in (
+            "tensor_parallel_size",
+            "context_parallel_size",
+            "ring_size",
+            "pipeline_parallel_size",
+            "recompute",
+        )
         if getattr(found.parallel, name) != getattr(config.parallel, name)
     ]
     if config.data.samples_per_step is not None:

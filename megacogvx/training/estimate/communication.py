@@ -8,23 +8,25 @@ Per block and pack of S tokens that is, with A = S/c * D numbers,
                                                  inputs of the column linears again: Korthikanti et al. 2022)
     context ranks   forward 4 A/t, backward 4 A/t   (q, k, v and the output: Jacobs et al. 2023)
 
-each times (g-1)/g, and what a recompute policy runs again once more.
+each times (g-1)/g, and what a recompute policy runs again once more. In a ring a rank sends keys and values of those of
+its tokens that other ranks' tokens attend to, in both passes, and their gradients back.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from megacogvx.models.transformer.config import CogVideoXConfig
 from megacogvx.pack_layout import PackLayout
 from megacogvx.parallel.config import ParallelConfig
+from megacogvx.parallel.ring_attention import shared_rows
 from megacogvx.training.estimate.memory import FP32, stage_layers
-from megacogvx.training.estimate.parameters import stage_weights
+from megacogvx.training.estimate.parameters import local_sizes, stage_weights
 
-Axis = Literal["tensor", "context", "data_context", "pipeline", "all"]
+Axis = Literal["tensor", "context", "ring", "data_context", "pipeline", "all"]
 Collective = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send", "broadcast"]
 PARAMETER_ALIGNMENT, BUFFER_ALIGNMENT = 64, 128  # elements, of megatron-core's gradient buffers
 SUMMED = "gradients"  # of what tensor ranks hold whole but see in part: "norms gradients", ...
@@ -61,7 +63,7 @@ class Traffic:
 
 def communication(
     config: CogVideoXConfig, parallel: ParallelConfig, layouts: Sequence[PackLayout], *,
-    stage: int, data_size: int, bytes_per_weight: int,
+    stage: int, data_size: int, bytes_per_weight: int, ring_rank: int | None = None, packs: int | None = None,
 ) -> list[Traffic]:  # fmt: skip
     """Return everything that a rank of one pipeline stage exchanges in forward, backward and optimizer step.
 
@@ -73,9 +75,14 @@ def communication(
         stage: the pipeline stage.
         data_size: data-parallel replicas.
         bytes_per_weight: 2 for bf16, 4 for fp32.
+        ring_rank: the rank's place in its ring, with rings; None takes the one that sends most.
+        packs: how many packs they stand for, taken in turn; None: they are all.
     """
-    counts = _Counts(config, parallel, stage, bytes_per_weight)
-    found = [entry for layout in layouts for entry in counts.of_pack(layout)]
+    counts = _Counts(config, parallel, stage, bytes_per_weight, ring_rank)
+    found = []
+    for place, layout in enumerate(layouts):
+        repeats = 1 if packs is None else len(range(place, packs, len(layouts)))
+        found += [replace(entry, times=entry.times * repeats) for entry in counts.of_pack(layout)]
     found += counts.of_step(data_size)
     return [entry for entry in found if entry.ranks > 1 and entry.times and entry.tensor_bytes]
 
@@ -96,6 +103,7 @@ class _Counts:
     parallel: ParallelConfig
     stage: int
     bytes_per_weight: int
+    ring_rank: int | None
 
     def of_pack(self, layout: PackLayout) -> Iterator[Traffic]:
         """Yield what one pack's forward and backward pass exchange."""
@@ -104,6 +112,7 @@ class _Counts:
         tokens = layout.num_tokens // self.parallel.context_parallel_size
         yield from self._linears(tokens, blocks, again["linear"])
         yield from self._attention_exchange(tokens, blocks, again)
+        yield from self._ring(layout, blocks, again["attention"])
         rows, last = layout.num_samples, self.stage == self.parallel.pipeline_parallel_size - 1
         yield from self._modulation("adaln", rows, 6, 2 * blocks)
         yield from self._modulation("head", rows, 2, int(last))
@@ -120,7 +129,7 @@ class _Counts:
         for part, size in summed.items():  # one all-reduce of them all, told apart here
             yield Traffic(f"{part} {SUMMED}", "tensor", "all_reduce", 1, size * FP32, tensor)
         ranks = data_size * parallel.context_parallel_size
-        size = buffer_elements([weight.local_size(tensor) for weight in weights], ranks)
+        size = buffer_elements(local_sizes(self.config, parallel, self.stage), ranks)
         yield Traffic("gradients", "data_context", "reduce_scatter", 1, size * FP32, ranks)
         yield Traffic("weights", "data_context", "all_gather", 1, size * self.bytes_per_weight, ranks)
         yield from self._shared_by_stages(ranks)
@@ -137,13 +146,18 @@ class _Counts:
         yield Traffic("time embedding", "pipeline", "all_reduce", 1, size, stages)
 
     def _blocks_again(self, blocks: int) -> dict[str, int]:
-        """Return how many blocks run their linears, q and k's exchange, and v's and the output's, once more."""
+        """Return how many blocks run again: linears, q and k's exchange, v's and the output's, attention itself."""
         policy = self.parallel.recompute
         if policy.startswith("block:"):
             whole = min(blocks, int(policy.removeprefix("block:")))
         else:
             whole = blocks if policy in ("full", "keep_attention") else 0
-        return {"linear": whole, "q and k": blocks if policy == "selective" else whole, "v and out": whole}
+        return {
+            "linear": whole,
+            "q and k": blocks if policy == "selective" else whole,
+            "v and out": whole,
+            "attention": 0 if policy == "keep_attention" else whole,
+        }
 
     def _linears(self, tokens: int, blocks: int, again: int) -> Iterator[Traffic]:
         """Yield the exchange of tokens around each pair of column and row linear (sequence parallelism)."""
@@ -156,8 +170,29 @@ class _Counts:
         """Yield the exchange of heads for tokens: q, k, v and the output, there and, for their gradients, back."""
         width = self.config.hidden_size // self.parallel.tensor_parallel_size
         times = 8 * blocks + 2 * again["q and k"] + 2 * again["v and out"]
-        size, ranks = tokens * width * self.bytes_per_weight, self.parallel.context_parallel_size
+        size, ranks = tokens * width * self.bytes_per_weight, self.parallel.ulysses_size
         yield Traffic("attention", "context", "all_to_all", times, size, ranks)
+
+    def _ring(self, layout: PackLayout, blocks: int, again: int) -> Iterator[Traffic]:
+        """Yield the keys and values lent to each rank of the ring, and the gradients of those borrowed from it."""
+        ring, share = self.parallel.ring_size, layout.num_tokens // self.parallel.ring_size
+        if ring == 1:
+            return
+        boundaries = layout.boundaries[:-1]
+        width = self.config.hidden_size // (self.parallel.tensor_parallel_size * self.parallel.ulysses_size)
+        per_token = 2 * width * self.bytes_per_weight
+
+        def exchanged(rank: int) -> list[Traffic]:
+            found = []
+            for other in (place for place in range(ring) if place != rank):
+                lent = len(shared_rows(boundaries, share, rank, other)) * per_token
+                borrowed = len(shared_rows(boundaries, share, other, rank)) * per_token
+                found.append(Traffic("attention", "ring", "send", 2 * blocks + again, lent, ring))
+                found.append(Traffic("attention", "ring", "send", blocks, borrowed, ring))
+            return found
+
+        ranks = range(ring) if self.ring_rank is None else [self.ring_rank]
+        yield from max((exchanged(rank) for rank in ranks), key=lambda found: sum(entry.sent for entry in found))
 
     def _modulation(self, term: str, rows: int, widths: int, times: int) -> Iterator[Traffic]:
         """Yield a modulation's: its table gathered, the table's gradient scattered, the condition's summed."""

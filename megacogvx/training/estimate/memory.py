@@ -8,7 +8,6 @@ the CUDA ops and a flash attention keep it (40 D, 24 D and 4 D bytes a token in 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +15,7 @@ from megacogvx.models.transformer.config import CogVideoXConfig
 from megacogvx.pack_layout import PackLayout
 from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.pipeline_parallel import split_layers
-from megacogvx.training.estimate.parameters import Weight, stage_weights
+from megacogvx.training.estimate.parameters import local_sizes
 
 Ops = Literal["reference", "fused"]
 FP32 = 4  # bytes
@@ -125,16 +124,20 @@ def memory(
         ops: whose inventory counts.
         reserve: bytes that are no tensors.
     """
-    weights = stage_weights(config, parallel, stage)
     stages = parallel.pipeline_parallel_size
     in_flight = min(packs_per_replica, stages - stage)
-    blocks = [block_activations(config, parallel, layout, place, bytes_per_weight, ops)
-              for place in range(len(stage_layers(config, parallel, stage)))]  # fmt: skip
+    count = len(stage_layers(config, parallel, stage))
+    again = int(parallel.recompute.removeprefix("block:")) if parallel.recompute.startswith("block:") else 0
+    # blocks are equal, but for the first few of "block:N"
+    first, last = (
+        block_activations(config, parallel, layout, place, bytes_per_weight, ops) for place in (0, count - 1)
+    )
+    blocks = min(again, count) * first + (count - min(again, count)) * last
     ends = end_activations(config, parallel, layout, stage, bytes_per_weight, ops)
     return Memory(
-        **static_memory(weights, parallel, data_size, bytes_per_weight),
-        activations=in_flight * (sum(blocks) + ends),
-        at_work=_at_work(config, parallel, layout, bytes_per_weight, ops, min(blocks)),
+        **static_memory(sum(local_sizes(config, parallel, stage)), parallel, data_size, bytes_per_weight),
+        activations=in_flight * (blocks + ends),
+        at_work=_at_work(config, parallel, layout, bytes_per_weight, ops, min(first, last)),
         reserve=reserve,
     )
 
@@ -144,11 +147,15 @@ def stage_layers(config: CogVideoXConfig, parallel: ParallelConfig, stage: int) 
     return split_layers(config.num_layers, parallel.pipeline_parallel_size, parallel.pipeline_layers)[stage]
 
 
-def static_memory(
-    weights: Sequence[Weight], parallel: ParallelConfig, data_size: int, bytes_per_weight: int
-) -> dict[str, int]:
-    """Return bytes of weights, gradients (fp32) and optimizer states (fp32 moments; fp32 weights beside bf16 ones)."""
-    count = sum(weight.local_size(parallel.tensor_parallel_size) for weight in weights)
+def static_memory(count: int, parallel: ParallelConfig, data_size: int, bytes_per_weight: int) -> dict[str, int]:
+    """Return bytes of weights, gradients (fp32) and optimizer states (fp32 moments; fp32 weights beside bf16 ones).
+
+    Args:
+        count: parameters that the rank holds.
+        parallel: section `parallel`.
+        data_size: data-parallel replicas.
+        bytes_per_weight: 2 for bf16, 4 for fp32.
+    """
     shares = data_size * parallel.context_parallel_size
     states = 2 * FP32 + (FP32 if bytes_per_weight < FP32 else 0)
     return {"weights": count * bytes_per_weight, "gradients": count * FP32, "optimizer": -(-count * states // shares)}

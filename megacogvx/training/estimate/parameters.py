@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Literal
 
@@ -42,22 +43,45 @@ class Weight:
         return prod(self.local_shape(tensor_ranks))
 
 
-def stage_weights(config: CogVideoXConfig, parallel: ParallelConfig, stage: int = 0) -> list[Weight]:
+def stage_weights(config: CogVideoXConfig, parallel: ParallelConfig, stage: int = 0) -> tuple[Weight, ...]:
     """Return the parameters of one pipeline stage.
 
     Raises:
         ConfigError: the layers can't be split over the stages.
     """
     stages = parallel.pipeline_parallel_size
+    layers = split_layers(config.num_layers, stages, parallel.pipeline_layers)[stage]
+    return _weights(config, layers, stage == 0, stage == stages - 1)
+
+
+def local_sizes(config: CogVideoXConfig, parallel: ParallelConfig, stage: int = 0) -> tuple[int, ...]:
+    """Return the elements of every parameter that one rank of a stage holds, in the order of `stage_weights`.
+
+    Raises:
+        ConfigError: the layers can't be split over the stages.
+    """
+    stages = parallel.pipeline_parallel_size
+    layers = split_layers(config.num_layers, stages, parallel.pipeline_layers)[stage]
+    return _local_sizes(config, layers, stage == 0, stage == stages - 1, parallel.tensor_parallel_size)
+
+
+# Hundreds of layouts ask for the same few stages.
+@lru_cache(maxsize=256)
+def _local_sizes(config: CogVideoXConfig, layers: range, first: bool, last: bool, tensor_ranks: int) -> tuple[int, ...]:
+    return tuple(weight.local_size(tensor_ranks) for weight in _weights(config, layers, first, last))
+
+
+@lru_cache(maxsize=64)
+def _weights(config: CogVideoXConfig, layers: range, first: bool, last: bool) -> tuple[Weight, ...]:
     weights = list(_time(config))
-    if stage == 0:
+    if first:
         weights += _linear("embedding.video_proj", "embedding", config.row_size_in, config.hidden_size, summed=True)
         weights += _linear("embedding.text_proj", "embedding", config.text_embed_dim, config.hidden_size, summed=True)
-    for layer in split_layers(config.num_layers, stages, parallel.pipeline_layers)[stage]:
+    for layer in layers:
         weights += _block(config, f"blocks.{layer}")
-    if stage == stages - 1:
+    if last:
         weights += _head(config)
-    return weights
+    return tuple(weights)
 
 
 def count_parameters(config: CogVideoXConfig) -> dict[Part, int]:

@@ -13,7 +13,7 @@ from megacogvx.training.config import TrainConfig
 from megacogvx.training.estimate.communication import Axis, Traffic, communication
 from megacogvx.training.estimate.machine import Machine
 from megacogvx.training.estimate.memory import FP32, Memory, Ops, memory, stage_layers
-from megacogvx.training.estimate.parameters import stage_weights
+from megacogvx.training.estimate.parameters import local_sizes
 from megacogvx.training.estimate.workload import Workload
 
 FILL = 0.94  # of a GPU's memory that a run may count on
@@ -85,8 +85,9 @@ def predict(
                reserve=RESERVE, **size)
         for stage in stages
     ]  # fmt: skip
-    layouts = [work.layouts[place % len(work.layouts)] for place in range(per_replica)]
-    traffics = [communication(config.model, parallel, layouts, stage=stage, **size) for stage in stages]
+    traffics = [
+        communication(config.model, parallel, work.layouts, stage=stage, packs=per_replica, **size) for stage in stages
+    ]
     traffic = max(traffics, key=lambda entries: sum(entry.sent for entry in entries))
     seconds = {
         **_compute_seconds(config.model, parallel, costliest, machine, per_replica, ops),
@@ -165,23 +166,23 @@ def _traffic_seconds(parallel: ParallelConfig, traffic: list[Traffic], machine: 
 
 
 def reach(parallel: ParallelConfig, axis: Axis, ranks: int) -> int:
-    """Return over how many neighbouring ranks a group spreads: tensor ranks are innermost, then context, data, stages.
+    """Return over how many neighbouring ranks a group spreads.
+
+    Tensor ranks are innermost, then context ranks (those that exchange heads, then the rings), data ranks, stages.
 
     Args:
         parallel: the layout.
         axis: of the group.
         ranks: its size.
     """
-    inner = {"tensor": 1, "context": parallel.tensor_parallel_size, "data_context": parallel.tensor_parallel_size}
+    tensor = parallel.tensor_parallel_size
+    inner = {"tensor": 1, "context": tensor, "ring": tensor * parallel.ulysses_size, "data_context": tensor}
     return ranks * inner.get(axis, 10**9)  # stages are as far apart as ranks can be
 
 
 def _optimizer_seconds(model: CogVideoXConfig, parallel: ParallelConfig, replicas: int, machine: Machine) -> float:
     stages = range(parallel.pipeline_parallel_size)
-    largest = max(
-        sum(weight.local_size(parallel.tensor_parallel_size) for weight in stage_weights(model, parallel, stage))
-        for stage in stages
-    )
+    largest = max(sum(local_sizes(model, parallel, stage)) for stage in stages)
     share = largest / (replicas * parallel.context_parallel_size)
     cleared = largest * FP32  # the gradient buffer, before every step
     return (share * OPTIMIZER_BYTES + cleared) / machine.bandwidth

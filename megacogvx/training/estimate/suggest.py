@@ -15,6 +15,7 @@ from megacogvx.training.estimate.prediction import Prediction, predict
 from megacogvx.training.estimate.workload import Workload
 
 MOST_LAYOUTS = 8  # packs that stand for a step's hundreds
+STAGES, RINGS = (1, 2, 4, 8), (1, 2, 4, 8)
 LARGEST_CHANGE = 0.25  # of the packs of a step, where the config asks for samples
 
 
@@ -40,23 +41,28 @@ def suggest(
 def layouts(config: TrainConfig, machine: Machine, gpus: int) -> Iterator[ParallelConfig]:
     """Yield the layouts whose sizes divide: tensor ranks within a node, heads over tensor x context ranks."""
     heads = config.model.num_attention_heads
-    splits = [
-        (tensor, ranks // tensor)
-        for ranks in range(1, min(heads, gpus) + 1)
-        if heads % ranks == 0 and config.data.tokens_per_pack % ranks == 0
-        for tensor in range(1, min(ranks, machine.node) + 1)
-        if ranks % tensor == 0
-    ]
-    for tensor, context in splits:
-        for stages in (1, 2, 4, 8):
-            if stages > config.model.num_layers or gpus % (tensor * context * stages):
+    for tensor, ulysses, ring in _splits(heads, machine.node):
+        ranks = tensor * ulysses * ring
+        if ranks > gpus or config.data.tokens_per_pack % ranks:
+            continue
+        for stages in STAGES:
+            if stages > config.model.num_layers or gpus % (ranks * stages):
                 continue
             sizes = {
-                "tensor_parallel_size": tensor, "context_parallel_size": context, "pipeline_parallel_size": stages,
-                "pipeline_layers": None,
+                "tensor_parallel_size": tensor, "context_parallel_size": ulysses * ring, "ring_size": ring,
+                "pipeline_parallel_size": stages, "pipeline_layers": None,
             }  # fmt: skip
             for policy in POLICIES:
                 yield config.parallel.model_copy(update={**sizes, "recompute": policy})
+
+
+def _splits(heads: int, node: int) -> Iterator[tuple[int, int, int]]:
+    """Yield (tensor, exchanging heads, ring) sizes; rings only where they reach beyond a node."""
+    for ranks in (size for size in range(1, heads + 1) if heads % size == 0):
+        for tensor in (size for size in range(1, min(ranks, node) + 1) if ranks % size == 0):
+            for ring in RINGS:
+                if ring == 1 or ranks * ring > node:
+                    yield tensor, ranks // tensor, ring
 
 
 def _packs_that_divide(work: Workload, parallel: ParallelConfig, gpus: int) -> int | None:

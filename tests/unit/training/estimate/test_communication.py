@@ -75,3 +75,15 @@ def test_one_gpu_sends_nothing():
 
 def test_buffers_are_padded_as_megatron_core_pads_them():
     assert buffer_elements([1, 64, 65], 3) == 384  # 64 + 64 + 128 = 256, to a multiple of lcm(3, 128)
+
+
+def test_a_ring_sends_only_what_others_attend_to():
+    """Two clips and two ranks: nothing crosses between them; one clip over both: half its keys and values each way."""
+    parallel = ParallelConfig(context_parallel_size=2, ring_size=2)
+    clip = place_sample(0, 13, 60, 90, 226, MODEL.patch)
+    two = build_layout([clip, clip], MODEL.patch)
+    size = {"stage": 0, "data_size": 1, "bytes_per_weight": 2}
+    assert ("attention", "ring") not in sent_by_term(communication(MODEL, parallel, [two], **size))
+    one = build_layout([clip], MODEL.patch)
+    sent = sent_by_term(communication(MODEL, parallel, [one], **size))["attention", "ring"]
+    assert sent == 42 * (2 + 1) * 2 * one.num_tokens / 2 * 3072 * 2

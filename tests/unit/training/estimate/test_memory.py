@@ -8,7 +8,7 @@ from megacogvx.parallel.data_parallel import wrap
 from megacogvx.parallel.groups import initialize, shutdown
 from megacogvx.parallel.optimizer import build_optimizer
 from megacogvx.training.estimate.memory import FUSED, block_activations, memory, static_memory
-from megacogvx.training.estimate.parameters import stage_weights
+from megacogvx.training.estimate.parameters import local_sizes
 from megacogvx_kernels import compiled
 
 POLICIES = ("none", "selective", "keep_attention", "full")
@@ -108,13 +108,13 @@ def test_weights_gradients_and_optimizer_states_are_what_is_allocated(dtype, gro
         "gradients": sum(buffer.grad_data.nbytes for buffer in ddp.buffers),
         "optimizer": sum(storage.nbytes() for key, storage in states.items() if key not in owned),
     }
-    predicted = static_memory(stage_weights(config, ParallelConfig()), ParallelConfig(), 1, dtype.itemsize)
+    predicted = static_memory(sum(local_sizes(config, ParallelConfig())), ParallelConfig(), 1, dtype.itemsize)
     assert predicted == pytest.approx(measured, rel=0.01)
 
 
 def test_published_size_by_part():
     """5.57 B parameters: bf16 weights 11.1 GB, fp32 gradients 22.3, fp32 weights and moments 66.8."""
-    weights = stage_weights(CogVideoXConfig(preset="cogvideox_5b"), ParallelConfig())
+    weights = sum(local_sizes(CogVideoXConfig(preset="cogvideox_5b"), ParallelConfig()))
     static = static_memory(weights, ParallelConfig(), 1, 2)
     assert static == pytest.approx({"weights": 11.14e9, "gradients": 22.28e9, "optimizer": 66.84e9}, rel=1e-3)
     shared = static_memory(weights, ParallelConfig(context_parallel_size=2), 4, 2)

@@ -37,7 +37,8 @@ def test_a_config_parses_builds_and_is_estimated(name, groups):
     with torch.device("meta"):
         assert sum(parameter.numel() for parameter in CogVideoXTransformer(config.model, core, groups).parameters())
     gpus = config.parallel.replica_size
-    found = predict(config, workload(config), machine("h200-141"), gpus)
+    clip = None if name != "demo.yaml" else (9, 64, 96)  # it says nothing of its clips' size
+    found = predict(config, workload(config, clip), machine("h200-141"), gpus)
     assert found.step_seconds > 0 and 0 < found.mfu < 1
     assert not found.broken
 
@@ -52,11 +53,9 @@ def test_stages_are_the_papers(size, stage):
     assert config.data.tokens_per_pack % (16 * config.model.num_attention_heads) == 0
     assert (8 * config.model.sample_height, 8 * config.model.sample_width) == (height, width)
     assert config.model.preset == f"cogvideox_{size}"
-    optimizer = config.optimizer.model_dump(exclude={"learning_rate", "warmup_steps", "decay_steps"})
-    assert optimizer == {
-        "min_learning_rate": 0.0, "decay": "cosine", "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 1e-4,
-        "clip_gradient": 1.0,
-    }  # fmt: skip
+    optimizer = config.optimizer.model_dump()
+    table_6 = {"decay": "cosine", "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 1e-4, "clip_gradient": 1.0}
+    assert {name: optimizer[name] for name in table_6} == table_6 and optimizer["min_learning_rate"] == 0.0
     assert config.training.precision == "bf16" and config.diffusion.snr_shift == (3.0 if size == "2b" else 1.0)
     start = Path(f"runs/cogvideox_{size}_stage{stage - 1}") if stage > 1 else None
     assert config.training.start_from == start
