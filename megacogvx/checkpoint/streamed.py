@@ -20,9 +20,10 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 
 from megacogvx.checkpoint import directory as folders
 from megacogvx.checkpoint.directory import CheckpointDirectory, verify
-from megacogvx.checkpoint.distributed import FORMAT, STATE, WRITER_THREADS
+from megacogvx.checkpoint.distributed import FORMAT, STATE
 from megacogvx.checkpoint.reading import SafeReader
 from megacogvx.checkpoint.whole import PREFIX
+from megacogvx.checkpoint.writing import WRITER_THREADS
 from megacogvx.errors import CheckpointError
 
 Shape = tuple[int, ...]
