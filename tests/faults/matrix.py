@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megacogvx.testing.faults import Ended, Fault, Training, identical, samples_lost_and_repeated
+from megacogvx.training.tracking import git_state
 
 LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "dp1": (1, {}),
@@ -75,6 +76,7 @@ class Session:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.dataset = folder / "dataset"
+        self._drop_what_other_code_made()
 
     def training(self, folder: Path, layout: str) -> Training:
         """Return a run of this layout in `folder`, on the session's dataset."""
@@ -89,6 +91,14 @@ class Session:
             check(training.start())
             (training.run / "done").touch()
         return training
+
+    def _drop_what_other_code_made(self) -> None:
+        """References hold for the code that made them."""
+        made_by, now = self.folder / "made_by.json", json.dumps(git_state(Path(__file__).parent))
+        if not made_by.exists() or made_by.read_text() != now:
+            for name in ("references", "dataset", "held_out"):
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+            made_by.write_text(now)
 
     def _dataset(self) -> Path:
         return Training(self.folder).dataset
