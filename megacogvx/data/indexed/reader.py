@@ -129,11 +129,14 @@ class Shard:
         start, where = int(columns["record"][row]), self._where(row)
         self._check_size()
         header = self._bytes(start, RECORD_HEADER.size)
-        _, frames, height, width, channels, *rest, number = unseal(RECORD_HEADER, header, RECORD_MAGIC, where)
+        _, frames, height, width, channels, *rest, note_hash, number = unseal(
+            RECORD_HEADER, header, RECORD_MAGIC, where
+        )
         names = ("frames", "height", "width", "text_length", "sample_id", "text_offset", "text_hash", "metadata_length")
         expected = [int(columns[name][row]) for name in names]
         expected_channels = 2 * self.index.encoder.latent_channels
-        if [frames, height, width, *rest, number] != [*expected, row] or channels != expected_channels:
+        good_note = note_hash in (0, int(columns["metadata_hash"][row]) % 2**32)
+        if [frames, height, width, *rest, number] != [*expected, row] or channels != expected_channels or not good_note:
             raise DataError(f"{where}: the record's header disagrees with the index")
 
     def _check_header(self) -> None:
