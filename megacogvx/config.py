@@ -9,10 +9,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from megacogvx.errors import ConfigError
 
@@ -21,6 +21,31 @@ class Section(BaseModel):
     """A frozen group of settings; an unknown key is an error, and no value is converted silently but int to float."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, arbitrary_types_allowed=False)
+
+
+class PresetSection(Section):
+    """A section whose defaults a named preset may replace; settings that are given win over it.
+
+    Attributes:
+        presets: name -> settings, of the subclass.
+        preset: a name of `presets`, or None.
+    """
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    preset: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, values: Any) -> Any:
+        """Put the preset's settings under the explicit ones."""
+        if not isinstance(values, dict) or values.get("preset") is None:
+            return values
+        name = values["preset"]
+        if name not in cls.presets:
+            near = difflib.get_close_matches(str(name), cls.presets, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ValueError(f"preset={name!r} is unknown; {hint}known presets: {', '.join(cls.presets)}")
+        return {**cls.presets[name], **values}
 
 
 Root = TypeVar("Root", bound=Section)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from megacogvx.config import Section
 from megacogvx.data.indexed.layout import EncoderInfo, canonical_json, digest
@@ -54,6 +54,8 @@ class DataConfig(Section):
             epoch; with weights each dataset gets its share of the samples, and is shuffled and repeated by itself.
         tokens_per_pack: token budget of a pack, text and video; a multiple of tensor x context ranks.
         packs_per_step: packs of one optimizer step, over all data-parallel ranks; a multiple of them.
+        samples_per_step: the same as samples, in place of `packs_per_step`; converted once, by the mean length of the
+            corpus's samples, so that every step has equally many packs.
         verify: compare checksums at every read, at the first read of a sample, or never.
         access: map the files, or read from them ("pread", for network file systems: a read that hangs can be given up).
         prefetch: steps that the loader's thread reads ahead.
@@ -69,6 +71,7 @@ class DataConfig(Section):
     paths: tuple[str | WeightedPath, ...]
     tokens_per_pack: int = Field(ge=1)
     packs_per_step: int = Field(default=1, ge=1)
+    samples_per_step: int | None = Field(default=None, ge=1)
     verify: Literal["always", "once", "never"] = "always"
     access: Literal["mmap", "pread"] = "mmap"
     prefetch: int = Field(default=2, ge=1)
@@ -109,6 +112,26 @@ class DataConfig(Section):
         if len({isinstance(path, str) for path in value}) > 1:
             raise ValueError("give every folder a weight, [weight, folder], or none")
         return value
+
+    @model_validator(mode="after")
+    def _packs_or_samples(self) -> DataConfig:
+        if self.samples_per_step is not None and self.packs_per_step != 1:
+            raise ValueError(
+                f"packs_per_step={self.packs_per_step} and samples_per_step={self.samples_per_step} say the same in "
+                "two ways; give one, and null for samples_per_step where the other file or override has it"
+            )
+        return self
+
+    def in_packs(self, mean_tokens: float) -> DataConfig:
+        """Return the section with `samples_per_step`, if it is given, turned into `packs_per_step`.
+
+        Args:
+            mean_tokens: mean length of the samples, text and video.
+        """
+        if self.samples_per_step is None:
+            return self
+        packs = max(1, round(self.samples_per_step * mean_tokens / self.tokens_per_pack))
+        return self.model_copy(update={"packs_per_step": packs, "samples_per_step": None})
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 INK, SOFT, LINE = "#1f2933", "#66727f", "#e3e7ec"
 BLUE, ORANGE, GREEN, PURPLE = "#2457a6", "#d9730d", "#2e8b57", "#7b4fa3"
+COLORS = (BLUE, ORANGE, GREEN, PURPLE)
 WIDTH_INCHES = 10.0
 SETTINGS: dict[str, Any] = {
     "svg.fonttype": "none",  # text stays text, in the page's font
@@ -85,6 +86,40 @@ def lines(
         axes.set_ylabel(ylabel)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         return _svg(chart, ylabel)
+
+
+@dataclass(frozen=True)
+class Band:
+    """Repetitions of one curve: name, values `[repetition, step]`, colour."""
+
+    name: str
+    values: np.ndarray
+    color: str = BLUE
+
+
+def panels(parts: Sequence[tuple[str, Sequence[Band]]], title: str, ylabel: str, height: float = 6.4) -> str:
+    """Draw panels two a row; in each the mean of every band's repetitions, within the range of them.
+
+    Args:
+        parts: title and bands of each panel.
+        title: of the picture.
+        ylabel: what y is, with its unit.
+        height: inches.
+    """
+    with matplotlib.rc_context(SETTINGS):
+        chart = Figure(figsize=(WIDTH_INCHES, height), layout="constrained")
+        chart.suptitle(title, fontsize=12)
+        for axes, (name, bands) in zip(chart.subplots(-(-len(parts) // 2), 2).flat, parts, strict=False):
+            for band in bands:
+                steps = np.arange(band.values.shape[1])
+                axes.fill_between(steps, band.values.min(0), band.values.max(0), color=band.color, alpha=0.15, lw=0)
+                axes.plot(steps, band.values.mean(0), color=band.color, linewidth=1.6, label=band.name)
+            axes.set_title(name, loc="left", fontsize=11)
+            axes.legend(loc="upper right")
+            axes.margins(x=0.01)
+            axes.set_xlabel("step")
+            axes.set_ylabel(ylabel)
+        return _svg(chart, title)
 
 
 def intervals(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,11 +28,19 @@ class ValidationConfig(Section):
         paths: dataset folders that the training doesn't read; none: there is no validation.
         steps: packs are taken as for so many training steps.
         timesteps: each pack is noised to each of these, 0 (clean) to `diffusion.num_train_timesteps` - 1.
+        videos: how many of the held-out texts are made into videos, with the noise of `training.seed`.
+        vae: run folder or checkpoint of the VAE that encoded the dataset; the videos need it.
+        video_steps: sampling steps.
+        guidance_scale: of the videos' classifier-free guidance.
     """
 
     paths: tuple[str, ...] = ()
     steps: int = Field(1, ge=1)
     timesteps: tuple[int, ...] = (100, 300, 500, 700, 900)
+    videos: int = Field(0, ge=0)
+    vae: Path | None = None
+    video_steps: int = Field(20, ge=1)
+    guidance_scale: float = Field(6.0, ge=1)
 
     @field_validator("timesteps")
     @classmethod

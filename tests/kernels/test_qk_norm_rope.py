@@ -7,7 +7,7 @@ import torch
 from megacogvx import draws
 from megacogvx.pack_layout import PackSample, build_layout
 from megacogvx.testing.tolerance import assert_close
-from megacogvx_kernels.qk_norm_rope import qk_norm_rope
+from megacogvx_kernels.qk_norm_rope import qk_norm_rope, take_v
 
 HEADS, WIDTH, AXES, THETA, EPS = 3, 16, (4, 6, 6), 10000.0, 1e-6
 SAMPLES = [
@@ -154,3 +154,17 @@ def test_accepts_qkv_as_the_linear_layer_returns_it(layout):
 def test_a_wrong_argument_is_named(change, named):
     with pytest.raises((ValueError, TypeError), match=named):
         qk_norm_rope(**{**_arguments(), **change})
+
+
+def test_taking_v_out_has_the_gradient_of_a_slice():
+    gradients = []
+    for take in (take_v, lambda qkv: (qkv, qkv[:, :, 2])):
+        arguments = _arguments()
+        leaf = arguments["qkv_SN3K"].requires_grad_()
+        arguments["qkv_SN3K"], v = take(leaf)
+        q, k = qk_norm_rope(**arguments)
+        loss = sum((x * draws.normal(tuple(x.shape), 1, name)).sum() for name, x in (("q", q), ("k", k), ("v", v)))
+        loss.backward()
+        assert v.data_ptr() == leaf[:, :, 2].data_ptr()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)

@@ -23,6 +23,7 @@ from megacogvx.models.transformer import (
 from megacogvx.pack_layout import build_layout, patchify, place_sample
 from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.groups import initialize, shutdown
+from megacogvx.testing.published_names import to_our_names
 from megacogvx.testing.tolerance import assert_all_close, assert_close
 
 OUTPUT_BOUND, GRADIENT_BOUND = 1e-5, 1e-4
@@ -47,13 +48,16 @@ FULL_TEXT = tuple((t, h, w, TEXT) for t, h, w, _ in SIZES)  # additive positions
 ROTARY = {"use_rotary_positional_embeddings": True}
 VARIANTS = {
     "2b": Variant({"in_channels": 4}, FULL_TEXT),
-    "5b": Variant({"in_channels": 4, **ROTARY}, SIZES),
+    "5b": Variant({"in_channels": 4, **ROTARY, "sample_width": 16}, SIZES),
     "5b_crop": Variant({"in_channels": 4, **ROTARY, "rope_grid": "crop"}, SIZES),
     "5b_i2v": Variant(
         {"in_channels": 8, **ROTARY, "use_learned_positional_embeddings": True},
         ((3, 8, 12, TEXT), (1, 8, 12, TEXT), (2, 8, 12, TEXT)),
     ),
-    "1_5": Variant({"in_channels": 4, **ROTARY, "patch_size_t": 2}, ((4, 8, 12, TEXT), (1, 4, 6, 3), (5, 6, 16, 5))),
+    "1_5": Variant(
+        {"in_channels": 4, **ROTARY, "patch_size_t": 2, "sample_width": 16},
+        ((4, 8, 12, TEXT), (1, 4, 6, 3), (5, 6, 16, 5)),
+    ),
     "1_5_i2v": Variant(
         {"in_channels": 8, **ROTARY, "patch_size_t": 2, "ofs_embed_dim": 32}, ((4, 8, 12, TEXT), (1, 4, 6, 3))
     ),
@@ -203,43 +207,3 @@ def _drop_vanishing_k_bias(gradients, references):
     for name in [name for name in references if name.endswith("k_norm.bias")]:
         assert float(gradients.pop(name).norm()) < 1e-5 * largest
         assert float(references.pop(name).norm()) < 1e-5 * largest
-
-
-def to_our_names(state, config):
-    """Rename (and rearrange) diffusers' tensors: weights or gradients, which rearrange alike."""
-    names = {
-        "patch_embed.proj.": "embedding.video_proj.",
-        "patch_embed.text_proj.": "embedding.text_proj.",
-        "time_embedding.": "time.timestep.",
-        "ofs_embedding.": "time.ofs.",
-        "transformer_blocks.": "blocks.",
-        ".norm1.linear.": ".attention_modulation.linear.",
-        ".norm1.norm.": ".attention_norm.",
-        ".norm2.linear.": ".mlp_modulation.linear.",
-        ".norm2.norm.": ".mlp_norm.",
-        ".attn1.norm_q.": ".attention.q_norm.",
-        ".attn1.norm_k.": ".attention.k_norm.",
-        ".attn1.to_out.0.": ".attention.out.",
-        ".ff.net.0.proj.": ".mlp.fc1.",
-        ".ff.net.2.": ".mlp.fc2.",
-        "norm_final.": "head.norm_final.",
-        "norm_out.linear.": "head.modulation.linear.",
-        "norm_out.norm.": "head.norm_out.",
-        "proj_out.": "head.proj.",
-    }
-    renamed = {}
-    for name, tensor in state.items():
-        if ".attn1.to_q." in name:
-            parts = [state[name.replace("to_q", f"to_{letter}")] for letter in "qkv"]
-            by_head = [part.unflatten(0, (config.num_attention_heads, -1)) for part in parts]
-            renamed[name.replace("transformer_blocks", "blocks").replace("attn1.to_q", "attention.qkv")] = torch.stack(
-                by_head, dim=1
-            ).flatten(0, 2)
-        elif name == "patch_embed.pos_embedding":
-            renamed["embedding.positions"] = tensor[0]
-        elif ".attn1.to_k." not in name and ".attn1.to_v." not in name:
-            for old, new in names.items():
-                if (name.startswith(old)) if not old.startswith(".") else old in name:
-                    name = name.replace(old, new, 1)
-            renamed[name] = tensor.flatten(1) if name == "embedding.video_proj.weight" else tensor
-    return renamed

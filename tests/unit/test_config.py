@@ -1,14 +1,14 @@
 """Configs are strict: precedence, nearest names, and a file that comes back as it was written."""
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field, ValidationError, field_validator
 
-from megacogvx.config import Section, build_config, dump_config, load_config, read_yaml, write_config
+from megacogvx.config import PresetSection, Section, build_config, dump_config, load_config, read_yaml, write_config
 from megacogvx.errors import ConfigError
 
 
@@ -188,3 +188,30 @@ def test_a_written_config_holds_plain_values_in_the_order_of_the_fields(tmp_path
     assert list(values) == ["model", "run"]
     assert list(values["model"]) == ["num_layers", "hidden_size", "dropout"]
     assert values["run"] == {"folder": "runs/default", "precision": "fp32", "paths": [], "limit": None}
+
+
+class Sized(PresetSection):
+    presets: ClassVar = {"small": {"width": 8, "depth": 2}, "large": {"width": 64}}
+    width: int = 16
+    depth: int = 4
+
+
+class SizedRoot(Section):
+    model: Sized = Sized()
+
+
+def _sized(**values):
+    return build_config(SizedRoot, {"model": values}).model
+
+
+def test_a_preset_lies_between_the_defaults_and_what_is_given():
+    assert (_sized().width, _sized().depth) == (16, 4)
+    assert (_sized(preset="small").width, _sized(preset="small").depth) == (8, 2)
+    assert (_sized(preset="large").width, _sized(preset="large").depth) == (64, 4)
+    assert (_sized(preset="small", depth=9).width, _sized(preset="small", depth=9).depth) == (8, 9)
+    assert _sized(**dump_config(_sized(preset="small", depth=9))) == _sized(preset="small", depth=9)
+
+
+def test_an_unknown_preset_names_the_nearest_and_all():
+    with pytest.raises(ConfigError, match=r"preset='smal' is unknown; did you mean small.*known presets: small, large"):
+        _sized(preset="smal")

@@ -17,8 +17,9 @@ from megacogvx_kernels.checks import (
     require_vectors,
 )
 from megacogvx_kernels.qk_norm_rope import compiled, reference
+from megacogvx_kernels.qk_norm_rope.shared_gradient import take_v
 
-__all__ = ["qk_norm_rope"]
+__all__ = ["qk_norm_rope", "take_v"]
 
 
 def qk_norm_rope(

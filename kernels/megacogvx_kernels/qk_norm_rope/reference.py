@@ -22,8 +22,9 @@ def qk_norm_rope(
     rotate: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Norm q and k over K, rotate those of video tokens; see the public function for the arguments."""
-    q_SNK = _norm(qkv_SN3K[:, :, 0], q_weight_K, q_bias_K, eps)
-    k_SNK = _norm(qkv_SN3K[:, :, 1], k_weight_K, k_bias_K, eps)
+    q_SNK, k_SNK, _ = qkv_SN3K.unbind(2)  # one gradient of the size of qkv; two slices would make one each
+    q_SNK = _norm(q_SNK, q_weight_K, q_bias_K, eps)
+    k_SNK = _norm(k_SNK, k_weight_K, k_bias_K, eps)
     if rotate:
         tokens_S = token_offset + torch.arange(qkv_SN3K.shape[0], device=qkv_SN3K.device)
         angles_SK = rotary_angles(tokens_S, sample_table_M5, rope_grid_M6.to(q_SNK.dtype), axes, theta)

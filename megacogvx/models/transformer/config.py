@@ -6,12 +6,11 @@ the source of the presets (the paper prints 32 heads for the 2B model, which has
 
 from __future__ import annotations
 
-import difflib
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from megacogvx.config import Section
+from megacogvx.config import PresetSection
 from megacogvx.pack_layout import Triple
 
 _ROTARY = {"use_rotary_positional_embeddings": True}
@@ -31,7 +30,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-class CogVideoXConfig(Section):
+class CogVideoXConfig(PresetSection):
     """Sizes and conventions of one transformer.
 
     Attributes:
@@ -50,13 +49,19 @@ class CogVideoXConfig(Section):
         sample_width, sample_height: native size in latent cells; `sample_frames`: native length in pixel frames.
         temporal_compression_ratio: pixel frames per latent frame after the first.
         spatial_interpolation_scale, temporal_interpolation_scale: what positions of the added codes are divided by.
-        rope_grid: "slice": positions count from 0 in steps of 1 (paper section 3.1, and 1.5); "crop": a grid of
-            another size is fitted into the native one (inference with the 1.0 weights).
+        rope_grid: "slice": positions count from 0 in steps of 1, in height and width up to the native size (paper
+            section 3.1, and 1.5); "crop": a grid of another size is fitted into the native one (inference with the 1.0
+            weights).
         rope_theta: base of the rotary frequencies.
         norm_eps, qk_norm_eps, final_norm_eps: of the LayerNorms in the blocks, over q and k, in the head.
+        block: "expert_adaln": the published one; for the ablations of the paper "shared_adaln": text and video take
+            the same modulation, and "mmdit": they have all linear layers of their own (`ablations.py`).
+        attention: "full" over text and video; for the ablation "2d_1d": within a frame in even layers, along time in
+            odd ones.
     """
 
-    preset: str | None = None
+    presets: ClassVar[dict[str, dict[str, Any]]] = PRESETS
+
     num_layers: int = Field(30, ge=1)
     num_attention_heads: int = Field(30, ge=1)
     attention_head_dim: int = Field(64, ge=2)
@@ -81,19 +86,8 @@ class CogVideoXConfig(Section):
     norm_eps: float = Field(1e-5, gt=0)
     qk_norm_eps: float = Field(1e-6, gt=0)
     final_norm_eps: float = Field(1e-5, gt=0)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _apply_preset(cls, values: Any) -> Any:
-        """Put the preset's settings under the explicit ones."""
-        if not isinstance(values, dict) or values.get("preset") is None:
-            return values
-        name = values["preset"]
-        if name not in PRESETS:
-            near = difflib.get_close_matches(str(name), PRESETS, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise ValueError(f"preset={name!r} is unknown; {hint}known presets: {', '.join(PRESETS)}")
-        return {**PRESETS[name], **values}
+    block: Literal["expert_adaln", "shared_adaln", "mmdit"] = "expert_adaln"
+    attention: Literal["full", "2d_1d"] = "full"
 
     @model_validator(mode="after")
     def _check(self) -> CogVideoXConfig:
@@ -119,6 +113,21 @@ class CogVideoXConfig(Section):
                 "embeddings are added"
             )
         return self
+
+    def layout_problem(self, tensor_parallel_size: int, recompute: str) -> str | None:
+        """Return why this model can't run on this layout (section `parallel`), None if it can."""
+        if self.block == "mmdit" and tensor_parallel_size > 1:
+            return (
+                f"model.block=mmdit with parallel.tensor_parallel_size={tensor_parallel_size}: each tensor rank would "
+                "hold another number of text tokens, which sequence parallelism can't gather; the size that works is "
+                "1; spread the model with parallel.context_parallel_size or parallel.pipeline_parallel_size"
+            )
+        if self.block == "mmdit" and recompute == "selective":
+            return (
+                "model.block=mmdit with parallel.recompute=selective: what works is none, keep_attention, full and "
+                "block:N"
+            )
+        return None
 
     @property
     def hidden_size(self) -> int:

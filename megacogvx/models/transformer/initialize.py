@@ -6,7 +6,7 @@ Each tensor is drawn in full and then cut, so the weights are the same for every
     attention_modulation, mlp_modulation        0: every block starts as the identity     released training code
     LayerNorm weights                           1                                         released training code
     biases                                      0
-    attention.qkv.weight                        Xavier uniform of q, k and v, D -> D each
+    attention.qkv.weight, text_qkv.weight       Xavier uniform of q, k and v, D -> D each
     other linear weights, the head's included   Xavier uniform, fan in and out            released training code
     learned position table                      0                                         released training code
 
@@ -51,7 +51,7 @@ def initial_value(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
     if len(shape) == 1:
         return torch.ones(shape)
     fan_out, fan_in = shape
-    if module.endswith("attention.qkv"):
+    if module.endswith(("attention.qkv", "text_qkv")):
         fan_out //= 3
     limit = math.sqrt(6.0 / (fan_in + fan_out))
     return torch.empty(shape).uniform_(-limit, limit, generator=draws.generator(seed, f"weight {name}"))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from megacogvx.config import Section
+from megacogvx.config import PresetSection
 from megacogvx.errors import ConfigError, DataError
 
 # Table 1 gives compression and latent channels; the released code gives the widths of `cogvideox`, which the others
@@ -36,7 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-class VAEConfig(Section):
+class VAEConfig(PresetSection):
     """Sizes of `CogVideoXVAE`; the defaults are the released model's (`cogvideox`, variant B).
 
     Attributes:
@@ -51,7 +50,8 @@ class VAEConfig(Section):
         preset: a name of `PRESETS`, whose values replace the defaults; keys that are given win over it.
     """
 
-    preset: str | None = None
+    presets: ClassVar[dict[str, dict[str, Any]]] = PRESETS
+
     in_channels: int = Field(3, ge=1)
     out_channels: int = Field(3, ge=1)
     latent_channels: int = Field(16, ge=1)
@@ -62,19 +62,6 @@ class VAEConfig(Section):
     temporal_compression_ratio: int = Field(4, ge=1)
     temporal_kernel_size: int = 3
     scaling_factor: float = Field(0.7, gt=0)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _apply_preset(cls, values: Any) -> Any:
-        """Put the preset's settings under the explicit ones."""
-        if not isinstance(values, dict) or values.get("preset") is None:
-            return values
-        name = values["preset"]
-        if name not in PRESETS:
-            near = difflib.get_close_matches(str(name), PRESETS, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise ValueError(f"preset={name!r} is unknown; {hint}known presets: {', '.join(PRESETS)}")
-        return {**PRESETS[name], **values}
 
     @model_validator(mode="after")
     def _check(self) -> VAEConfig:

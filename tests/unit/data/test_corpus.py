@@ -110,6 +110,17 @@ def test_integer_weights():
     assert np.ptp(weights) == 0
 
 
+def test_a_step_may_be_given_in_samples():
+    data = DataConfig(paths=("d",), tokens_per_pack=100, samples_per_step=30)
+    assert data.in_packs(mean_tokens=25.0).packs_per_step == 8  # 7.5 packs of four
+    assert data.in_packs(mean_tokens=1.0).packs_per_step == 1
+    assert data.in_packs(25.0).samples_per_step is None and data.in_packs(25.0).in_packs(99.0).packs_per_step == 8
+    packs = DataConfig(paths=("d",), tokens_per_pack=100, packs_per_step=3)
+    assert packs.in_packs(mean_tokens=25.0) is packs
+    with pytest.raises(ValueError, match="packs_per_step=3 and samples_per_step=5 say the same"):
+        DataConfig(paths=("d",), tokens_per_pack=100, packs_per_step=3, samples_per_step=5)
+
+
 def test_scores_are_joined_and_leave_the_checksum(folders):
     thresholds = [{"column": "flow", "minimum": 1}]
     with pytest.raises(DataError, match="no side column 'flow'"):

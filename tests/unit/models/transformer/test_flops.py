@@ -79,3 +79,19 @@ def test_one_sample_of_the_published_size():
     layout = build_layout([place_sample(0, 13, 60, 90, 226, config.patch)], config.patch)
     assert layout.num_tokens == 17776
     assert training_flops(config, layout) == pytest.approx(1.0e15, rel=0.02)
+
+
+@pytest.mark.parametrize("sizes", [((13, 32, 48),) * 5, ((13, 60, 90),) * 4, ((21, 96, 170),)])
+def test_a_layer_of_the_5b_model_equals_what_torch_counts(sizes, groups):
+    config = CogVideoXConfig(preset="cogvideox_5b", num_layers=1, sample_height=96, sample_width=170)
+    layout = build_layout([place_sample(i, *size, 226, config.patch) for i, size in enumerate(sizes)], config.patch)
+    local = layout.local(device="meta")
+    core = transformer_core(config, ParallelConfig(), groups, torch.bfloat16)
+    with torch.device("meta"):
+        model = CogVideoXTransformer(config, core, groups)
+        shapes = ((len(local.video_index), config.row_size_in), (len(local.text_index), config.text_embed_dim))
+        video, text = (torch.empty(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes)
+        timesteps = torch.empty(layout.num_samples, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(video, text, timesteps, layout).sum().backward()
+    assert training_flops(config, layout) == pytest.approx(counter.get_total_flops(), rel=1e-3)

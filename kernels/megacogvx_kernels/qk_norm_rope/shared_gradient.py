@@ -1,0 +1,34 @@
+"""One gradient for qkv, although `qk_norm_rope` reads its q and k and attention its v."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def take_v(qkv_SN3K: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return qkv and its v, both without a copy.
+
+    Args:
+        qkv_SN3K: `[S, N, 3, K]`; what is returned of it is for `qk_norm_rope` alone.
+
+    Returns:
+        qkv `[S, N, 3, K]` and v `[S, N, K]`.
+
+    Backward: the gradient of v is written into that of qkv, in which `qk_norm_rope` leaves its place empty. A slice
+        would make another of the size of qkv, of zeros, and add the two.
+    """
+    qkv, v = _TakeV.apply(qkv_SN3K)
+    return qkv, v
+
+
+class _TakeV(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv_SN3K: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return qkv_SN3K.view_as(qkv_SN3K), qkv_SN3K[:, :, 2]
+
+    @staticmethod
+    def backward(ctx: Any, dqkv_SN3K: torch.Tensor, dv_SNK: torch.Tensor) -> torch.Tensor:
+        dqkv_SN3K[:, :, 2] = dv_SNK
+        return dqkv_SN3K

@@ -1,0 +1,135 @@
+"""What `tools/bench_step.py` compares is the same computation, and its figures are what they say."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
+
+import bench_step
+import bench_step_gpu
+from bench_step_sides import Case, OneByOne, OurPack, TheirBatch, diffusers_model, gradients, our_model
+
+from megacogvx.models.transformer import CogVideoXConfig
+from megacogvx.models.transformer.flops import training_flops
+from megacogvx.parallel.config import ParallelConfig
+from megacogvx.parallel.groups import initialize, shutdown
+from megacogvx.testing.tolerance import assert_all_close, assert_close
+
+CONFIG = CogVideoXConfig(preset="tiny", num_layers=2, attention_head_dim=16, text_embed_dim=24)
+EQUAL, MIXED = ((3, 8, 12, 5),) * 2, ((3, 8, 12, 5), (1, 4, 6, 3), (2, 6, 16, 4))
+
+
+@pytest.fixture(scope="module")
+def groups():
+    yield initialize(ParallelConfig(device="cpu"))
+    shutdown()
+
+
+def _sides(sizes, groups):
+    case = Case(CONFIG, sizes)
+    theirs = diffusers_model(case)
+    return case, theirs, our_model(case, theirs, groups)
+
+
+def _assert_same(case, theirs, run_theirs, ours, run_ours):
+    expected, actual = run_theirs(), run_ours()
+    assert len(actual) == len(case.sizes)
+    for place, rows in enumerate(expected):
+        assert_close(actual[place], rows, 1e-5, f"sample {place}")
+    references, computed = (dict(gradients(model, CONFIG.num_attention_heads)) for model in (theirs, ours))
+    assert_all_close(computed, references, 1e-4)
+
+
+def test_a_pack_and_a_batch_of_equal_samples_are_the_same_computation(groups):
+    case, theirs, ours = _sides(EQUAL, groups)
+    _assert_same(case, theirs, TheirBatch(case, theirs, range(2)), ours, OurPack(case, ours, range(2)))
+
+
+def test_a_pack_and_samples_one_by_one_are_the_same_computation(groups):
+    case, theirs, ours = _sides(MIXED, groups)
+    each = OneByOne([TheirBatch(case, theirs, (place,)) for place in range(3)])
+    _assert_same(case, theirs, each, ours, OurPack(case, ours, range(3)))
+
+
+def test_padding_gives_every_sample_the_size_of_the_longest(groups):
+    case, theirs, _ = _sides(MIXED, groups)
+    batch = TheirBatch(case, theirs, range(3), size_of=0)
+    assert batch.video.shape == (3, 3, 16, 8, 12) and batch.text.shape[:2] == (3, 5)
+
+
+def test_a_wrong_result_is_marked(groups):
+    case, theirs, ours = _sides(EQUAL, groups)
+    reference = bench_step.Side("diffusers", TheirBatch(case, theirs, range(2)), theirs)
+    side = bench_step.Side("megacogvx", OurPack(case, ours, range(2)), ours)
+    bench_step.take_turns([reference, side], case, rounds=1)
+    assert "BROKEN" not in bench_step.compare(side, reference, torch.float32)
+    assert len(side.wall) == len(side.cpu) == 1
+    side.rows[1] = side.rows[1] * 1.001
+    assert "BROKEN" in bench_step.compare(side, reference, torch.float32)
+
+
+def test_peak_bytes_count_what_lives_at_a_time():
+    weight = torch.ones(1000, requires_grad=True)
+    model = torch.nn.ParameterList([weight])
+
+    def run():
+        (weight * 2 * torch.ones(1000)).sum().backward()
+        return []
+
+    peak = bench_step.peak_bytes(bench_step.Side("x", run, model))
+    assert 3 * 4000 <= peak < 6 * 4000  # two products, the ones, then the gradient in the place of what was freed
+
+
+def test_the_mixed_samples_keep_the_shares_of_the_distribution():
+    sizes = bench_step.mixed_sizes(1)
+    assert len(sizes) == 12 and max(frames for frames, *_ in sizes) == 25
+    assert all(height == 8 and width in range(8, 13) and text == 14 for _, height, width, text in sizes)
+
+
+def test_the_packs_of_the_gpu_part_have_the_stated_lengths_and_flops():
+    lengths = []
+    for samples, latents, _ in bench_step_gpu.PACKS:
+        case = bench_step_gpu.case_of(samples, latents)
+        lengths.append((samples, case.layout.samples[0].length))
+        flops = bench_step_gpu.block_flops(case.config, case.layout)
+        whole = training_flops(CogVideoXConfig(preset="cogvideox_5b"), case.layout)
+        assert 42 * flops == pytest.approx(whole, rel=0.005)
+    assert lengths == [(5, 5218), (4, 17776), (1, 85906), (8, 85906)]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "part"),
+    [
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", "attention"),
+        ("void pytorch_flash::flash_fwd_kernel<...>", "attention"),
+        ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_TNT", "matrix products"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32", "matrix products"),
+        ("vectorized_layer_norm_kernel", "norms, modulation, rotation, GELU, copies"),
+    ],
+)
+def test_kernels_are_told_apart_by_name(kernel, part):
+    assert bench_step_gpu.part_of(kernel) == part
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says so only where there is no GPU")
+def test_without_a_gpu_nothing_is_measured(capsys):
+    bench_step_gpu.main()
+    assert "not measured" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_layers_of_the_gpu_part_compute_the_same(monkeypatch):
+    groups = initialize(ParallelConfig(device="cuda"))
+    case = bench_step_gpu.case_of(2, (3, 32, 48))
+    *ours, theirs = [side for side in bench_step_gpu.layers(case, groups) if "compiled" not in side.name]
+    reference = theirs.tokens(theirs.forward())
+    for side in ours:
+        assert_close(side.tokens(side.forward()), reference, 2e-2, side.name)
+        kept, peak = bench_step_gpu.kept_and_peak(side)
+        assert 0 < kept <= peak
+        assert bench_step_gpu.step(side) > 0
+    shutdown()
