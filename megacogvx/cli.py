@@ -21,6 +21,10 @@ VERBS = {
     "encode": ("megacogvx.curation.encode", "encode clips and captions into an indexed dataset"),
     "data": ("megacogvx.data.commands", "look into an indexed dataset, or verify it"),
     "train": ("megacogvx.training.train", "pretrain a transformer on an indexed dataset"),
+    "estimate": ("megacogvx.training.estimate.command", "say what a training costs on so many GPUs, without one"),
+    "doctor": ("megacogvx.parallel.doctor", "look whether these machines are fit to train"),
+    "convert": ("megacogvx.conversion.convert", "convert a checkpoint between our, diffusers' and SAT's format"),
+    "inspect": ("megacogvx.conversion.inspect", "show what a checkpoint of any format holds, or how two differ"),
     "generate": ("megacogvx.inference.generate", "generate a video from a prompt"),
     "report": ("megacogvx.evaluation.report", "draw runs and samples as one HTML page"),
 }
@@ -48,11 +52,19 @@ def _run_verb(verb: str, rest: Sequence[str]) -> int:
     )
     module.add_arguments(parser)
     try:
-        module.run(parser.parse_args(rest))
+        module.run(_parse(parser, rest))
     except MegacogvxError as error:
         get_logger("megacogvx.cli").error("%s: %s", type(error).__name__, error)
         return USER_ERROR_STATUS
     return 0
+
+
+def _parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    """Parse with options before, between or after the overrides; a verb with subcommands takes them in order."""
+    try:
+        return parser.parse_intermixed_args(list(words))
+    except TypeError:  # argparse's word for subcommands
+        return parser.parse_args(list(words))
 
 
 def _overview() -> argparse.ArgumentParser:

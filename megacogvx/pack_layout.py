@@ -29,6 +29,7 @@ class PackSample:
         grid: video tokens along (t, h, w), after patching; t counts repeated frames.
         repeated_frames: copies of the first latent frame put in front, so that the temporal patch divides the frames.
         origin, step: rotary position of grid cell (i, j, k) is `origin + step * (i, j, k)`, in patches.
+        carries_loss: false for a sample that couldn't be read: its place stays, its rows weigh nothing.
     """
 
     sample_id: int
@@ -37,6 +38,7 @@ class PackSample:
     repeated_frames: int = 0
     origin: tuple[float, float, float] = (0.0, 0.0, 0.0)
     step: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    carries_loss: bool = True
 
     @property
     def video_length(self) -> int:
@@ -122,6 +124,11 @@ class PackLayout:
         """Return int32 `[M, 5]`: first token, text tokens, grid t, h, w (columns of the op `qk_norm_rope`)."""
         rows = [(start, s.text_length, *s.grid) for start, s in zip(self.boundaries, self.samples, strict=False)]
         return self._on_device("table", device, lambda: torch.tensor(rows, dtype=torch.int32))
+
+    def cu_seqlens(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Return int32 `[M]`: the boundaries without the padding's end, for kernels that read them on the device."""
+        ends = self.boundaries[:-1]
+        return self._on_device("cu_seqlens", device, lambda: torch.tensor(ends, dtype=torch.int32))
 
     def rope_grid(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """Return fp32 `[M, 6]`: rotary origin t, h, w, then step t, h, w (op `qk_norm_rope`)."""

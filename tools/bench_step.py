@@ -84,7 +84,7 @@ def take_turns(sides: list[Side], case: Case, rounds: int) -> None:
                 side.cpu.append(os.times().user - cpu)
             if number == rounds and side.compared:
                 side.rows = rows
-                side.gradients = dict(gradients(side.model, case.config.num_attention_heads))
+                side.gradients = dict(gradients(side.model, case.config))
 
 
 def peak_bytes(side: Side) -> int:

@@ -96,7 +96,7 @@ def our_model(
     """Make our model with diffusers' weights."""
     core = transformer_core(case.config, ParallelConfig(recompute=recompute), groups, case.dtype)
     model = CogVideoXTransformer(case.config, core, groups).to(case.device)
-    model.load_state_dict(to_our_names(theirs.state_dict(), case.config.num_attention_heads))
+    model.load_state_dict(to_our_names(theirs.state_dict(), case.config))
     return model
 
 
@@ -181,8 +181,8 @@ def rotary_table(case: Case, place: int) -> tuple[torch.Tensor, torch.Tensor]:
     return cos, sin
 
 
-def gradients(model: Any, num_attention_heads: int) -> Iterator[tuple[str, torch.Tensor]]:
+def gradients(model: Any, config: CogVideoXConfig) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (our name, gradient) of every parameter of either model."""
     state = {name: parameter.grad for name, parameter in model.named_parameters()}
-    renamed = state if isinstance(model, CogVideoXTransformer) else to_our_names(state, num_attention_heads)
+    renamed = state if isinstance(model, CogVideoXTransformer) else to_our_names(state, config)
     yield from renamed.items()

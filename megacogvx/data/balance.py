@@ -4,30 +4,31 @@ Filling packs alone isn't enough: attention costs L^2, so a pack of one long cli
 pack of images, and a step takes as long as its costliest pack. The method:
  1. the oldest samples, a step's worth of tokens, are dealt out: costliest first, each to the pack with the least cost
     that has room (longest processing time first; Graham 1969);
- 2. each pack, worst first, drops up to two samples and takes up to two from the reserve, whichever brings it closest
-    to full and to the mean cost (this fills gaps as well);
+ 2. in rounds, every pack that isn't good yet drops some samples and takes up to two from the reserve, whichever brings
+    it closest to full and to the mean cost (this fills gaps as well); all packs search at once (`offers.py`), and where
+    two want the same sample, the one that gains most has it;
  3. the costliest pack exchanges up to two samples with cheap ones, else with the reserve, until it is near the mean.
 All of it is integer arithmetic, so that two machines can't round their way to different plans.
 """
 
 from __future__ import annotations
 
-from itertools import combinations
-
 import numpy as np
 
-RESERVE = 320  # oldest samples of the reserve that are offered at a time, alone and as pairs
-REFRESH = 48  # improved packs after which a fresh offer is made
-WINDOW = 0.004  # of the budget: how far from full an offer may leave a pack, at first
-PAIRS_UP_TO = 12  # samples in a pack up to which two of them may be dropped at once
-PASSES = 3
-EVEN_ENOUGH = 0.006  # of the mean cost: how far above it the costliest pack may stay
-PATIENCE = 3  # how much less unused tokens count, and wider the window is, for the costliest pack
+from megacogvx.data.offers import BINS, NEVER, Drops, Offer
+
+RESERVE = 128  # lengths of the reserve that are offered at a time, alone and as pairs, those of the oldest samples
+WINDOW = 0.004  # of the budget: how far from full the bins of an offer reach
+ROUNDS = 2  # of improvement, with one offer
+OFFERS = 3  # a fresh one holds what was dropped, and the next samples of the reserve
+CHOICES = 12  # best changes that each pack proposes in a round
+# For the packs that stay too costly, round by round: how much less unused tokens count (and wider the window is), and
+# how far above the mean cost, as a share of it, a pack may stay.
+PATIENCE = ((1, 0.006), (3, 0.006), (9, 0.009), (9, 0.009))
 EXCHANGES = 4  # per pack, at most
-PARTNERS = 24  # packs, cheapest first, with which the costliest one tries to exchange
-GOOD_ENOUGH = 0.002  # of the mean cost: a pack as good as this is left alone
+PARTNERS = 12  # packs, cheapest first, with which the costliest one tries to exchange
+GOOD_ENOUGH = 0.003  # of the mean cost: a pack as good as this is left alone
 CLOSE_ENOUGH = 0.0005  # of the mean cost: nothing is moved for less
-NEVER = np.iinfo(np.int64).max
 
 
 class Balancer:
@@ -52,166 +53,181 @@ class Balancer:
             budget: tokens of a pack.
             protected_age: from this age on a candidate is dealt first, oldest first, and never dropped again.
         """
-        self.lengths, self.costs, self.indices, self.ages = lengths, costs, indices, ages
-        self.budget, self.protected = budget, ages >= protected_age
+        self.lengths, self.costs = np.append(lengths, 0), np.append(costs, 0)  # the last is nobody, see `offers.py`
+        self.indices, self.ages = indices, ages
+        self.budget, self.protected = budget, np.append(ages >= protected_age, False)
         self.members: list[list[int]] = [[] for _ in range(packs)]
         self.room = np.full(packs, budget, np.int64)
         self.load = np.zeros(packs, np.int64)
-        self.free = np.ones(len(lengths), bool)
+        self._usable = np.ones(len(lengths) + 1, bool)
         self.has_twins = len(np.unique(indices)) < len(indices)
+
+    @property
+    def free(self) -> np.ndarray:
+        """Which candidates are in no pack, bool `[n]`."""
+        return self._usable[:-1]
 
     def run(self) -> list[list[int]]:
         """Return the candidates of each pack."""
         self._deal()
-        for _ in range(PASSES):
-            self._improve_from_reserve()
-        self._exchange_between_packs()
+        self._improve_from_reserve()
+        self._even_out()
         return self.members
 
     def _deal(self) -> None:
-        total = np.cumsum(self.lengths)
-        due = np.flatnonzero(total - self.lengths < self.budget * len(self.members))
-        first = np.where(self.protected, -self.ages, 0)
-        for candidate in due[np.lexsort((-self.costs[due], first[due]))].tolist():
-            load = np.where(self.room >= self.lengths[candidate], self.load, NEVER)
+        """Deal the oldest samples, protected ones first, then the costliest, each to the cheapest pack with room."""
+        lengths = self.lengths[:-1]
+        due = np.flatnonzero(np.cumsum(lengths) - lengths < self.budget * len(self.members))
+        first = np.where(self.protected[:-1], -self.ages, 0)
+        due = due[np.lexsort((-self.costs[due], first[due]))]
+        first_round = due[: len(self.members)].tolist()
+        for pack, candidate in enumerate(first_round):  # all packs are empty: the costliest go to one each
+            self._add(pack, candidate)
+        due = due[len(first_round) :]
+        for candidate, length in zip(due.tolist(), self.lengths[due].tolist(), strict=True):
+            load = np.where(self.room >= length, self.load, NEVER)
             if self.has_twins:
-                load[[self._has_twin(members, candidate) for members in self.members]] = NEVER
-            pack = int(np.argmin(load))
+                load[[self._has_twin(pack, candidate) for pack in range(len(load))]] = NEVER
+            pack = int(load.argmin())
             if load[pack] < NEVER:
                 self._add(pack, candidate)
 
     def _improve_from_reserve(self) -> None:
         used = self.budget * len(self.members) - int(self.room.sum())
         target = int(self.load.sum()) * self.budget // used  # the mean cost, were the packs full
-        badness = self._badness(self.load, self.room, target)
-        order = [pack for pack in np.argsort(-badness, kind="stable").tolist() if badness[pack] > target * GOOD_ENOUGH]
-        for start in range(0, len(order), REFRESH):
-            offer = self._offer()
-            for pack in order[start : start + REFRESH]:
-                self._improve(pack, target, offer)
+        for _ in range(OFFERS):
+            offer, settled = self._offer(), np.zeros(len(self.members), bool)
+            for _ in range(ROUNDS):
+                badness = self._badness(self.load, self.room, target)
+                packs = np.flatnonzero(~settled & (badness > target * GOOD_ENOUGH))
+                if not len(packs):
+                    break
+                settled[packs] = True
+                settled[list(self._improve(packs, target, offer))] = False
 
     def _badness(self, load: np.ndarray, room: np.ndarray, target: int, patience: int = 1) -> np.ndarray:
         """Distance from the mean cost, plus what the unused tokens would cost, divided by `patience`."""
         return np.abs(load - target) + room * (target // self.budget // patience)
 
-    def _offer(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Return (tokens, cost, first, second) of nothing, the reserve's samples and their pairs, by tokens."""
-        reserve = np.flatnonzero(self.free)[:RESERVE]
-        first, second = np.triu_indices(len(reserve), k=1)
-        first, second = reserve[first], reserve[second]
-        if self.has_twins:
-            different = self.indices[first] != self.indices[second]
-            first, second = first[different], second[different]
-        none = np.full(len(reserve) + 1, -1)
-        first, second = np.concatenate([[-1], reserve, first]), np.concatenate([none, second])
-        tokens = self._value(self.lengths, first) + self._value(self.lengths, second)
-        order = np.argsort(tokens, kind="stable")
-        first, second = first[order], second[order]
-        return tokens[order], self._value(self.costs, first) + self._value(self.costs, second), first, second
+    def _offer(self) -> Offer:
+        return Offer(np.flatnonzero(self.free), self.lengths, self.costs, self.budget, WINDOW, RESERVE)
 
-    @staticmethod
-    def _value(column: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-        return np.append(column, 0)[chosen]  # -1, nobody, is the appended 0
+    def _improve(self, packs: np.ndarray, target: int, offer: Offer, patience: int = 1) -> set[int]:
+        """Let every one of `packs` make the change that brings it closest; returns those that did."""
+        offer.refresh()
+        drops = Drops([self.members[pack] for pack in packs], self.lengths, self.costs, self.protected)
+        now = self._badness(self.load[packs], self.room[packs], target, patience)
+        badness, rows = self._search(packs, drops, offer, target, patience)
+        drop, near = np.nonzero(badness < now[drops.pack][:, None] - int(target * CLOSE_ENOUGH))
+        badness, rows, place = badness[drop, near], rows[drop, near], drops.pack[drop]
+        order = np.lexsort((badness, place))
+        rank = np.arange(len(order)) - np.searchsorted(place[order], place[order])  # within its pack, best first
+        order = order[rank < CHOICES]
+        changed: set[int] = set()
+        for best in order[np.argsort((badness - now[place])[order], kind="stable")].tolist():
+            pack, give = int(packs[place[best]]), drops.candidates(drop[best])
+            if pack not in changed and self._change(pack, give, offer.take(int(rows[best]))):
+                changed.add(pack)
+        return changed
 
-    def _improve(self, pack: int, target: int, offer: tuple[np.ndarray, ...], patience: int = 1) -> bool:
-        tokens, costs, first, second = offer
-        drops = self._drops(pack)
-        drop_tokens, drop_costs = self._sums(self.lengths, drops), self._sums(self.costs, drops)
-        most = self.room[pack] + drop_tokens
-        window = max(1, int(self.budget * WINDOW * patience))
-        low, high = np.searchsorted(tokens, most - window), np.searchsorted(tokens, most, side="right")
-        if not (high > low).any():  # nothing fits this well: look at everything that fits, without dropping anything
-            low, high = np.zeros_like(low), np.where(drop_tokens == 0, high, 0)
-        counts = high - low
-        which = np.repeat(np.arange(len(drops)), counts)
-        place = np.arange(len(which)) + np.repeat(low - np.cumsum(counts) + counts, counts)
-        usable = np.append(self.free, True)
-        if self.has_twins:
-            usable[:-1] &= ~np.isin(self.indices, self.indices[self.members[pack]])
-        load = self.load[pack] - drop_costs[which] + costs[place]
-        badness = self._badness(load, most[which] - tokens[place], target, patience)
-        badness[~(usable[first[place]] & usable[second[place]])] = NEVER
-        if not len(badness):
+    def _search(
+        self, packs: np.ndarray, drops: Drops, offer: Offer, target: int, patience: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return (badness, row of the offer) of the changes in sight, int64 `[drops, candidates]` each."""
+        room = self.room[packs][drops.pack]
+        most = room + drops.tokens
+        rest = self.load[packs][drops.pack] - drops.costs
+        rows = offer.near(most, target - rest, BINS * patience)
+        left = most[:, None] - offer.tokens[rows]
+        badness = self._badness(rest[:, None] + offer.costs[rows], left, target, patience)
+        widest = np.maximum(room, int(self.budget * WINDOW * patience))[:, None]
+        badness[(left < 0) | (left > widest)] = NEVER
+        return badness, rows
+
+    def _change(self, pack: int, give: list[int], take: list[int] | None) -> bool:
+        """Drop `give` into the reserve and take `take` from it, if that is there and no twin."""
+        if take is None or not self._fits(pack, give, take):
             return False
-        best = int(np.argmin(badness))
-        now = self._badness(self.load[pack], self.room[pack], target, patience)
-        if badness[best] >= now - int(target * CLOSE_ENOUGH):
-            return False
-        for candidate in drops[which[best]]:
+        for candidate in give:
             self._drop(pack, candidate)
-        for candidate in (int(first[place[best]]), int(second[place[best]])):
-            if candidate >= 0:
-                self._add(pack, candidate)
+        for candidate in take:
+            self._add(pack, candidate)
         return True
 
-    def _drops(self, pack: int, protected: bool = False) -> list[tuple[int, ...]]:
-        free = [candidate for candidate in self.members[pack] if protected or not self.protected[candidate]]
-        pairs = combinations(free, 2) if len(free) <= PAIRS_UP_TO else ()
-        return [(), *((candidate,) for candidate in free), *pairs]
+    def _even_out(self) -> None:
+        """Bring the costliest packs near the mean, by exchanges with cheap packs, else with the reserve.
 
-    def _exchange_between_packs(self) -> None:
-        """Lower the costliest pack by exchanges with other packs, else with the reserve, until nothing helps.
-
-        All packs wait for the costliest one, so it may now give up some of its fill.
+        All packs wait for the costliest one, so these may give up some of their fill.
         """
-        offer = None
+        for patience, excess in PATIENCE:
+            self._exchange_between_packs(excess)
+            target = int(self.load.mean())
+            packs = np.flatnonzero(self.load - target > int(target * excess))
+            if not len(packs):
+                return
+            # Not down to the mean: where a few packs can only be cheap, the mean would flee before the others.
+            self._improve(packs, target + int(target * excess) // 2, self._offer(), patience)
+
+    def _exchange_between_packs(self, excess: float) -> None:
         for _ in range(EXCHANGES * len(self.members)):
             target = int(self.load.mean())
             worst = int(np.argmax(self.load))
-            if self.load[worst] - target <= int(target * EVEN_ENOUGH):
+            if self.load[worst] - target <= int(target * excess):
                 return
-            partners = np.argsort(self.load, kind="stable")[:PARTNERS].tolist()
-            if any(self._exchange(worst, partner, target) for partner in partners if partner != worst):
-                continue
-            offer = self._offer() if offer is None else offer
-            if not self._improve(worst, target, offer, patience=PATIENCE):
+            partners = np.argsort(self.load, kind="stable")[:PARTNERS]
+            if not self._exchange(worst, partners[partners != worst], target):
                 return
 
-    def _exchange(self, one: int, other: int, target: int) -> bool:
-        """Make the exchange of up to two samples each that brings both packs closest to `target`, if any does."""
-        gives, takes = self._drops(one, True), self._drops(other, True)
-        tokens = self._sums(self.lengths, gives)[:, None] - self._sums(self.lengths, takes)[None, :]
-        costs = self._sums(self.costs, gives)[:, None] - self._sums(self.costs, takes)[None, :]
-        far = np.maximum(np.abs(self.load[one] - costs - target), np.abs(self.load[other] + costs - target))
-        far[(self.room[one] + tokens < 0) | (self.room[other] - tokens < 0)] = NEVER
-        now = max(abs(int(self.load[one]) - target), abs(int(self.load[other]) - target))
-        for best in np.argsort(far, axis=None, kind="stable")[: 8 if self.has_twins else 1].tolist():
-            give, take = gives[best // len(takes)], takes[best % len(takes)]
-            if far.flat[best] >= now:
+    def _exchange(self, one: int, others: np.ndarray, target: int) -> bool:
+        """Make the exchange of up to two samples each that brings `one` and another pack closest to `target`."""
+        nobody = np.zeros_like(self.protected)  # what is exchanged stays in the step
+        gives = Drops([self.members[one]], self.lengths, self.costs, nobody)
+        takes = Drops([self.members[other] for other in others], self.lengths, self.costs, nobody)
+        other = others[takes.pack]
+        tokens, costs = gives.tokens[:, None] - takes.tokens, gives.costs[:, None] - takes.costs
+        far = np.maximum(np.abs(self.load[one] - target - costs), np.abs(self.load[other] - target + costs))
+        far[(tokens < -self.room[one]) | (tokens > self.room[other])] = NEVER
+        now = np.maximum(abs(self.load[one] - target), np.abs(self.load[other] - target))
+        far[far >= now] = NEVER
+        tries = np.argsort(far, axis=None, kind="stable")[:8] if self.has_twins else [far.argmin()]
+        for best in map(int, tries):
+            give, take = best // far.shape[1], best % far.shape[1]
+            if far[give, take] == NEVER:
                 return False
-            if self._fits(one, give, take) and self._fits(other, take, give):
-                for candidate in give:
-                    self._drop(one, candidate)
-                    self._add(other, candidate)
-                for candidate in take:
-                    self._drop(other, candidate)
-                    self._add(one, candidate)
+            if self._swap(one, int(other[take]), gives.candidates(give), takes.candidates(take)):
                 return True
         return False
 
-    def _fits(self, pack: int, without: tuple[int, ...], plus: tuple[int, ...]) -> bool:
+    def _swap(self, one: int, other: int, give: list[int], take: list[int]) -> bool:
+        if not (self._fits(one, give, take) and self._fits(other, take, give)):
+            return False
+        for source, target, moved in ((one, other, give), (other, one, take)):
+            for candidate in moved:
+                self._drop(source, candidate)
+                self._add(target, candidate)
+        return True
+
+    def _fits(self, pack: int, without: list[int], plus: list[int]) -> bool:
         """Whether the pack holds no sample twice after dropping `without` and adding `plus`."""
+        if not self.has_twins:
+            return True
         rest = [self.indices[m] for m in self.members[pack] if m not in without] + [self.indices[m] for m in plus]
         return len(rest) == len(set(rest))
 
-    @staticmethod
-    def _sums(column: np.ndarray, groups: list[tuple[int, ...]]) -> np.ndarray:
-        return np.array([sum(column[member] for member in group) for group in groups], np.int64)
-
-    def _has_twin(self, members: list[int], candidate: int) -> bool:
-        return any(self.indices[member] == self.indices[candidate] for member in members)
+    def _has_twin(self, pack: int, candidate: int) -> bool:
+        return any(self.indices[m] == self.indices[candidate] for m in self.members[pack])
 
     def _add(self, pack: int, candidate: int) -> None:
         self.members[pack].append(candidate)
         self.room[pack] -= self.lengths[candidate]
         self.load[pack] += self.costs[candidate]
-        self.free[candidate] = False
+        self._usable[candidate] = False
 
     def _drop(self, pack: int, candidate: int) -> None:
         self.members[pack].remove(candidate)
         self.room[pack] += self.lengths[candidate]
         self.load[pack] -= self.costs[candidate]
-        self.free[candidate] = True
+        self._usable[candidate] = True
 
 
 def integer_costs(lengths: np.ndarray, linear: float, quadratic: float, budget: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""`megacogvx data`: look into datasets (`info`) and check them (`verify`)."""
+"""`megacogvx data`: look into datasets (`info`) and check them (`verify`); what writes is in `dataset_commands.py`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from megacogvx.data import dataset_commands
 from megacogvx.data.indexed.layout import BF16_BYTES
 from megacogvx.data.indexed.reader import IndexedDataset
 from megacogvx.data.indexed.verify import verify_dataset
@@ -19,6 +20,10 @@ from megacogvx.errors import DataError
 EXAMPLE = """example:
   megacogvx data info datasets/stage1
   megacogvx data verify datasets/stage1 datasets/stage2
+  megacogvx data column datasets/stage1 --name flow --from-metadata flow_score
+  megacogvx data filter datasets/stage1 --where "flow>=0.5" --output datasets/moving
+  megacogvx data split datasets/stage1 --parts datasets/train=0.98 datasets/held-out=0.02
+  megacogvx data import latents/ --encoder datasets/stage1 --axes cthw --output datasets/imported
 """
 SHOWN_SIZES = 12  # latent sizes that `info` lists
 SHOWN_PROBLEMS = 50
@@ -33,22 +38,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         command = commands.add_parser(name, help=text, description=text.capitalize() + ".")
         command.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="holds a manifest.json")
+    dataset_commands.add_commands(commands)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the chosen subcommand.
 
     Raises:
-        DataError: a dataset can't be opened, or `verify` found problems.
+        ConfigError: an option doesn't make sense.
+        DataError: a dataset can't be opened or written, or `verify` found problems.
     """
     console = Console()
     if arguments.data_command == "info":
         for folder in arguments.folders:
             _info(folder, console)
-    else:
+    elif arguments.data_command == "verify":
         broken = [str(folder) for folder in arguments.folders if not _verify(folder, console)]
         if broken:
             raise DataError(f"damaged: {', '.join(broken)}; restore the named files, or write their shards again")
+    else:
+        arguments.run_command(arguments)
 
 
 def _info(folder: Path, console: Console) -> None:

@@ -70,6 +70,7 @@ class PackPlan:
         self._check_lengths()
         self._costs = integer_costs(self.lengths, *cost, config.tokens_per_pack)
         self._order = SampleOrder(columns.groups, seed)
+        self._admitted: tuple[int, np.ndarray] = (-1, np.empty(0, bool))
         self._buffer = self._empty()
         self._recent: dict[int, Step] = {}
 
@@ -93,6 +94,7 @@ class PackPlan:
             "seed": self.seed,
             "corpus": f"{self.columns.checksum:016x}",
             "drawn": self._buffer.drawn,
+            "threshold_generation": self.config.threshold_generation(self._buffer.step),
             "waiting": [self._buffer.positions.tolist(), self._buffer.born.tolist()],
         }
 
@@ -152,31 +154,48 @@ class PackPlan:
     def _filled(self, buffer: _Buffer) -> _Buffer:
         """Return `buffer` with samples drawn until it holds `config.buffer` steps of tokens.
 
-        A corpus smaller than a step comes several times; a sample waits at most once per pack of the step, since no
-        pack may hold it twice.
+        Samples that the step's thresholds don't admit are passed over, or leave the buffer. A corpus smaller than a
+        step comes several times; a sample waits at most once per pack of the step, since no pack may hold it twice.
         """
         wanted = int(self.config.buffer * self.config.packs_per_step * self.config.tokens_per_pack)
-        wanted -= int(self.lengths[buffer.indices].sum())
-        copies = dict(zip(*(part.tolist() for part in np.unique(buffer.indices, return_counts=True)), strict=True))
         chunk = max(64, 2 * wanted * len(self.lengths) // int(self.lengths.sum()))
-        drawn: list[int] = []
-        while wanted > 0:
-            start = buffer.drawn + len(drawn)
-            for index in self._order.at(np.arange(start, start + chunk)).tolist():
-                copies[index] = copies.get(index, 0) + 1
-                if wanted <= 0 or copies[index] > self.config.packs_per_step:
-                    wanted = 0
-                    break
-                drawn.append(index)
-                wanted -= int(self.lengths[index])
-        positions = np.arange(buffer.drawn, buffer.drawn + len(drawn))
-        return _Buffer(
-            buffer.step,
-            buffer.drawn + len(drawn),
-            np.concatenate([buffer.positions, positions]),
-            np.concatenate([buffer.born, np.full(len(drawn), buffer.step)]),
-            np.concatenate([buffer.indices, np.array(drawn, np.int64)]),
-        )
+        admitted = self._admits(buffer.step)
+        stays = admitted[buffer.indices]
+        indices, positions = buffer.indices[stays], buffer.positions[stays]
+        held, drawn = len(indices), buffer.drawn
+        while True:
+            new = np.arange(drawn, drawn + chunk)
+            drawn_indices = self._order.at(new)
+            passed = admitted[drawn_indices]
+            indices = np.concatenate([indices, drawn_indices[passed]])
+            positions = np.concatenate([positions, new[passed]])
+            drawn, chunk = drawn + chunk, 2 * chunk
+            full = np.cumsum(self.lengths[indices]) - self.lengths[indices] >= wanted
+            ended = full | (_copies_before(indices) >= self.config.packs_per_step)
+            if ended[held:].any():
+                count = held + int(np.argmax(ended[held:]))
+                break
+        born = np.concatenate([buffer.born[stays], np.full(count - held, buffer.step)])
+        return _Buffer(buffer.step, int(positions[count]), positions[:count], born, indices[:count])
+
+    def _admits(self, step: int) -> np.ndarray:
+        """Return which samples the thresholds of `step` admit: bool `[n]`.
+
+        Raises:
+            DataError: none of them.
+        """
+        generation = self.config.threshold_generation(step)
+        if self._admitted[0] != generation:
+            admitted, active = np.ones(len(self.lengths), bool), self.config.active_thresholds(step)
+            for threshold in active:
+                admitted &= threshold.admits(self.columns.scores[threshold.column])
+            listed = ", ".join(f"{t.column} in [{t.minimum}, {t.maximum}]" for t in active)
+            if not admitted.any():
+                raise DataError(f"data.thresholds of step {step} ({listed}) admit none of {len(admitted)} samples")
+            if active:
+                logger.info("from step %d on %d of %d samples: %s", step, admitted.sum(), len(admitted), listed)
+            self._admitted = (generation, admitted)
+        return self._admitted[1]
 
     @property
     def _protected_age(self) -> int:
@@ -198,3 +217,13 @@ class PackPlan:
                 f"{int(self.columns.text_length[longest])} text tokens), has {self.lengths[longest]}; set "
                 f"data.tokens_per_pack to at least {self.lengths[longest]}, or leave such samples out"
             )
+
+
+def _copies_before(indices: np.ndarray) -> np.ndarray:
+    """Return how many times each entry's value occurs before it."""
+    order = np.argsort(indices, kind="stable")
+    new = np.diff(indices[order], prepend=-1) != 0
+    first = np.maximum.accumulate(np.where(new, np.arange(len(order)), 0))
+    copies = np.empty(len(order), np.int64)
+    copies[order] = np.arange(len(order)) - first
+    return copies

@@ -44,6 +44,8 @@ class SamplingSettings:
         guidance: how the scale runs over the steps (`diffusion/guidance.py`).
         guidance_scale: 1 with constant guidance leaves the branch without text out.
         seed: of all noise.
+        repeated_frames: of a model with temporal patches: whether the frames that are repeated in front follow the
+            first frame (`copied`: they carried no loss in training) or the model's prediction (`predicted`).
     """
 
     num_steps: int = 50
@@ -51,6 +53,7 @@ class SamplingSettings:
     guidance: GuidanceSchedule = "constant"
     guidance_scale: float = 6.0
     seed: int = 0
+    repeated_frames: Literal["copied", "predicted"] = "copied"
 
     @property
     def is_guided(self) -> bool:
@@ -113,7 +116,8 @@ class Denoiser:
             *without, v_TCHW = pack.predict(x_TCHW, t)
             if without:
                 v_TCHW = combine(without[0], v_TCHW, scale)
-            v_TCHW = self._follow_first_frame(v_TCHW, x_TCHW, t, copies)
+            if settings.repeated_frames == "copied":
+                v_TCHW = self._follow_first_frame(v_TCHW, x_TCHW, t, copies)
             if settings.sampler == "ddim":
                 x_TCHW = ddim_step(self.schedule, v_TCHW, x_TCHW, t, settings.num_steps)
             else:

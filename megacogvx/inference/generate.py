@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from megacogvx.conversion.settings import Conventions
 from megacogvx.data.transforms import to_pixels
 from megacogvx.data.video import written_beside
 from megacogvx.diffusion.schedule import NoiseSchedule
@@ -96,7 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--guidance-scale", type=float, default=6.0, help="classifier-free guidance; 1 turns it off (default: 6)")
     add("--guidance", choices=("constant", "monotone", "legacy"), default="constant",
         help="the scale over the steps; legacy: as in the released samplers")  # fmt: skip
-    add("--negative-prompt", help='what to steer away from; "" is the empty prompt (default: zeros, as in training)')
+    add("--negative-prompt", help='what to steer away from; "" is the empty prompt (default: as the weights expect it)')
     add("--seed", type=int, default=0, help="of all noise (default: 0)")
     add(
         "--latents-per-chunk",
@@ -120,7 +121,7 @@ def run(arguments: argparse.Namespace) -> None:
     """
     prompts = read_prompts(arguments.prompt, arguments.prompts_file)
     transformer, vae = TransformerCheckpoint.find(arguments.checkpoint), VAECheckpoint.find(arguments.vae)
-    size, settings = video_size(arguments, transformer, vae), sampling_settings(arguments)
+    size, settings = video_size(arguments, transformer, vae), sampling_settings(arguments, transformer.conventions)
     size.check(vae.config, transformer.config.patch_size)
     settings.check(transformer.diffusion.num_train_timesteps)
     if not arguments.fps > 0:
@@ -187,7 +188,8 @@ def encode_prompts(
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Return (embedding of the prompt, embedding of no prompt), each `[L, E]`, as the dataset's texts were made.
 
-    Without a negative prompt the second is zeros of the first one's length, as dropped texts are in training.
+    Without a negative prompt the second is what the weights expect: zeros of the first one's length, as dropped texts
+    are in training, or the empty prompt.
     """
     length, pads = transformer.encoder.text_length, transformer.encoder.text_kind == "padded"
     encoder = TextEncoder.from_folder(arguments.text_encoder, length, device, dtype)
@@ -202,9 +204,9 @@ def encode_prompts(
         return embeddings_BLE[0] if pads else embeddings_BLE[0, : int(lengths_B[0])]
 
     texts = [encode(prompt) for prompt in prompts]
-    if arguments.negative_prompt is None:
+    if arguments.negative_prompt is None and transformer.conventions.unconditional_text == "zeros":
         return [(text_LE, torch.zeros_like(text_LE)) for text_LE in texts]
-    negative_LE = encode(arguments.negative_prompt)
+    negative_LE = encode(arguments.negative_prompt or "")
     return [(text_LE, negative_LE) for text_LE in texts]
 
 
@@ -245,14 +247,15 @@ def video_size(arguments: argparse.Namespace, transformer: TransformerCheckpoint
     return VideoSize(*(default if given is None else given for given, default in zip(asked, native, strict=True)))
 
 
-def sampling_settings(arguments: argparse.Namespace) -> SamplingSettings:
-    """Return the settings of the sampling loop that the options ask for."""
+def sampling_settings(arguments: argparse.Namespace, conventions: Conventions | None = None) -> SamplingSettings:
+    """Return the settings of the sampling loop that the options ask for, and those that the weights do."""
     return SamplingSettings(
         num_steps=arguments.steps,
         sampler=arguments.sampler,
         guidance=arguments.guidance,
         guidance_scale=arguments.guidance_scale,
         seed=arguments.seed,
+        repeated_frames=(conventions or Conventions()).repeated_frames,
     )
 
 

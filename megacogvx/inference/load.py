@@ -6,70 +6,28 @@ says which model it is.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 
-from megacogvx.checkpoint.directory import CheckpointDirectory
 from megacogvx.checkpoint.distributed import load
-from megacogvx.checkpoint.whole import load_whole, read_state
-from megacogvx.config import Section, build_config
+from megacogvx.checkpoint.find import Checkpoint, find_checkpoint
+from megacogvx.checkpoint.whole import load_whole
+from megacogvx.conversion.settings import Conventions
 from megacogvx.data.indexed.layout import EncoderInfo
 from megacogvx.diffusion.config import DiffusionConfig
-from megacogvx.errors import CheckpointError, ConfigError
+from megacogvx.errors import ConfigError
 from megacogvx.log import get_logger
 from megacogvx.models.transformer.config import CogVideoXConfig
 from megacogvx.models.transformer.model import CogVideoXTransformer, transformer_core
 from megacogvx.models.vae.config import VAEConfig
 from megacogvx.models.vae.model import CogVideoXVAE
+from megacogvx.models.weights import check_finite
 from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.groups import ParallelGroups
 
-STEP_FOLDER = re.compile(r"step-(\d{8})")
-AnySection = TypeVar("AnySection", bound=Section)
-
 logger = get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """One complete checkpoint of a run.
-
-    Attributes:
-        directory: the run's checkpoints.
-        step: which of them.
-        resolved: the run's resolved config, by section.
-    """
-
-    directory: CheckpointDirectory
-    step: int
-    resolved: Mapping[str, Any]
-
-    @property
-    def path(self) -> Path:
-        """The checkpoint's folder."""
-        return self.directory.path(self.step)
-
-    def section(self, name: str, kind: type[AnySection]) -> AnySection:
-        """Return one section of the run's config.
-
-        Raises:
-            CheckpointError: it isn't there, so this is a checkpoint of another kind of model, or it doesn't fit this
-                version.
-        """
-        if name not in self.resolved:
-            raise CheckpointError(
-                f"{self.path} has no section {name!r} (it has {', '.join(self.resolved) or 'none'}); is it a "
-                "checkpoint of another kind of model?"
-            )
-        try:
-            return build_config(kind, dict(self.resolved[name]), source=f"{self.path}, section {name}")
-        except ConfigError as error:
-            raise CheckpointError(f"{error}; was it written by another version?") from None
 
 
 @dataclass(frozen=True)
@@ -79,11 +37,13 @@ class TransformerCheckpoint(Checkpoint):
     Attributes:
         config, diffusion: its sections `model` and `diffusion`.
         encoder: what its dataset was encoded with.
+        conventions: how else its weights expect to be used; converted ones may differ from ours.
     """
 
     config: CogVideoXConfig
     diffusion: DiffusionConfig
     encoder: EncoderInfo
+    conventions: Conventions
 
     @classmethod
     def find(cls, path: Path) -> TransformerCheckpoint:
@@ -100,6 +60,7 @@ class TransformerCheckpoint(Checkpoint):
             found.section("model", CogVideoXConfig),
             found.section("diffusion", DiffusionConfig),
             found.section("encoder", EncoderInfo),
+            found.section("conventions", Conventions) if "conventions" in found.resolved else Conventions(),
         )
 
     @property
@@ -153,19 +114,25 @@ def load_transformer(path: Path, groups: ParallelGroups, dtype: torch.dtype) -> 
     Raises:
         CheckpointError: `path` holds no complete checkpoint of a transformer, or it is damaged.
         ConfigError: the heads don't divide by the layout.
+        DataError: a weight is NaN or infinite.
     """
     checkpoint = TransformerCheckpoint.find(path)
-    parallel = ParallelConfig(tensor_parallel_size=groups.tensor[1], context_parallel_size=groups.context[1])
+    parallel = ParallelConfig(
+        tensor_parallel_size=groups.tensor[1], context_parallel_size=groups.context[1], ring_size=groups.ring[1]
+    )
     model = CogVideoXTransformer(
         checkpoint.config, transformer_core(checkpoint.config, parallel, groups, dtype), groups
     ).to(groups.device)
     load(checkpoint.path, model, None, groups)
+    check_finite(model, str(checkpoint.path))
     logger.info("transformer of step %d from %s", checkpoint.step, checkpoint.path)
     return model.eval().requires_grad_(False)
 
 
 def load_vae(path: Path, device: torch.device, dtype: torch.dtype) -> CogVideoXVAE:
     """Load a VAE for inference, in one process; no other takes part.
+
+    If its run kept averaged weights (`ema.decay`), those are taken.
 
     Args:
         path: run folder or checkpoint.
@@ -176,40 +143,12 @@ def load_vae(path: Path, device: torch.device, dtype: torch.dtype) -> CogVideoXV
 
     Raises:
         CheckpointError: `path` holds no complete checkpoint of a VAE, or it is damaged.
+        DataError: a weight is NaN or infinite.
     """
     checkpoint = VAECheckpoint.find(path)
     model = CogVideoXVAE(checkpoint.config)
-    load_whole(checkpoint.path, model)
-    logger.info("VAE of step %d from %s", checkpoint.step, checkpoint.path)
+    averaged = bool(checkpoint.resolved.get("ema", {}).get("decay"))
+    load_whole(checkpoint.path, model, "ema." if averaged else "model.")
+    check_finite(model, str(checkpoint.path))
+    logger.info("VAE of step %d from %s%s", checkpoint.step, checkpoint.path, ", averaged weights" if averaged else "")
     return model.to(device, dtype).eval().requires_grad_(False)
-
-
-def find_checkpoint(path: Path) -> Checkpoint:
-    """Find the checkpoint that `path` names.
-
-    Args:
-        path: a run folder (`checkpoints/` in it) or one of its checkpoints, `.../step-00000100`.
-
-    Raises:
-        CheckpointError: there is no such folder, no complete checkpoint in it, or the one named is half written.
-    """
-    path = Path(path)
-    named = STEP_FOLDER.fullmatch(path.resolve().name)
-    folder = path.resolve().parent if named else path / "checkpoints"
-    if not (path.is_dir() if named else folder.is_dir()):
-        raise CheckpointError(
-            f"{path} is neither a run folder (it would hold checkpoints/) nor a checkpoint (.../step-00000100)"
-        )
-    directory = CheckpointDirectory(folder)
-    complete = directory.steps()
-    if not complete:
-        raise CheckpointError(f"{folder} holds no complete checkpoint; let the run reach training.save_every steps")
-    step = int(named[1]) if named else complete[-1]
-    if step not in complete:
-        raise CheckpointError(
-            f"{path} was not written to its end; complete checkpoints beside it: {', '.join(map(str, complete))}"
-        )
-    resolved = read_state(directory.path(step)).get("config")
-    if not isinstance(resolved, dict):
-        raise CheckpointError(f"{directory.path(step)} doesn't say which config it was trained with")
-    return Checkpoint(directory, step, resolved)

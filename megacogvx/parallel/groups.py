@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megacogvx import log
 from megacogvx.errors import LaunchError
 from megacogvx.parallel.config import ParallelConfig
+from megacogvx.parallel.software import check_software
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -45,6 +46,7 @@ class ParallelGroups:
         device: where this rank's tensors live.
         tensor, context, data, pipeline: (rank, size) along each axis; along `pipeline` a rank is a stage.
         rank, world_size: among all processes.
+        ring: (rank, size) among the context ranks that exchange keys and values in a ring.
     """
 
     collection: ProcessGroupCollection
@@ -55,6 +57,7 @@ class ParallelGroups:
     pipeline: tuple[int, int]
     rank: int
     world_size: int
+    ring: tuple[int, int] = (0, 1)
 
     @property
     def tensor_group(self) -> dist.ProcessGroup:
@@ -65,6 +68,16 @@ class ParallelGroups:
     def context_group(self) -> dist.ProcessGroup:
         """Ranks that share the tokens of one pack, or in a VAE run the frames of one clip."""
         return self.collection.cp
+
+    @property
+    def ulysses_group(self) -> dist.ProcessGroup:
+        """Context ranks that exchange heads for tokens: neighbours, all of them without a ring."""
+        return self.collection.cp if self.ring[1] == 1 else self.collection.hcp[0]
+
+    @property
+    def ring_group(self) -> dist.ProcessGroup:
+        """Context ranks with the same heads and other tokens; there is none without a ring."""
+        return self.collection.hcp[1]
 
     @property
     def data_group(self) -> dist.ProcessGroup:
@@ -139,7 +152,9 @@ def initialize(config: ParallelConfig, seed: int = 0) -> ParallelGroups:
     Raises:
         LaunchError: too few processes, sizes that don't divide, no GPU for `parallel.device=cuda`, or the other
             processes can't be reached. The first three are raised before any group exists.
+        ConfigError: a kernel or layer that is named can't be used on this machine; before any group exists, too.
     """
+    check_software(config)
     environment = launch_environment()
     check_world_size(config, environment.world_size)
     device = choose_device(config, environment)
@@ -284,6 +299,8 @@ def _make_groups(
         tensor_model_parallel_size=config.tensor_parallel_size,
         context_parallel_size=config.context_parallel_size,
         pipeline_model_parallel_size=config.pipeline_parallel_size,
+        # inner ranks first: those that exchange heads, then those that form a ring
+        hierarchical_context_parallel_sizes=[config.ulysses_size, config.ring_size] if config.ring_size > 1 else None,
         # A language model shares its word embedding between first and last stage; no weight of ours is.
         get_embedding_ranks=_first_alone,
         get_position_embedding_ranks=_first_alone,
@@ -301,6 +318,7 @@ def _make_groups(
         pipeline=(collection.pp.rank(), collection.pp.size()),
         rank=environment.rank,
         world_size=environment.world_size,
+        ring=(collection.hcp[1].rank(), config.ring_size) if config.ring_size > 1 else (0, 1),
     )
 
 

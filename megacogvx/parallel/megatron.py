@@ -12,6 +12,9 @@ from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.groups import ParallelGroups
 from megacogvx.parallel.pipeline_parallel import split_layers
 
+# of FP8's two formats: gradients in e5m2, all else e4m3; where scales are of blocks, e4m3 has range enough for all
+FP8_FORMATS = {"tensorwise": "hybrid", "blockwise": "e4m3", "mxfp8": "e4m3"}
+
 
 @dataclass
 class CoreConfig(TransformerConfig):
@@ -19,10 +22,12 @@ class CoreConfig(TransformerConfig):
 
     Attributes:
         recompute: `parallel.recompute`; megatron-core's own settings of that name are for its own blocks.
+        packed_attention_backend: `parallel.attention_backend`; megatron-core's own is for its own attention.
         stage_layers: which layers this rank's pipeline stage holds; all of them without stages.
     """
 
     recompute: str = "none"
+    packed_attention_backend: str = "auto"
     stage_layers: range = range(0)
 
 
@@ -46,21 +51,14 @@ def core_config(
         ffn_hidden_size: inner width of the MLP.
         parallel: config section `parallel`.
         groups: process groups.
-        dtype: of the weights; `torch.float32` or `torch.bfloat16`.
+        dtype: of the weights; `torch.float32`, `torch.bfloat16` or `torch.float16`.
         norm_eps: of the layer norms.
 
     Raises:
-        ConfigError: the heads don't divide by tensor x context ranks, or a pipeline stage would hold no layer.
+        ConfigError: the heads can't be cut over tensor and context ranks, or a pipeline stage would hold no layer.
     """
-    ranks = parallel.stage_size
-    if num_attention_heads % ranks:
-        works = [number for number in range(1, num_attention_heads + 1) if num_attention_heads % number == 0]
-        raise ConfigError(
-            f"model.num_attention_heads={num_attention_heads} cannot be split over "
-            f"parallel.tensor_parallel_size={parallel.tensor_parallel_size} x "
-            f"parallel.context_parallel_size={parallel.context_parallel_size} = {ranks}; "
-            f"products that work: {', '.join(map(str, works))}"
-        )
+    if problem := parallel.head_problem(num_attention_heads):
+        raise ConfigError(problem)
     stage, stages = groups.pipeline
     return CoreConfig(
         hidden_size=hidden_size,
@@ -77,6 +75,7 @@ def core_config(
         deallocate_pipeline_outputs=True,  # once it is sent
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
         calculate_per_token_loss=True,
         attention_dropout=0.0,
         hidden_dropout=0.0,
@@ -86,6 +85,10 @@ def core_config(
         # Needs a CUDA extension of Apex; the sums in fp32 of the gradient buffers don't.
         gradient_accumulation_fusion=False,
         recompute=parallel.recompute,
+        packed_attention_backend=parallel.attention_backend,
+        transformer_impl=parallel.transformer_impl,
+        fp8=FP8_FORMATS.get(parallel.fp8_recipe),
+        fp8_recipe=parallel.fp8_recipe if parallel.fp8_recipe in FP8_FORMATS else "delayed",  # not read without fp8
         cuda_graph_scope=[],
     )
 

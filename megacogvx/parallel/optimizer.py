@@ -29,8 +29,14 @@ def build_optimizer(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     clip_grad: float = 1.0,
+    initial_loss_scale: float = 2.0**16,
+    loss_scale_window: int = 1000,
 ) -> Optimizer:
-    """Make the optimizer of a wrapped model: AdamW with fp32 states and, for bf16 weights, fp32 master weights.
+    """Make the optimizer of a wrapped model: AdamW with fp32 states and, for bf16 or fp16 weights, fp32 master weights.
+
+    With fp16 weights the loss is scaled before the backward pass, whose small gradients would be zero otherwise, and
+    the gradients are scaled back before the step (Micikevicius et al. 2018, section 3.2). The scale halves when a
+    gradient overflows twice, and that step isn't taken; it doubles after `loss_scale_window` steps without.
 
     Biases and one-dimensional parameters (norms) are left out of weight decay.
 
@@ -46,6 +52,8 @@ def build_optimizer(
         eps: added to the root of the second moment.
         weight_decay: decoupled, multiplied by the learning rate.
         clip_grad: largest L2 norm of the whole gradient; 0 turns clipping off.
+        initial_loss_scale: with fp16 weights, what the loss is first multiplied by.
+        loss_scale_window: with fp16 weights, steps without an overflow after which the scale doubles.
 
     Raises:
         ConfigError: the warmup is as long as the run, or a rate is negative or above `lr`.
@@ -66,6 +74,9 @@ def build_optimizer(
         clip_grad=clip_grad,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        initial_loss_scale=initial_loss_scale,
+        loss_scale_window=loss_scale_window,
         use_distributed_optimizer=True,
     )
     no_decay = ParamKey(name="*.bias", predicate=ParamPredicate("one dimension", lambda parameter: parameter.ndim == 1))
@@ -76,6 +87,8 @@ def build_optimizer(
         use_gloo_process_groups=False,
         pg_collection=groups.collection,
     )
+    if dtype == torch.float16:
+        model.config.grad_scale_func = inner.scale_loss  # the schedule asks for it before each backward pass
     # The exclusions act through this scheduler alone; without it weight decay would reach every parameter.
     scheduler = OptimizerParamScheduler(
         inner,
@@ -115,6 +128,21 @@ class Optimizer:
         for moments in self.inner.optimizer.state.values():
             for moment in moments.values():
                 moment.zero_()
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss of the next step is multiplied by before its backward pass; 1 but for fp16 weights."""
+        return float(self.inner.get_loss_scale())
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether the weights are fp16, so that the loss is scaled."""
+        return bool(self.inner.config.fp16)
+
+    @property
+    def lowers_loss_scale(self) -> bool:
+        """Whether the loss scale can still answer to gradients that overflow: it isn't at its least, 1, yet."""
+        return self.scales_loss and self.loss_scale > self.inner.config.min_loss_scale
 
     @property
     def lr(self) -> float:
@@ -165,8 +193,9 @@ class Optimizer:
         """Take one step if the gradient is finite.
 
         Returns:
-            (taken, norm): the L2 norm of the whole gradient before clipping. If it is not finite the step isn't taken
-            and weights and states stay as they were; all ranks agree, since they see the same norm.
+            (taken, norm): the L2 norm of the whole gradient before clipping, and before it was scaled. If it is not
+            finite the step isn't taken and weights and states stay as they were; all ranks agree, since they see the
+            same norm. With fp16 weights that happens now and then, and lowers the loss scale.
         """
         norm = self.gradient_norm()
         return math.isfinite(norm) and self.take(norm), norm

@@ -1,7 +1,8 @@
 """Column and row linear over the tensor ranks, made the same way everywhere.
 
 Both are megatron-core's (Shoeybi et al. 2019, section 3; sequence parallelism: Korthikanti et al. 2022, section 4.2)
-with a forward that returns the result with its bias in it. Weights are allocated, never filled: every weight of this
+with a forward that returns the result with its bias in it, or, where the config asks for it, Transformer Engine's
+(`te_linear.py`). Weights are allocated, never filled: every weight of this
 project is drawn in full and then cut.
 """
 
@@ -20,6 +21,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import nn
 
 from megacogvx.errors import ConfigError
+from megacogvx.parallel import te_linear
 from megacogvx.parallel.groups import ParallelGroups
 
 
@@ -75,6 +77,7 @@ class ModulationLinear(nn.Module):
         self.sequence_parallel = core.sequence_parallel
         whole = copy.copy(core)
         whole.sequence_parallel = False
+        whole.transformer_impl = "local"  # M rows: nothing to win, and FP8 takes whole blocks of rows only
         self.linear = column_linear(in_features, out_features, whole, groups)
 
     def forward(self, x_ME: torch.Tensor) -> torch.Tensor:
@@ -95,18 +98,20 @@ class ModulationLinear(nn.Module):
         return mappings.gather_from_tensor_model_parallel_region(y, group=self.group)
 
 
-def column_linear(in_features: int, out_features: int, core: TransformerConfig, groups: ParallelGroups) -> ColumnLinear:
+def column_linear(in_features: int, out_features: int, core: TransformerConfig, groups: ParallelGroups) -> nn.Module:
     """Make a linear layer whose output features are cut over the tensor ranks.
 
     Raises:
         ConfigError: `out_features` doesn't divide by the tensor ranks.
     """
     _check_divides("out_features", out_features, groups)
+    if core.transformer_impl == "transformer_engine":
+        return te_linear.column_linear(in_features, out_features, core, groups)
     layer = ColumnLinear(
         in_features,
         out_features,
         config=core,
-        init_method=_never_called,
+        init_method=te_linear.never_called,
         bias=True,
         gather_output=False,
         skip_bias_add=False,
@@ -118,18 +123,20 @@ def column_linear(in_features: int, out_features: int, core: TransformerConfig, 
     return layer
 
 
-def row_linear(in_features: int, out_features: int, core: TransformerConfig, groups: ParallelGroups) -> RowLinear:
+def row_linear(in_features: int, out_features: int, core: TransformerConfig, groups: ParallelGroups) -> nn.Module:
     """Make a linear layer whose input features are cut over the tensor ranks.
 
     Raises:
         ConfigError: `in_features` doesn't divide by the tensor ranks.
     """
     _check_divides("in_features", in_features, groups)
+    if core.transformer_impl == "transformer_engine":
+        return te_linear.row_linear(in_features, out_features, core, groups)
     layer = RowLinear(
         in_features,
         out_features,
         config=core,
-        init_method=_never_called,
+        init_method=te_linear.never_called,
         bias=True,
         input_is_parallel=True,
         skip_bias_add=False,
@@ -167,10 +174,6 @@ def full_shape(parameter: torch.Tensor, groups: ParallelGroups) -> tuple[int, ..
 def is_cut(parameter: torch.Tensor) -> bool:
     """Return whether the tensor ranks hold different parts of this parameter."""
     return bool(getattr(parameter, "tensor_model_parallel", False))
-
-
-def _never_called(weight: torch.Tensor) -> None:
-    raise AssertionError("megatron-core's own initialisation is off")
 
 
 def _check_divides(name: str, features: int, groups: ParallelGroups) -> None:

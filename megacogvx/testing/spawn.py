@@ -2,8 +2,8 @@
 
 A plain `pytest` starts the processes itself, on gloo, once for all tests of a file with the same number of ranks. They
 are forked from a server that has imported megatron-core once, which takes eight seconds. Under `torchrun -m pytest`
-the tests run in the processes that are there, on whatever device there is, and those for another number of ranks are
-skipped.
+the tests run in the processes that are there, and those for another number of ranks are skipped. Each test is there
+twice: on gloo, and with the mark `gpu` on NCCL, one GPU a process.
 
     @on_ranks(2, {"tensor_parallel_size": 2}, {"context_parallel_size": 2})
     def test_something(groups, folder): ...
@@ -34,6 +34,8 @@ from typing import Any
 
 CASE_SECONDS = 120.0  # a test that takes longer hangs
 START_SECONDS = 180.0  # for all processes to import megatron-core on a busy machine
+MANY_RANKS = 4  # a test that starts more processes than these is slow
+DEVICES = ("cpu", "cuda")
 LINES_SHOWN = 40  # of the output of each rank, when something went wrong
 
 Layout = dict[str, Any]
@@ -45,19 +47,25 @@ class Case:
 
     function: Callable[..., None]
     layout: Layout
+    device: str
+
+    @property
+    def id(self) -> str:
+        """How pytest calls this layout of a test."""
+        return layout_name(self.layout) + ("-nccl" if self.device == "cuda" else "")
 
     @property
     def name(self) -> str:
         """How parent and workers call this case."""
-        return f"{self.function.__name__}[{layout_name(self.layout)}]"
+        return f"{self.function.__name__}[{self.id}]"
 
 
 # Its own import of this module is the tests' import, so a fork finds the cases that a test file registers.
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(["megacogvx.testing.spawn", "megacogvx.training.setup", "pytest"])
 
-_cases: dict[tuple[str, int], list[Case]] = {}  # by (file, ranks), in the order of the file
-_outcomes: dict[tuple[str, int], dict[str, str]] = {}  # the same: {case name: "" or what went wrong}
+_cases: dict[tuple[str, int, str], list[Case]] = {}  # by (file, ranks, device), in the order of the file
+_outcomes: dict[tuple[str, int, str], dict[str, str]] = {}  # the same: {case name: "" or what went wrong}
 
 
 def on_ranks(world_size: int, *layouts: Layout) -> Callable[[Callable[..., None]], Any]:
@@ -73,58 +81,85 @@ def on_ranks(world_size: int, *layouts: Layout) -> Callable[[Callable[..., None]
     import pytest
 
     chosen = list(layouts) or [{}]
+    launched = "WORLD_SIZE" in os.environ
 
     def decorate(function: Callable[..., None]) -> Any:
         file = inspect.getsourcefile(function)
         assert file is not None
-        cases = [Case(function, layout) for layout in chosen]
-        _cases.setdefault((file, world_size), []).extend(cases)
+        by_device = {device: [Case(function, layout, device) for layout in chosen] for device in DEVICES}
+        for device, cases in by_device.items():
+            _cases.setdefault((file, world_size, device), []).extend(cases)
 
         @functools.wraps(function)
         def test(case: Case) -> None:
-            if "WORLD_SIZE" not in os.environ:
+            if launched and int(os.environ["WORLD_SIZE"]) != world_size:
+                pytest.skip(f"{case.id} needs {world_size} ranks, not {os.environ['WORLD_SIZE']}")
+            if missing := _missing_gpus(case, world_size):
+                pytest.skip(missing)
+            if launched:
+                _run_case(case)
+            else:
                 problem = _outcome(file, world_size, case)
                 assert not problem, problem
-            elif int(os.environ["WORLD_SIZE"]) != world_size:
-                pytest.skip(f"needs {world_size} ranks")
-            else:
-                _run_case(case)
 
         del test.__wrapped__  # pytest would ask the original for its arguments
         # The first test of a file waits for all of them, with time limits of its own.
         test = pytest.mark.timeout(0)(test)
-        return pytest.mark.parametrize("case", cases, ids=[layout_name(case.layout) for case in cases])(test)
+        if world_size > MANY_RANKS and not launched:
+            test = pytest.mark.slow(test)
+        parameters = [
+            pytest.param(case, id=case.id, marks=[pytest.mark.gpu] if device == "cuda" else [])
+            for device, cases in by_device.items()
+            for case in cases
+        ]
+        return pytest.mark.parametrize("case", parameters)(test)
 
     return decorate
 
 
 def layout_name(layout: Layout) -> str:
     """Return a short name such as "tp2-cp2"; "dp" when no size is given."""
-    short = {"tensor_parallel_size": "tp", "context_parallel_size": "cp", "pipeline_parallel_size": "pp"}
+    short = {
+        "tensor_parallel_size": "tp",
+        "context_parallel_size": "cp",
+        "pipeline_parallel_size": "pp",
+        "ring_size": "ring",
+    }
     return "-".join(f"{short.get(name, name + '=')}{value}" for name, value in layout.items()) or "dp"
 
 
 # In the process that runs pytest
 
 
+def _missing_gpus(case: Case, world_size: int) -> str:
+    """Return why this machine can't run `case` on GPUs, or ""."""
+    if case.device == "cpu":
+        return ""
+    import torch
+
+    needed = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return "" if found >= needed else f"{case.id} needs {needed} GPUs on this machine, which has {found}"
+
+
 def _outcome(file: str, world_size: int, case: Case) -> str:
     """Return what went wrong in `case`, or ""; the first question about a file and size runs all its cases."""
-    place = (file, world_size)
+    place = (file, world_size, case.device)
     if place not in _outcomes:
         _outcomes[place] = {}
         names = [case.name for case in _cases[place]]
         while names:
-            _outcomes[place].update(_launch(file, world_size, names))
+            _outcomes[place].update(_launch(file, world_size, case.device, names))
             names = [name for name in names if name not in _outcomes[place]]
     return _outcomes[place][case.name]
 
 
-def _launch(file: str, world_size: int, names: list[str]) -> dict[str, str]:
+def _launch(file: str, world_size: int, device: str, names: list[str]) -> dict[str, str]:
     """Run cases in new processes, in order; return the outcomes up to and including the first failure."""
     folder = Path(tempfile.mkdtemp(prefix="megacogvx-ranks-"))
     try:
         port = free_port()
-        processes = [_start(file, names, rank, world_size, port, folder) for rank in range(world_size)]
+        processes = [_start(file, device, names, rank, world_size, port, folder) for rank in range(world_size)]
         late = _wait(processes, START_SECONDS + CASE_SECONDS * len(names))
         passed = min((_passed(folder, rank) for rank in range(world_size)), key=len)
         outcomes = dict.fromkeys(passed, "")
@@ -135,11 +170,13 @@ def _launch(file: str, world_size: int, names: list[str]) -> dict[str, str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start(file: str, names: list[str], rank: int, world_size: int, port: int, folder: Path) -> ForkServerProcess:
+def _start(
+    file: str, device: str, names: list[str], rank: int, world_size: int, port: int, folder: Path
+) -> ForkServerProcess:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     environment = {name: str(value) for name, value in {**place, **rendezvous}.items()}
-    process = server.Process(target=_work, args=(file, folder, names, {**os.environ, **environment}))
+    process = server.Process(target=_work, args=(file, device, folder, names, {**os.environ, **environment}))
     process.start()
     return process
 
@@ -187,12 +224,14 @@ def free_port() -> int:
 # In each rank
 
 
-def _run_case(case: Case, device: str = "auto") -> None:
+def _run_case(case: Case) -> None:
     """Make the process groups of the case's layout, run it, take them down."""
     from megacogvx.parallel import groups as parallel_groups
     from megacogvx.parallel.config import ParallelConfig
 
-    groups = parallel_groups.initialize(ParallelConfig(**{"device": device, "timeout_minutes": 2.0, **case.layout}))
+    groups = parallel_groups.initialize(
+        ParallelConfig(**{"device": case.device, "timeout_minutes": 2.0, **case.layout})
+    )
     folder = None
     if "folder" in inspect.signature(case.function).parameters:
         folder = Path(parallel_groups.broadcast_json(tempfile.mkdtemp(prefix="megacogvx-case-"), groups))
@@ -205,17 +244,17 @@ def _run_case(case: Case, device: str = "auto") -> None:
         parallel_groups.shutdown(stay_connected=True)
 
 
-def _work(file: str, folder: Path, names: list[str], environment: dict[str, str]) -> None:
+def _work(file: str, device: str, folder: Path, names: list[str], environment: dict[str, str]) -> None:
     """Run the cases in order; leave at the first that fails, since the other ranks may wait for this one in vain."""
     os.environ.update(environment)
     write_to(folder / f"output-{environment['RANK']}")
     faulthandler.dump_traceback_later(START_SECONDS, exit=True)
     _load(file)
-    cases = {case.name: case for case in _cases[(file, int(environment["WORLD_SIZE"]))]}
+    cases = {case.name: case for case in _cases[(file, int(environment["WORLD_SIZE"]), device)]}
     for name in names:
         faulthandler.dump_traceback_later(CASE_SECONDS, exit=True)
         try:
-            _run_case(cases[name], device="cpu")
+            _run_case(cases[name])
         except BaseException:  # torch's CheckpointException is no Exception
             print(f"in {name}:")
             traceback.print_exc()

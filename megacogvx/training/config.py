@@ -27,10 +27,13 @@ from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.frame_parallel import split_problem
 from megacogvx.parallel.groups import check_world_size
 from megacogvx.parallel.pipeline_parallel import split_layers
+from megacogvx.parallel.software import software_problems
 from megacogvx.training.ema import EMAConfig
 from megacogvx.training.guard import GuardConfig
 from megacogvx.training.tracking import TrackingConfig
 from megacogvx.training.validation_loss import ValidationConfig
+
+FP8_BLOCK = 32  # rows and columns of a matrix that Transformer Engine takes as FP8 come in these
 
 
 class TrainingConfig(Section):
@@ -38,7 +41,7 @@ class TrainingConfig(Section):
 
     steps: int = Field(1000, ge=1, description="optimizer steps of the whole run")
     seed: int = 0
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="of the weights; sums stay fp32")
     run_folder: Path = Path("runs/default")
     start_from: Path | None = Field(
         None, description="run folder or checkpoint whose weights a new run starts with; optimizer and steps start anew"
@@ -51,7 +54,7 @@ class TrainingConfig(Section):
         """Return the parameters' dtype: `auto` is bf16 on a GPU and fp32 on a CPU."""
         if self.precision == "auto":
             return torch.bfloat16 if device.type == "cuda" else torch.float32
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
 
 
 class OptimizerConfig(Section):
@@ -70,6 +73,8 @@ class OptimizerConfig(Section):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(1e-4, ge=0)
     clip_gradient: float = Field(1.0, ge=0, description="largest norm of the whole gradient; 0 is off")
+    initial_loss_scale: float = Field(2.0**16, ge=1, description="fp16 alone: what the loss is first multiplied by")
+    loss_scale_window: int = Field(1000, ge=1, description="fp16 alone: steps without overflow until the scale doubles")
 
 
 class TrainConfig(Section):
@@ -89,13 +94,21 @@ class TrainConfig(Section):
     def validate_layout(self, world_size: int) -> None:
         """Check all rules between sections for `world_size` processes.
 
+        Whether the packs of a step divide is asked once `data.samples_per_step` is turned into packs.
+
         Raises:
             LaunchError: the processes don't hold a whole number of replicas.
             ConfigError: naming every broken rule, the values and the sizes that would work.
         """
         check_world_size(self.parallel, world_size)
-        rules = [*self._head_rules(), *self._stage_rules(world_size), *self._pack_rules(world_size)]
-        raise_broken([*rules, *self._validation_rules()])
+        rules = [
+            self._head_rules(),
+            self._stage_rules(world_size),
+            self._pack_rules(world_size),
+            self._fp8_rules(),
+            self._validation_rules(),
+        ]
+        raise_broken([*software_problems(self.parallel), *(problem for rule in rules for problem in rule)])
 
     def _validation_rules(self) -> Iterator[str]:
         largest, limit = max(self.validation.timesteps), self.diffusion.num_train_timesteps
@@ -104,21 +117,26 @@ class TrainConfig(Section):
                 f"validation.timesteps has {largest}, but diffusion.num_train_timesteps={limit}; "
                 f"those that work: 0 to {limit - 1}"
             )
+        if self.validation.videos and not (self.validation.paths and self.validation.vae):
+            yield (
+                f"validation.videos={self.validation.videos} needs texts and a decoder: validation.paths (now "
+                f"{list(self.validation.paths)}) and validation.vae (now {self.validation.vae}); or set it to 0"
+            )
+        if self.validation.videos and self.parallel.pipeline_parallel_size > 1:
+            yield (
+                f"validation.videos={self.validation.videos} with parallel.pipeline_parallel_size="
+                f"{self.parallel.pipeline_parallel_size}: videos are sampled by models of one stage; set either to 0 "
+                "or 1, or run `megacogvx generate` on the checkpoints"
+            )
 
     def _head_rules(self) -> Iterator[str]:
-        problem = self.model.layout_problem(self.parallel.tensor_parallel_size, self.parallel.recompute)
-        if problem:
-            yield problem
-        heads, tensor, context = (
-            self.model.num_attention_heads,
-            self.parallel.tensor_parallel_size,
-            self.parallel.context_parallel_size,
+        yield from filter(
+            None,
+            (
+                self.model.layout_problem(self.parallel.tensor_parallel_size, self.parallel.recompute),
+                self.parallel.head_problem(self.model.num_attention_heads),
+            ),
         )
-        if heads % (tensor * context):
-            yield (
-                f"model.num_attention_heads={heads} cannot be split over parallel.tensor_parallel_size={tensor} x "
-                f"parallel.context_parallel_size={context}; products that work: {divisors(heads)}"
-            )
 
     def _stage_rules(self, world_size: int) -> Iterator[str]:
         parallel, packs = self.parallel, self.data.packs_per_step
@@ -128,7 +146,7 @@ class TrainConfig(Section):
         except ConfigError as error:
             yield str(error)
         replicas = max(1, world_size // parallel.replica_size)
-        if stages > 1 and packs < stages * replicas:
+        if stages > 1 and packs < stages * replicas and self.data.samples_per_step is None:
             yield (
                 f"data.packs_per_step={packs} over {replicas} data-parallel replicas is less than one pack for each of "
                 f"the parallel.pipeline_parallel_size={stages} stages, some of which would never work at the same "
@@ -145,11 +163,26 @@ class TrainConfig(Section):
                 f"nearest that work: {tokens // ranks * ranks}, {(tokens // ranks + 1) * ranks}"
             )
         replicas = max(1, world_size // self.parallel.replica_size)
-        if packs % replicas:
+        if packs % replicas and self.data.samples_per_step is None:
             yield (
                 f"data.packs_per_step={packs} doesn't divide over {replicas} data-parallel replicas; "
                 f"nearest that work: {max(1, packs // replicas) * replicas}, {(packs // replicas + 1) * replicas}"
             )
+
+    def _fp8_rules(self) -> Iterator[str]:
+        if self.parallel.fp8_recipe == "none":
+            return
+        for key, number, ranks in (
+            ("data.tokens_per_pack", self.data.tokens_per_pack, self.parallel.stage_size),
+            ("model's hidden size", self.model.hidden_size, self.parallel.tensor_parallel_size),
+        ):
+            whole = FP8_BLOCK * ranks
+            if number % whole:
+                yield (
+                    f"parallel.fp8_recipe={self.parallel.fp8_recipe}: {key}={number} must divide into blocks of "
+                    f"{FP8_BLOCK} on each of {ranks} ranks; nearest that work: {max(1, number // whole) * whole}, "
+                    f"{(number // whole + 1) * whole}"
+                )
 
 
 class VAETrainConfig(Section):
@@ -206,9 +239,13 @@ class VAETrainConfig(Section):
             )
 
     def _split_rules(self, world_size: int) -> Iterator[str]:
-        for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+        for name, what in (
+            ("tensor_parallel_size", "layers to cut"),
+            ("pipeline_parallel_size", "layers to cut"),
+            ("ring_size", "keys and values to exchange"),
+        ):
             if (size := getattr(self.parallel, name)) != 1:
-                yield f"parallel.{name}={size}: the VAE has no layers to cut; the size that works is 1"
+                yield f"parallel.{name}={size}: the VAE has no {what}; the size that works is 1"
         context = self.parallel.context_parallel_size
         if context > 1:
             ratio = self.vae.temporal_compression_ratio
@@ -221,11 +258,6 @@ class VAETrainConfig(Section):
                 f"clips.clips_per_step={batch} doesn't divide over {replicas} data-parallel replicas; "
                 f"nearest that works: {(batch // replicas + 1) * replicas}"
             )
-
-
-def divisors(number: int) -> str:
-    """Return the divisors of `number` as text, for messages."""
-    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
 
 
 def raise_broken(rules: list[str]) -> None:

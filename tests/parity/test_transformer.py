@@ -48,13 +48,16 @@ FULL_TEXT = tuple((t, h, w, TEXT) for t, h, w, _ in SIZES)  # additive positions
 ROTARY = {"use_rotary_positional_embeddings": True}
 VARIANTS = {
     "2b": Variant({"in_channels": 4}, FULL_TEXT),
-    "5b": Variant({"in_channels": 4, **ROTARY}, SIZES),
+    "5b": Variant({"in_channels": 4, **ROTARY, "sample_width": 16}, SIZES),
     "5b_crop": Variant({"in_channels": 4, **ROTARY, "rope_grid": "crop"}, SIZES),
     "5b_i2v": Variant(
         {"in_channels": 8, **ROTARY, "use_learned_positional_embeddings": True},
         ((3, 8, 12, TEXT), (1, 8, 12, TEXT), (2, 8, 12, TEXT)),
     ),
-    "1_5": Variant({"in_channels": 4, **ROTARY, "patch_size_t": 2}, ((4, 8, 12, TEXT), (1, 4, 6, 3), (5, 6, 16, 5))),
+    "1_5": Variant(
+        {"in_channels": 4, **ROTARY, "patch_size_t": 2, "sample_width": 16},
+        ((4, 8, 12, TEXT), (1, 4, 6, 3), (5, 6, 16, 5)),
+    ),
     "1_5_i2v": Variant(
         {"in_channels": 8, **ROTARY, "patch_size_t": 2, "ofs_embed_dim": 32}, ((4, 8, 12, TEXT), (1, 4, 6, 3))
     ),
@@ -73,7 +76,7 @@ def test_pack_equals_diffusers_sample_by_sample(name, groups):
     config = CogVideoXConfig(**{**SMALL, **variant.ours})
     theirs = _diffusers_model(config)
     ours = _our_model(config, groups)
-    ours.load_state_dict(to_our_names(theirs.state_dict(), config.num_attention_heads))
+    ours.load_state_dict(to_our_names(theirs.state_dict(), config))
     samples = [_inputs(config, place, *size) for place, size in enumerate(variant.sizes)]
 
     expected = [_run_diffusers(theirs, config, *sample) for sample in samples]
@@ -85,7 +88,7 @@ def test_pack_equals_diffusers_sample_by_sample(name, groups):
         cotangent = draws.normal(tuple(reference.shape), 0, "cotangent", place)
         (reference * cotangent).sum().backward()
         (mine * cotangent).sum().backward(retain_graph=True)
-    references = to_our_names({name: p.grad for name, p in theirs.named_parameters()}, config.num_attention_heads)
+    references = to_our_names({name: p.grad for name, p in theirs.named_parameters()}, config)
     gradients = {name: p.grad for name, p in ours.named_parameters()}
     if name == "2b":
         _drop_vanishing_k_bias(gradients, references)

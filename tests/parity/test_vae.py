@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX
 
 from megacogvx.config import build_config
+from megacogvx.conversion.published_names import diffusers_vae
+from megacogvx.conversion.tensors import InMemory, translate
 from megacogvx.models.vae import CogVideoXVAE, VAEConfig, gaussian, initialize_weights
 from megacogvx.testing.tolerance import assert_all_close, assert_close
 
@@ -16,21 +16,10 @@ OUTPUT_BOUND, GRADIENT_BOUND = 1e-5, 1e-4
 WHOLE_CLIP = 10**6
 SMALL = {"block_out_channels": (8, 16, 16, 24), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4}
 
-PUBLISHED_NAMES = [  # ours -> published, applied in order
-    (r"^(encoder)\.stages\.(\d+)\.blocks", r"\1.down_blocks.\2.resnets"),
-    (r"^(encoder)\.stages\.(\d+)\.downsample", r"\1.down_blocks.\2.downsamplers.0"),
-    (r"^(decoder)\.stages\.(\d+)\.blocks", r"\1.up_blocks.\2.resnets"),
-    (r"^(decoder)\.stages\.(\d+)\.upsample", r"\1.up_blocks.\2.upsamplers.0"),
-    (r"\.middle\.(\d+)", r".mid_block.resnets.\1"),
-    (r"\.(conv_in|conv_out|conv1|conv2|conv_y|conv_b)\.", r".\1.conv."),
-    (r"^(decoder\..*norm(?:1|2|_out))\.(weight|bias)$", r"\1.norm_layer.\2"),
-]
 
-
-def published_name(name: str) -> str:
-    for pattern, replacement in PUBLISHED_NAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
+def published(state: dict, config: VAEConfig) -> dict:
+    """Our tensors, weights or gradients, under diffusers' names."""
+    return dict(translate(InMemory(state), diffusers_vae(config)))
 
 
 def pair(chunked: bool = False, **settings) -> tuple[CogVideoXVAE, AutoencoderKLCogVideoX]:
@@ -51,7 +40,7 @@ def pair(chunked: bool = False, **settings) -> tuple[CogVideoXVAE, AutoencoderKL
         norm_num_groups=config.norm_num_groups,
         temporal_compression_ratio=config.temporal_compression_ratio,
     )
-    theirs.load_state_dict({published_name(name): value for name, value in ours.state_dict().items()})
+    theirs.load_state_dict(published(ours.state_dict(), config))
     if not chunked:
         theirs.num_sample_frames_batch_size = theirs.num_latent_frames_batch_size = WHOLE_CLIP
     return ours, theirs
@@ -113,7 +102,7 @@ def test_gradients_equal_diffusers(frames: int) -> None:
     (expected.square().mean() + 0.1 * kl.mean()).backward()
 
     assert_close(pixels, expected, OUTPUT_BOUND, "pixels")
-    actual = {published_name(name): parameter.grad for name, parameter in ours.named_parameters()}
+    actual = published({name: parameter.grad for name, parameter in ours.named_parameters()}, ours.config)
     reference = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     assert_all_close(actual, reference, GRADIENT_BOUND)
     assert_close(clip.grad, expected_clip.grad, GRADIENT_BOUND, "video")
@@ -147,7 +136,7 @@ def test_frames_by_themselves_equal_diffusers_on_single_frames() -> None:
     flat = CogVideoXVAE(config)
     initialize_weights(flat, seed=3)
     _, theirs = pair(temporal_compression_ratio=1)
-    weights = {published_name(name): value for name, value in flat.state_dict().items()}
+    weights = published(flat.state_dict(), config)
     for name, value in theirs.state_dict().items():
         if weights[name].shape != value.shape:
             weights[name] = torch.cat([0.25 * weights[name], -0.5 * weights[name], 1.25 * weights[name]], dim=2)
@@ -170,5 +159,5 @@ def test_released_size_has_the_published_parameters() -> None:
     count = {part: sum(p.numel() for p in getattr(ours, part).parameters()) for part in ("encoder", "decoder")}
     assert count == {"encoder": 92_215_456, "decoder": 123_368_451}
     assert sum(count.values()) == 215_583_907
-    shapes = {published_name(name): value.shape for name, value in ours.state_dict().items()}
+    shapes = {name: value.shape for name, value in published(ours.state_dict(), VAEConfig()).items()}
     assert shapes == {name: value.shape for name, value in theirs.state_dict().items()}

@@ -7,13 +7,20 @@ from collections.abc import Sequence
 import torch
 
 from megacogvx_kernels.checks import require_floating, require_shape
-from megacogvx_kernels.packed_attention import reference
+from megacogvx_kernels.packed_attention.backends import BACKENDS, Packed, attend, missing
+from megacogvx_kernels.packed_attention.choice import Choice, choose_backend
 
-__all__ = ["packed_attention"]
+__all__ = ["BACKENDS", "Choice", "choose_backend", "missing", "packed_attention"]
 
 
 def packed_attention(
-    q_SNK: torch.Tensor, k_SNK: torch.Tensor, v_SNK: torch.Tensor, boundaries: Sequence[int]
+    q_SNK: torch.Tensor,
+    k_SNK: torch.Tensor,
+    v_SNK: torch.Tensor,
+    boundaries: Sequence[int],
+    *,
+    cu_seqlens: torch.Tensor | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """Attend from every token to all tokens of its own sample; not causal, scale K^-0.5, no dropout.
 
@@ -21,12 +28,16 @@ def packed_attention(
         q_SNK, k_SNK, v_SNK: `[S, N, K]`, all tokens of the pack.
         boundaries: first token of each real sample, then the end of the last one (host integers, so that no layer
             waits for the device). Tokens beyond the end are padding.
+        cu_seqlens: `boundaries` as int32 tensor on the device of q; made once per pack by whoever has many layers,
+            else made here where a kernel wants it.
+        backend: one of `BACKENDS`, or "auto" (`choose_backend`).
 
     Returns:
         `[S, N, K]`; zeros for the padding, which neither reads nor is read.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type or shape, or the boundaries don't fit; it is named.
+        TypeError, ValueError: an argument has the wrong type or shape, the boundaries don't fit, or the backend can't
+            be used; it is named.
     """
     require_floating("q_SNK", q_SNK)
     require_shape("q_SNK", q_SNK, (None, None, None))
@@ -36,4 +47,8 @@ def packed_attention(
         raise ValueError(f"boundaries={tuple(boundaries)} must start at 0 and not decrease")
     if boundaries[-1] > q_SNK.shape[0]:
         raise ValueError(f"boundaries end at {boundaries[-1]}, beyond the {q_SNK.shape[0]} tokens of q_SNK")
-    return reference.packed_attention(q_SNK, k_SNK, v_SNK, boundaries)
+    chosen = choose_backend(q_SNK, boundaries, backend).name
+    if cu_seqlens is None:
+        wanted = chosen not in ("reference", "cudnn")
+        cu_seqlens = torch.tensor(boundaries, dtype=torch.int32, device=q_SNK.device if wanted else "cpu")
+    return attend(chosen, (q_SNK, k_SNK, v_SNK), Packed(boundaries, cu_seqlens))

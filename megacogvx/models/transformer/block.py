@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from megatron.core.transformer import TransformerConfig
 from torch import nn
 
 from megacogvx.models.transformer.attention import JointAttention
@@ -12,6 +11,7 @@ from megacogvx.models.transformer.mlp import MLP
 from megacogvx.models.transformer.modulation import ExpertModulation
 from megacogvx.pack_layout import LocalPack, PackLayout
 from megacogvx.parallel.groups import ParallelGroups
+from megacogvx.parallel.megatron import CoreConfig
 from megacogvx.parallel.recompute import Discarded, recompute
 from megacogvx.parallel.sequence_parallel import sum_gradient_over_tensor_ranks
 from megacogvx.parallel.tensor_parallel import ModulationLinear
@@ -32,9 +32,7 @@ class CogVideoXBlock(nn.Module):
             small and always kept.
     """
 
-    def __init__(
-        self, config: CogVideoXConfig, core: TransformerConfig, groups: ParallelGroups, policy: str = "none"
-    ) -> None:
+    def __init__(self, config: CogVideoXConfig, core: CoreConfig, groups: ParallelGroups, policy: str = "none") -> None:
         super().__init__()
         self.policy = policy
         dtype = core.params_dtype
@@ -76,7 +74,7 @@ class CogVideoXBlock(nn.Module):
         q_and_k = Discarded(self.policy == "selective")
         # fmt: off
         q_SNK, k_SNK, v_SNK = below.run(self._below, hidden_S1D, modulation1_R3D, layout, local, q_and_k)
-        out_SNK = self.attention.attend(q_SNK, k_SNK, v_SNK, layout)                         # [S, N/(t c), K]
+        out_SNK = self.attention.attend(q_SNK, k_SNK, v_SNK, layout)                         # [S/r, N/(t u), K]
         below.until(out_SNK)
         q_and_k.until(out_SNK)
         above = (hidden_S1D, out_SNK, modulation1_R3D, modulation2_R3D, local)
@@ -91,7 +89,7 @@ class CogVideoXBlock(nn.Module):
         local: LocalPack,
         q_and_k: Discarded,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return what attention reads: q, k and v, `[S, N/(t c), K]` each."""
+        """Return what attention reads: q, k and v, `[S/r, N/(t u), K]` each."""
         norm = Discarded(self.policy == "selective")
         normed_S1D = norm.run(self._modulate, self.attention_norm, hidden_S1D, modulation1_R3D, local)
         heads = self.attention.heads(normed_S1D, layout, local, q_and_k)

@@ -49,8 +49,9 @@ class CogVideoXConfig(PresetSection):
         sample_width, sample_height: native size in latent cells; `sample_frames`: native length in pixel frames.
         temporal_compression_ratio: pixel frames per latent frame after the first.
         spatial_interpolation_scale, temporal_interpolation_scale: what positions of the added codes are divided by.
-        rope_grid: "slice": positions count from 0 in steps of 1 (paper section 3.1, and 1.5); "crop": a grid of
-            another size is fitted into the native one (inference with the 1.0 weights).
+        rope_grid: "slice": positions count from 0 in steps of 1, in height and width up to the native size (paper
+            section 3.1, and 1.5); "crop": a grid of another size is fitted into the native one (inference with the 1.0
+            weights).
         rope_theta: base of the rotary frequencies.
         norm_eps, qk_norm_eps, final_norm_eps: of the LayerNorms in the blocks, over q and k, in the head.
         block: "expert_adaln": the published one; for the ablations of the paper "shared_adaln": text and video take

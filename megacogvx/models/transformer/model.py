@@ -9,6 +9,7 @@ from torch import nn
 
 from megacogvx.errors import ConfigError
 from megacogvx.models.transformer.ablations import make_block
+from megacogvx.models.transformer.checks import check_pack, check_rows
 from megacogvx.models.transformer.config import CogVideoXConfig
 from megacogvx.models.transformer.embedding import PackEmbedding, TimeEmbedding
 from megacogvx.models.transformer.head import PackHead
@@ -28,7 +29,7 @@ def transformer_core(
     """Return megatron-core's settings for this transformer.
 
     Raises:
-        ConfigError: the heads don't divide by tensor x context ranks, a pipeline stage would hold no layer, or the
+        ConfigError: the heads can't be cut over tensor and context ranks, a pipeline stage would hold no layer, or the
             model is an ablation that doesn't run on this layout.
     """
     problem = config.layout_problem(groups.tensor[1], parallel.recompute)
@@ -98,7 +99,8 @@ class CogVideoXTransformer(nn.Module):
             `[V_local, P]` with P = out_channels * q * p * p; from a stage that isn't the last `[S_local, 1, D]`.
 
         Raises:
-            DataError: a sample doesn't fit the learned position table, where there is one.
+            DataError: the pack is empty, a text is longer than the model's, a sample is larger than the rope grid or
+                doesn't fit the learned position table, or rows have another width than the model reads.
             ConfigError: the pack's tokens don't divide by the ranks.
         """
         local = layout.local(self.groups.tensor, self.groups.context, timesteps_M.device)
@@ -150,10 +152,12 @@ class CogVideoXTransformer(nn.Module):
         local: LocalPack,
     ) -> None:
         config = self.config
+        check_pack(config, layout)
         assert layout.patch == config.patch, f"a pack of patch {layout.patch} for a model of patch {config.patch}"
         placed = config.rope_grid == "slice" or place_on_rope_grid(layout, config) is layout
         assert placed, f"model.rope_grid={config.rope_grid}: pass layouts through place_on_rope_grid first"
         assert timesteps_M.shape == (layout.num_samples,), f"{tuple(timesteps_M.shape)}, not ({layout.num_samples},)"
         if self.pre_process:
-            assert video_VP.shape == (len(local.video_index), config.row_size_in), tuple(video_VP.shape)
-            assert text_LE.shape == (len(local.text_index), config.text_embed_dim), tuple(text_LE.shape)
+            check_rows(config, video_VP, text_LE)
+            assert len(video_VP) == len(local.video_index), f"{len(video_VP)} rows, not {len(local.video_index)}"
+            assert len(text_LE) == len(local.text_index), f"{len(text_LE)} text rows, not {len(local.text_index)}"

@@ -3,7 +3,7 @@
 The rotation itself is the op `qk_norm_rope`. Both conventions are a first position and a step along each axis
 (paper section 3.1), so a pack may mix resolutions:
 
-- "slice": positions count 0, 1, 2 ... from the corner of one large grid; a larger video extrapolates.
+- "slice": positions count 0, 1, 2 ... from the corner of one large grid; a model says by its native size how far.
 - "crop": a video of another shape is scaled into the native grid and centred (the 1.0 inference pipelines).
 """
 

@@ -69,7 +69,7 @@ def test_exchange_keeps_twins_apart():
         for member in members:
             done._add(pack, member)
     for _ in range(4):
-        done._exchange(0, 1, int(done.load.mean()))
+        done._exchange(0, np.array([1]), int(done.load.mean()))
     assert all(len({indices[member] for member in pack}) == len(pack) for pack in done.members)
 
 
@@ -83,4 +83,4 @@ def test_books_are_kept():
     assert len(set(members)) == len(members)
     for place, pack in enumerate(packs):
         assert done.room[place] == BUDGET - lengths[pack].sum() >= 0
-        assert done.load[place] == done.costs[pack].sum()
+        assert done.load[place] == done.costs[pack].sum() > 0

@@ -24,7 +24,7 @@ def test_a_failure_takes_only_its_own_test_with_it(tmp_path):
     file = tmp_path / "test_of_ranks.py"
     file.write_text(FILE)
     spawn._load(str(file))
-    cases = {case.function.__name__: case for case in spawn._cases[(str(file), 2)]}
+    cases = {case.function.__name__: case for case in spawn._cases[(str(file), 2, "cpu")]}
     outcomes = {name: spawn._outcome(str(file), 2, case) for name, case in cases.items()}
     assert outcomes["test_first"] == "" and outcomes["test_last"] == ""
     for shown in ("rank 1, exit status 1", "hello from 1", "assert groups.rank == 0"):

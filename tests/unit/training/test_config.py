@@ -1,9 +1,13 @@
 """Rules between sections: each message names the keys, the values and the sizes that would work."""
 
+from pathlib import Path
+
 import pytest
+import torch
 
 from megacogvx.config import build_config, load_config
 from megacogvx.errors import ConfigError, LaunchError
+from megacogvx.models.vae import CogVideoXVAE
 from megacogvx.training.config import TrainConfig, VAETrainConfig
 
 
@@ -73,6 +77,30 @@ def test_processes_that_do_not_hold_whole_pipelines():
         config(parallel={"pipeline_parallel_size": 3}).validate_layout(4)
 
 
+def test_a_ring_takes_more_context_ranks_than_heads():
+    config(parallel={"context_parallel_size": 8, "ring_size": 2}).validate_layout(8)
+    with pytest.raises(ConfigError, match=r"num_attention_heads=4 .*=8 = 8; .*or parallel\.ring_size=2 for"):
+        config(parallel={"context_parallel_size": 8}).validate_layout(8)
+
+
+def test_kernels_that_are_not_there_are_broken_rules_like_others():
+    parallel = {"transformer_impl": "transformer_engine", "fp8_recipe": "blockwise", "tensor_parallel_size": 3}
+    with pytest.raises(ConfigError) as error:
+        config(parallel=parallel, data={"tokens_per_pack": 999}).validate_layout(3)
+    message = str(error.value)
+    assert "transformer_impl=transformer_engine can't be used" in message
+    assert "fp8_recipe=blockwise: data.tokens_per_pack=999 must divide into blocks of 32 on each of 3 ranks" in message
+    assert "nearest that work: 960, 1056" in message and "num_attention_heads=4" in message
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)]
+)
+def test_precision_names_a_dtype(precision, dtype):
+    settings = config(training={"precision": precision}).training
+    assert settings.dtype(torch.device("cpu")) == settings.dtype(torch.device("cuda")) == dtype
+
+
 def test_all_broken_rules_are_named_at_once():
     with pytest.raises(ConfigError) as error:
         config(parallel={"tensor_parallel_size": 3}).validate_layout(3)
@@ -91,6 +119,11 @@ def test_unknown_key_suggests_the_nearest(tmp_path):
         ConfigError, match=r"parallel\.tensor_paralel_size; did you mean parallel\.tensor_parallel_size"
     ):
         load_config(TrainConfig, path)
+
+
+def test_vae_has_no_rings():
+    with pytest.raises(ConfigError, match="ring_size=2: the VAE has no keys and values"):
+        vae_config(context_parallel_size=2, ring_size=2).validate_layout(2)
 
 
 def test_vae_has_no_stages():
@@ -128,8 +161,59 @@ def test_the_vae_has_no_tensor_parallelism_and_clips_divide_over_replicas():
         vae_config(clips_per_step=3, tensor_parallel_size=2).validate_layout(4)
 
 
+def gan_config(size=64, **loss) -> VAETrainConfig:
+    sections = {"clips": {"paths": ["c"], "height": size, "width": 64}, "training": {"steps": 10}}
+    return build_config(VAETrainConfig, {**sections, "loss": {"gan_weight": 0.5, **loss}})
+
+
+def test_a_gan_that_never_starts_and_clips_smaller_than_its_patches():
+    gan_config(gan_start_step=9).validate_layout(1)
+    with pytest.raises(ConfigError, match=r"gan_start_step=10 is never reached in training\.steps=10"):
+        gan_config(gan_start_step=10).validate_layout(1)
+    with pytest.raises(ConfigError, match=r"clips\.height=16 x .*discriminator\.layers=3, which take 24 x 24 pixels"):
+        gan_config(size=16).validate_layout(1)
+    gan_config(size=16, gan_weight=0.0, gan_start_step=10).validate_layout(1)
+
+
+STAGES = {"vae_stage1.yaml": 8, "vae_stage2.yaml": 64, "vae_tiny_stage1.yaml": 2, "vae_tiny_stage2.yaml": 4}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_configs_of_the_stages_build(name, request):
+    """On the meta device: every tensor of VAE and discriminator, for the clips that the config names."""
+    loaded = load_config(VAETrainConfig, request.config.rootpath / "examples" / "configs" / name)
+    loaded.validate_layout(STAGES[name])
+    clips = loaded.clips
+    loaded.vae.check_clip((1, 3, clips.frames, clips.height, clips.width))
+    with torch.device("meta"):
+        model, discriminator = CogVideoXVAE(loaded.vae), loaded.make_discriminator()
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert count == 215_583_907 or "tiny" in name
+    assert loaded.has_gan and loaded.ema.decay > 0
+    logits = discriminator(torch.empty(1, 3, clips.frames, clips.height, clips.width, device="meta"))
+    assert logits.shape[2] == loaded.vae.latent_frames(clips.frames)
+
+
+def test_stages_are_the_papers():
+    """Section 2.1: 17 frames at 256 x 256 and 8 or 16 fps, images among them; then 161 frames, from these weights."""
+    folder = Path(__file__).parents[3] / "examples" / "configs"
+    first, second = (load_config(VAETrainConfig, folder / f"vae_stage{stage}.yaml") for stage in (1, 2))
+    assert (first.clips.frames, first.clips.height, first.clips.width) == (17, 256, 256)
+    assert first.clips.fps == (8, 16) and first.clips.image_share > 0 and first.loss.perceptual == "lpips"
+    assert second.clips.frames == 161 and second.parallel.context_parallel_size > 1
+    assert second.training.start_from == first.training.run_folder and second.vae == first.vae
+
+
 @pytest.mark.parametrize("name", ["demo.yaml", "vae_demo.yaml"])
 def test_shipped_configs_are_valid(name, request):
     root = VAETrainConfig if name.startswith("vae") else TrainConfig
     loaded = load_config(root, request.config.rootpath / "examples" / "configs" / name)
     loaded.validate_layout(1)
+
+
+def test_packs_are_asked_to_divide_once_they_are_known():
+    given = config(data={"packs_per_step": 1, "samples_per_step": 10}, parallel={"pipeline_parallel_size": 2})
+    given.validate_layout(6)
+    known = given.model_copy(update={"data": given.data.in_packs(mean_tokens=512.0)})  # 5 packs
+    with pytest.raises(ConfigError, match=r"data\.packs_per_step=5 .*3 data-parallel replicas"):
+        known.validate_layout(6)

@@ -20,14 +20,22 @@ from megacogvx.training.tracking import TrackingConfig
 
 
 class FakeOptimizer:
-    """Counts what the loop asks of it; from `bad_from` on the gradient is not finite, each time or only the first."""
+    """Counts what the loop asks of it; from `bad_from` on the gradient is not finite, each time or only the first.
+
+    With `loss_scale` (fp16) that halves the scale, down to 1.
+    """
 
     lr = 0.5
 
-    def __init__(self, bad_from: int | None = None, passing: bool = False):
+    def __init__(self, bad_from: int | None = None, passing: bool = False, loss_scale: float | None = None):
         self.scheduled: list[int] = []
         self.taken: list[int] = []
         self.bad_from, self.passing, self.asked = bad_from, passing, 0
+        self.scales_loss, self.loss_scale = loss_scale is not None, loss_scale or 1.0
+
+    @property
+    def lowers_loss_scale(self):
+        return self.scales_loss and self.loss_scale > 1.0
 
     def schedule(self, step):
         self.scheduled.append(step)
@@ -39,6 +47,8 @@ class FakeOptimizer:
     def gradient_norm(self):
         self.asked += 1
         bad = self.bad_from is not None and self.scheduled[-1] >= self.bad_from
+        if bad and self.scales_loss:
+            self.loss_scale = max(1.0, self.loss_scale / 2)
         return float("nan") if bad and not (self.passing and self.asked > 1) else 2.0
 
     def take(self, norm):
@@ -53,7 +63,7 @@ class FakeSaver:
     def __init__(self, directory, config, groups):
         self.saved, self.polled, self.finished = directory.saved, 0, False
 
-    def save(self, step, model, optimizer, extra, texts):
+    def save(self, step, model, optimizer, extra, texts, beside):
         self.saved.append(step)
 
     def poll(self):
@@ -95,8 +105,10 @@ def run(tmp_path, monkeypatch):
             read_sums=lambda sums: {"loss": sums.item()}, validate=lambda step: {"psnr": 10.0 + step},
             checkpoints=SimpleNamespace(latest=lambda: "the last good one", saved=saved),
             metrics=MetricsFile(tmp_path, start, True),
-            resolved={"a": 1}, pack_tokens=64, saved=saved, stop=stop.StopSignal(), checkpoint=CheckpointConfig(),
+            resolved={"a": 1}, pack_tokens=64, saved=saved, stop=stop.StopSignal(), make_videos=None,
+            checkpoint=CheckpointConfig(),
             guard=GuardConfig(stuck_seconds=None, **guard), tracking=TrackingConfig(tensorboard=False),
+            before_pass=(), after_step=(), beside={},
         )  # fmt: skip
 
     return build
@@ -198,3 +210,28 @@ def test_the_run_folder_tells_how_the_run_was_started(run):
     assert [start["step"] for start in starts] == [0, 5]
     assert starts[0]["versions"]["torch"] == torch.__version__ and starts[0]["ranks"] == 2
     assert (resumed.settings.run_folder / "config.yaml").read_text() == "a: 1\n"
+
+
+def test_an_overflow_under_the_loss_scale_skips_the_step_and_is_logged(run, monkeypatch):
+    warned = []
+    monkeypatch.setattr(loop.logger, "warning", lambda text, *values: warned.append(text % values))
+    half = run()
+    half.optimizer = FakeOptimizer(bad_from=4, loss_scale=8.0)
+    with pytest.raises(DataError, match="step 6 is bad"):  # 8, 4, 2: at 1 there is nothing left to lower
+        loop.train(half)
+    told = rows(half)
+    assert [row["skipped"] for row in told] == [0, 0, 0, 0, 1, 1]
+    assert [row["loss_scale"] for row in told] == [8.0, 8.0, 8.0, 8.0, 8.0, 4.0]
+    assert [row["grad_norm"] for row in told] == [2.0] * 4 + ["nan"] * 2
+    assert warned == [
+        "step 5 is skipped: its gradient overflowed under a loss scale of 8; the next one has 4",
+        "step 6 is skipped: its gradient overflowed under a loss scale of 4; the next one has 2",
+    ]
+    assert half.state.step == 6 and half.saved == [3, 6]
+
+
+def test_what_follows_the_step_is_called_each_time_and_fills_the_row(run):
+    seven = run()
+    seven.after_step = (lambda step: {"discriminator": step / 2}, lambda step: {})
+    loop.train(seven)
+    assert [row["discriminator"] for row in rows(seven)] == [step / 2 for step in range(7)]

@@ -1,8 +1,10 @@
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megacogvx import draws
-from megacogvx.models.transformer import CogVideoXConfig, CogVideoXTransformer, transformer_core
+from megacogvx.errors import DataError
+from megacogvx.models.transformer import CogVideoXConfig, CogVideoXTransformer, attention, transformer_core
 from megacogvx.pack_layout import build_layout, place_sample
 from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.groups import initialize, shutdown
@@ -157,6 +159,56 @@ def test_sharded_state_covers_every_weight(groups):
     sharded = model.sharded_state_dict(prefix="model.")
     assert sharded.keys() == {f"model.{name}" for name, tensor in model.state_dict().items() if tensor is not None}
     assert "model.embedding.positions" in sharded
+
+
+class HostReads(TorchDispatchMode):
+    """Fails where the host would wait for the device: it reads a value, or a shape depends on values."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert not any(name in function.name() for name in self.WAITING), f"{function.name()} waits for the device"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "keep_attention"])
+def test_no_layer_waits_for_the_device(groups, recompute):
+    model = _model(groups, recompute=recompute)
+    samples, videos, texts = zip(*(_sample(place) for place in (0, 1, 2)), strict=True)
+    layout = build_layout(samples, CONFIG.patch)
+    timesteps = torch.tensor([*TIMESTEPS, 0])
+    model(torch.cat(videos), torch.cat(texts), timesteps, layout)  # what is made once per pack
+    with HostReads():
+        model(torch.cat(videos), torch.cat(texts), timesteps, layout).square().sum().backward()
+    with pytest.raises(AssertionError, match="waits"), HostReads():
+        timesteps.sum().item()
+
+
+def test_the_kernel_is_logged_once_and_gets_the_offsets_of_the_pack(groups, monkeypatch):
+    seen, told = [], []
+
+    def attend(q, k, v, boundaries, *, cu_seqlens, backend):
+        seen.append((boundaries, cu_seqlens, backend))
+        return v
+
+    attention._say.cache_clear()
+    monkeypatch.setattr(attention, "packed_attention", attend)
+    monkeypatch.setattr(attention.logger, "info", lambda text, *values: told.append(text % values))
+    _run(_model(groups), (0, 1))
+    assert told == ["attention: reference (tensors on cpu)"]
+    boundaries, offsets, _ = seen[0]
+    assert boundaries == (0, 37, 46) and offsets.tolist() == [0, 37, 46] and offsets.dtype == torch.int32
+    assert len(seen) == CONFIG.num_layers and all(entry[1] is offsets and entry[2] == "reference" for entry in seen)
+
+
+def test_bad_packs_are_refused_by_the_model_itself(groups):
+    model = _model(groups, CONFIG.model_copy(update={"max_text_seq_length": 4}))
+    with pytest.raises(DataError, match="sample 0 has 5 text tokens"):
+        _run(model, (0,))
+    rows = torch.zeros(16, 4 * CONFIG.row_size_in)
+    layout = build_layout([place_sample(0, 1, 8, 8, 1, CONFIG.patch)], CONFIG.patch)
+    with pytest.raises(DataError, match="16 channels"):
+        _model(groups)(rows, torch.zeros(1, 64), torch.zeros(2, dtype=torch.int64), layout)
 
 
 def test_a_pack_on_another_rope_grid_is_refused(groups):

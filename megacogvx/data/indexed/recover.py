@@ -1,0 +1,135 @@
+"""Rebuild the lost or damaged `.idx` of a shard from the record headers in its `.bin`."""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megacogvx.data.indexed.layout import (
+    ALIGNMENT,
+    BF16_BYTES,
+    BIN_HEADER,
+    BIN_MAGIC,
+    COLUMNS,
+    MAX_METADATA_BYTES,
+    RECORD_HEADER,
+    RECORD_MAGIC,
+    EncoderInfo,
+    aligned,
+    check_version,
+    digest,
+    load_json,
+    parse_index,
+    unseal,
+    write_index,
+)
+from megacogvx.data.indexed.manifest import write_atomically
+from megacogvx.errors import DataError
+
+
+@dataclass(frozen=True)
+class RecoverReport:
+    """What was found.
+
+    Attributes:
+        samples: how many records the new index holds.
+        lost: records that are damaged, by the numbers that are missing.
+        path: the index that was written.
+    """
+
+    samples: int
+    lost: list[int]
+    path: Path
+
+
+def recover_shard(folder: Path, name: str, encoder: EncoderInfo) -> RecoverReport:
+    """Write FOLDER/NAME.idx anew from FOLDER/NAME.bin; what was there is kept as NAME.idx.old.
+
+    Headers, texts and metadata are checked as they were when written. The checksums of latent frames stood in the lost
+    index alone, so they are taken from the latents as these are now: damage to them from before can't be seen any more.
+
+    Args:
+        folder: of the dataset.
+        name: of the shard.
+        encoder: from the manifest, or from another shard.
+
+    Raises:
+        DataError: the .bin's header is damaged or of another encoder, or it holds no whole record.
+    """
+    path = folder / f"{name}.bin"
+    try:
+        with path.open("rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} can't be read: {error}") from None
+    _, major, minor, _, uuid, channels, width = unseal(BIN_HEADER, data[: BIN_HEADER.size], BIN_MAGIC, str(path))
+    check_version(major, minor, str(path))
+    if (channels, width) != (2 * encoder.latent_channels, encoder.text_width):
+        raise DataError(f"{path} holds {channels} channels and texts of width {width}: another encoder made it")
+    rows, numbers = _walk(data, encoder)
+    if not rows:
+        raise DataError(f"{path} holds no whole record")
+    columns = {key: np.array([row[key] for row in rows], COLUMNS[key]) for key in COLUMNS if key != "frame_hash"}
+    columns["frame_hash"] = np.concatenate([np.array(row["frame_hash"], "<u8") for row in rows])
+    index = write_index(uuid, encoder, len(data), columns)
+    target = folder / f"{name}.idx"
+    parse_index(index, target)  # our own checks have to accept it
+    if target.exists():
+        target.replace(target.with_suffix(".idx.old"))
+    write_atomically(target, index)
+    return RecoverReport(len(rows), sorted(set(range(numbers[-1] + 1)) - set(numbers)), target)
+
+
+def _walk(data: mmap.mmap, encoder: EncoderInfo) -> tuple[list[dict[str, Any]], list[int]]:
+    """Return the columns' values of each whole record, and the records' numbers; what is damaged is stepped over."""
+    rows: list[dict[str, Any]] = []
+    numbers: list[int] = []
+    start = BIN_HEADER.size
+    while start + RECORD_HEADER.size <= len(data):
+        found = _record(data, start, encoder)
+        if found is None or (numbers and found[1] <= numbers[-1]):
+            start += ALIGNMENT  # not a record, or one that a damaged copy of the file repeats
+            continue
+        row, number, start = found
+        rows.append(row)
+        numbers.append(number)
+    return rows, numbers
+
+
+def _record(data: mmap.mmap, start: int, encoder: EncoderInfo) -> tuple[dict[str, Any], int, int] | None:
+    """Return (values, number, start of the next record) of the record at `start`, or None if it isn't whole."""
+    if data[start : start + 4] != RECORD_MAGIC:
+        return None
+    try:
+        header = unseal(RECORD_HEADER, data[start : start + RECORD_HEADER.size], RECORD_MAGIC, "record")
+    except DataError:
+        return None
+    _, frames, height, width, channels, length, sample_id, text_at, text_hash, note_bytes, number = header
+    frame = height * width * channels * BF16_BYTES
+    latents_at = start + RECORD_HEADER.size
+    text_bytes = length * encoder.text_width * BF16_BYTES
+    own_text_at = aligned(latents_at + frames * frame)
+    note_at = aligned(own_text_at + text_bytes) if text_at == own_text_at else own_text_at
+    end = aligned(note_at + note_bytes)
+    if channels != 2 * encoder.latent_channels or not frames * frame or end > len(data):
+        return None
+    if note_bytes > MAX_METADATA_BYTES or length > encoder.text_length or text_at > own_text_at:
+        return None
+    note = data[note_at : note_at + note_bytes]
+    try:
+        load_json(note, "metadata")
+    except DataError:
+        return None
+    if digest(data[text_at : text_at + text_bytes]) != text_hash:
+        return None
+    values = {
+        "sample_id": sample_id, "record": start, "frames": frames, "height": height, "width": width,
+        "text_offset": text_at, "text_length": length, "text_hash": text_hash, "metadata_offset": note_at,
+        "metadata_length": note_bytes, "metadata_hash": digest(note),
+        "frame_hash": [digest(data[latents_at + i * frame : latents_at + (i + 1) * frame]) for i in range(frames)],
+    }  # fmt: skip
+    return values, number, end

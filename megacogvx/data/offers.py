@@ -1,0 +1,151 @@
+"""What a pack may drop and take: tables over all packs at once, so that a step's search is a few array operations."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+
+NEVER = np.iinfo(np.int64).max
+BINS = 2  # bins of tokens that make up the window below full
+COST_SHIFT = 12  # costs are compared at 2^-28 of a budget-long sample's when candidates are looked up
+PAIRS_UP_TO = 16  # samples in a pack up to which any two of them may be dropped at once
+RUN = 8  # from larger packs up to so many samples of neighbouring lengths: it takes many images to make room for a clip
+
+
+class Drops:
+    """Ways to drop some samples of each of some packs: none, one, any two, or of large packs a run by length.
+
+    Columns over candidates have one more entry, at their end, for nobody (-1).
+
+    Attributes:
+        pack: place in the list of packs that was given, int64 `[d]`, ascending.
+        tokens, costs: of what is dropped, int64 `[d]`.
+    """
+
+    def __init__(self, members: list[list[int]], lengths: np.ndarray, costs: np.ndarray, barred: np.ndarray) -> None:
+        """List the ways.
+
+        Args:
+            members: candidates of each pack.
+            lengths, costs: columns over candidates, int64.
+            barred: bool column; these candidates are never dropped.
+        """
+        counts = [len(pack) for pack in members]
+        flat = np.array([member for pack in members for member in pack], np.int64)
+        self._flat = flat = flat[np.lexsort((lengths[flat], np.repeat(np.arange(len(members)), counts)))]
+        tables = [_choices(count) for count in counts]
+        self.pack = np.repeat(np.arange(len(members)), [len(table) for table in tables])
+        table = np.concatenate(tables) + np.cumsum([0, *counts[:-1]])[self.pack][:, None]
+        allowed = self._sum(barred[flat].astype(np.int64), table) == 0
+        self.pack, self._table = self.pack[allowed], table[allowed]
+        self.tokens, self.costs = self._sum(lengths[flat], self._table), self._sum(costs[flat], self._table)
+
+    def candidates(self, row: int) -> list[int]:
+        """Return what row `row` drops."""
+        first, end, second, second_end = self._table[row].tolist()
+        return [*self._flat[first:end].tolist(), *self._flat[second:second_end].tolist()]
+
+    @staticmethod
+    def _sum(column: np.ndarray, table: np.ndarray) -> np.ndarray:
+        total = np.append(0, np.cumsum(column))[table]
+        return total[:, 1] - total[:, 0] + total[:, 3] - total[:, 2]
+
+
+class Offer:
+    """Nothing, each length of a reserve, and each pair of lengths, in order of (bin of tokens, cost).
+
+    Samples of one length are one offer with a queue, oldest first: many clips are equally long, and all packs would
+    otherwise fight over the same few. The order makes the pair that fits a gap a binary search away: of each bin just
+    below full, the neighbours of the wanted cost. A key holds bin, cost and the pair's number, so that no two are equal
+    and every machine sorts alike.
+
+    Attributes:
+        tokens, costs: of every single or pair, int64 `[n]`, in order.
+    """
+
+    def __init__(
+        self, reserve: np.ndarray, lengths: np.ndarray, costs: np.ndarray, budget: int, window: float, limit: int
+    ) -> None:
+        """Offer the samples of `reserve`.
+
+        Args:
+            reserve: candidates, oldest first.
+            lengths, costs: columns over candidates, int64; tokens, and `integer_costs`.
+            budget: tokens of a pack; longer pairs are left out.
+            window: of the budget, what `BINS` bins span.
+            limit: lengths that are offered at most, those with the oldest samples; up to 2^9.
+        """
+        order = np.argsort(lengths[reserve], kind="stable")
+        starts = np.flatnonzero(np.diff(lengths[reserve][order], prepend=-1))
+        oldest = np.argsort(order[starts], kind="stable")[:limit]
+        ends = np.append(starts, len(order))[1:]
+        samples = reserve[order]
+        self._queues = [samples[start:end].tolist() for start, end in zip(starts[oldest], ends[oldest], strict=True)]
+        self._left = np.array([*map(len, self._queues), NEVER])  # the last is nobody, who never runs out
+        one, two = _pairs(len(self._queues))
+        of_length = np.append(samples[starts[oldest]], -1)
+        tokens = lengths[of_length[one]] + lengths[of_length[two]]
+        fits = np.flatnonzero(tokens <= budget)
+        one, two, tokens = one[fits], two[fits], tokens[fits]
+        pair_costs = costs[of_length[one]] + costs[of_length[two]]
+        self._width = max(1, int(budget * window) // BINS)
+        self._number_bits = max(1, (len(tokens) - 1).bit_length())
+        keys = np.sort((self._key(tokens // self._width, pair_costs) << self._number_bits) + np.arange(len(tokens)))
+        order = keys & ((1 << self._number_bits) - 1)
+        self._keys, self._one, self._two = keys, one[order], two[order]
+        self.tokens, self.costs = tokens[order], pair_costs[order]
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Leave out what has been used up."""
+        left = self._left
+        kept = np.flatnonzero((left[self._one] > (self._one == self._two)) & (left[self._two] > 0))
+        if len(kept) < len(self._keys):
+            for name in ("_keys", "_one", "_two", "tokens", "costs"):
+                setattr(self, name, getattr(self, name)[kept])
+
+    def take(self, row: int) -> list[int] | None:
+        """Return the oldest candidates of row `row`, which are used up by that; None if there are not enough left."""
+        chosen = [place for place in (int(self._one[row]), int(self._two[row])) if place < len(self._queues)]
+        if any(self._left[place] < chosen.count(place) for place in chosen):
+            return None
+        self._left[chosen] -= 1 if len(set(chosen)) == len(chosen) else 2
+        return [self._queues[place].pop(0) for place in chosen]
+
+    def near(self, tokens: np.ndarray, costs: np.ndarray, bins: int) -> np.ndarray:
+        """Return rows close below `tokens` and on both sides of `costs`: int64 `[n, 2 * (bins + 1)]`.
+
+        Where a bin is empty, rows of another bin stand in its place; they may not fit.
+        """
+        wanted = np.maximum(tokens // self._width - np.arange(bins + 1)[:, None], 0)
+        keys = self._key(wanted, np.clip(costs, 0, (1 << 41) - 1)) << self._number_bits
+        above = np.searchsorted(self._keys, keys.ravel()).reshape(keys.shape)
+        rows = np.concatenate([above, above - 1])
+        return np.clip(rows, 0, len(self._keys) - 1).T
+
+    @staticmethod
+    def _key(bins: np.ndarray, costs: np.ndarray) -> np.ndarray:
+        return (bins << (42 - COST_SHIFT)) + (costs >> COST_SHIFT)
+
+
+@cache
+def _choices(count: int) -> np.ndarray:
+    """Return what may be dropped of `count` places, as two spans: int64 `[c, 4]` of first, end, second, second end."""
+    if count > PAIRS_UP_TO:
+        first, size = np.divmod(np.arange(count * RUN), RUN)
+        first, end = first[first + size < count], (first + size + 1)[first + size < count]
+        return np.stack([*([0, *values] for values in (first, end)), *[np.zeros(len(first) + 1, np.int64)] * 2], 1)
+    first, second = np.triu_indices(count, k=1)
+    single = np.arange(count)
+    table = np.concatenate(
+        [[[0, 0, 0, 0]], np.stack([single, single + 1, single, single], 1),
+         np.stack([first, first + 1, second, second + 1], 1)]
+    )  # fmt: skip
+    return table
+
+
+@cache
+def _pairs(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return places (one, two) of nothing, of each single and of each pair; `count` stands for nobody."""
+    return np.triu_indices(count + 1)

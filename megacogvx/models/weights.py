@@ -1,0 +1,34 @@
+"""Whether weights are numbers."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from megacogvx.errors import DataError
+
+SHOWN = 3  # names in the message
+
+
+def check_finite(model: nn.Module, source: str) -> None:
+    """Check that no weight of `model` is NaN or infinite; waits for the device once.
+
+    Args:
+        model: its parameters are read.
+        source: where the weights came from, for the message.
+
+    Raises:
+        DataError: naming the first weights that aren't finite, and how many values of each.
+    """
+    named = list(model.named_parameters())
+    finite = torch.stack([parameter.detach().isfinite().all() for _, parameter in named]).tolist()
+    bad = [entry for entry, fine in zip(named, finite, strict=True) if not fine]
+    if not bad:
+        return
+    shown = [f"{name} ({int((~p.detach().isfinite()).sum())} of {p.numel()} values)" for name, p in bad[:SHOWN]]
+    more = f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+    narrow = " fp16 holds nothing above 65504: try bf16 or fp32." if bad[0][1].dtype == torch.float16 else ""
+    raise DataError(
+        f"weights of {source} are NaN or infinite: {', '.join(shown)}{more};{narrow} take an earlier checkpoint, or "
+        "convert or download this one again"
+    )

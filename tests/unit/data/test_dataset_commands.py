@@ -1,0 +1,155 @@
+"""`megacogvx data merge|split|filter|recover|column|import|export`, through the command line."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from megacogvx.cli import USER_ERROR_STATUS, main
+from megacogvx.data.indexed import IndexedDataset
+from megacogvx.data.indexed.side_columns import write_side_column
+from megacogvx.data.indexed.verify import verify_dataset
+from megacogvx.testing.tiny_dataset import tiny_encoder, write_tiny_dataset
+
+
+def data(*arguments):
+    return main(["data", *map(str, arguments)])
+
+
+def content(folder):
+    """Return everything that a dataset's samples are, by id."""
+    dataset = IndexedDataset(folder)
+    records = [dataset.sample(number) for number in range(len(dataset))]
+    return {r.sample_id: (r.latents.float().tolist(), r.text.float().tolist(), r.metadata) for r in records}
+
+
+@pytest.fixture
+def source(tmp_path):
+    write_tiny_dataset(tmp_path / "a", 20)
+    ids = IndexedDataset(tmp_path / "a").sample_id
+    write_side_column(tmp_path / "a", "flow", ids.astype(float) - 1000, ids)
+    return tmp_path / "a"
+
+
+def test_split_and_merge_give_the_same_samples_and_scores(source, tmp_path):
+    train, held_out = tmp_path / "train", tmp_path / "held-out"
+    assert data("split", source, "--parts", f"{train}=0.7", f"{held_out}=0.3", "--samples-per-shard", 4) == 0
+    parts = [content(train), content(held_out)]
+    assert parts[0] and parts[1] and not parts[0].keys() & parts[1].keys()
+    assert data("merge", train, held_out, "--output", tmp_path / "merged") == 0
+    assert content(tmp_path / "merged") == parts[0] | parts[1] == content(source)
+    merged = IndexedDataset(tmp_path / "merged")
+    assert merged.side_column("flow").tolist() == [int(i) - 1000 for i in merged.sample_id]
+    assert not verify_dataset(tmp_path / "merged").problems
+    assert data("merge", source, train, "--output", tmp_path / "twice") == USER_ERROR_STATUS
+
+
+def test_filter_by_score_size_and_list(source, tmp_path):
+    assert data("filter", source, "--where", "flow>=5", "flow<=11", "--output", tmp_path / "b") == 0
+    assert sorted(content(tmp_path / "b")) == list(range(1005, 1012))
+    (tmp_path / "ids").write_text("1001\n1003\n1006\n")
+    assert data("filter", source, "--ids", tmp_path / "ids", "--where", "frames>=2", "--output", tmp_path / "c") == 0
+    expected = [i for i in (1001, 1003, 1006) if len(content(source)[i][0]) >= 2]
+    assert sorted(content(tmp_path / "c")) == expected
+    assert data("filter", source, "--where", "flow>=99", "--output", tmp_path / "d") == USER_ERROR_STATUS
+    assert data("filter", source, "--where", "flow=9", "--output", tmp_path / "d") == USER_ERROR_STATUS
+
+
+def test_recover_rebuilds_the_index(source):
+    before, index = content(source), source / "shard-00001.idx"
+    original = index.read_bytes()
+    index.unlink()
+    assert data("recover", source) == 0
+    assert index.read_bytes() == original
+    assert content(source) == before and not verify_dataset(source).problems
+
+
+def test_recover_steps_over_a_damaged_record(source):
+    dataset = IndexedDataset(source)
+    lost = dataset.shards[0].index.columns["record"][2]
+    path = source / "shard-00000.bin"
+    damaged = bytearray(path.read_bytes())
+    damaged[int(lost) + 20] ^= 255
+    path.write_bytes(bytes(damaged))
+    before = content_without(source, 1002)
+    assert data("recover", source, "--shards", "shard-00000") == 0
+    assert content(source) == before
+    assert (source / "shard-00000.idx.old").exists()
+
+
+def content_without(folder, sample_id):
+    dataset = IndexedDataset(folder)
+    records = [dataset.sample(n) for n in range(len(dataset)) if int(dataset.sample_id[n]) != sample_id]
+    return {r.sample_id: (r.latents.float().tolist(), r.text.float().tolist(), r.metadata) for r in records}
+
+
+def test_column_from_metadata_and_from_csv(source, tmp_path):
+    assert data("column", source, "--name", "number", "--from-metadata", "number") == 0
+    assert IndexedDataset(source).side_column("number").tolist() == list(range(20))
+    (tmp_path / "scores.csv").write_text("sample_id,score\n1004,0.5\n")
+    assert data("column", source, "--name", "number", "--from-csv", tmp_path / "scores.csv") == 0
+    values = IndexedDataset(source).side_column("number")
+    assert values[4] == 0.5 and np.isnan(values).sum() == 19
+    (tmp_path / "scores.csv").write_bytes(b"1004,0.5\n\xff\xfe,1\n")
+    assert data("column", source, "--name", "number", "--from-csv", tmp_path / "scores.csv") == USER_ERROR_STATUS
+
+
+@pytest.mark.parametrize("form", ["safetensors", "webdataset"])
+def test_export_and_import_give_the_same_tensors(source, tmp_path, form):
+    out = tmp_path / "out"
+    assert data("export", source, "--output", out, "--format", form, "--samples-per-tar", 8) == 0
+    sources = sorted(out.glob("*.tar")) if form == "webdataset" else [out]
+    assert data("import", *sources, "--encoder", source, "--output", tmp_path / "back", "--shard-mb", 1) == 0
+
+    def tensors(folder):
+        return sorted((latents, text, note["number"]) for latents, text, note in content(folder).values())
+
+    assert tensors(tmp_path / "back") == tensors(source)
+    assert not verify_dataset(tmp_path / "back").problems
+
+
+def test_import_pt_folder_permutes_pads_and_adds_the_variance(tmp_path):
+    folder = tmp_path / "pt"
+    folder.mkdir()
+    latents, text = torch.randn(4, 2, 6, 5), torch.randn(3, 8)  # C T H W, without a variance
+    torch.save({"latents": latents, "text": text}, folder / "x.pt")
+    (folder / "x.json").write_text('{"caption": "a cat"}')
+    (tmp_path / "encoder.json").write_text(json.dumps(tiny_encoder().model_dump()))
+    options = ("--encoder", tmp_path / "encoder.json", "--axes", "cthw", "--output", tmp_path / "new")
+    assert data("import", folder, *options) == 0
+    record = IndexedDataset(tmp_path / "new").sample(0)
+    assert torch.equal(record.latents[..., :4], latents.permute(1, 2, 3, 0).bfloat16())
+    assert (record.latents[..., 4:] == -30).all()
+    assert torch.equal(record.text[:3], text.bfloat16()) and not record.text[3:].any() and len(record.text) == 6
+    assert record.metadata == {"caption": "a cat", "key": "x"}
+
+
+def test_import_megatron(tmp_path):
+    """The three files as Megatron-LM's IndexedDatasetBuilder writes them."""
+    import struct
+
+    latents = [torch.randn(1, 2, 2, 8).bfloat16(), torch.randn(3, 2, 4, 8).bfloat16()]
+    texts = [torch.randn(6, 8), torch.randn(2, 8)]
+    for name, tensors, code in (("latents", latents, 8), ("text", texts, 7)):
+        flat = [t.view(torch.uint16).numpy().ravel() if code == 8 else t.numpy().ravel() for t in tensors]
+        sizes = np.array([len(f) for f in flat], "<i4")
+        offsets = np.array([0, flat[0].nbytes], "<i8")
+        head = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, code, 2, 3)
+        documents = np.arange(3, dtype="<i8")
+        (tmp_path / f"{name}.idx").write_bytes(head + sizes.tobytes() + offsets.tobytes() + documents.tobytes())
+        (tmp_path / f"{name}.bin").write_bytes(b"".join(f.tobytes() for f in flat))
+    rows = [
+        {"latents": list(a.shape), "text": list(b.shape), "n": n}
+        for n, (a, b) in enumerate(zip(latents, texts, strict=True))
+    ]
+    (tmp_path / "shapes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "encoder.json").write_text(json.dumps(tiny_encoder("real").model_dump()))
+    options = ("--megatron-text", tmp_path / "text", "--megatron-shapes", tmp_path / "shapes.jsonl")
+    where = ("--encoder", tmp_path / "encoder.json", "--output", tmp_path / "new")
+    assert data("import", tmp_path / "latents", *options, *where) == 0
+    dataset = IndexedDataset(tmp_path / "new")
+    for number in range(2):
+        record = dataset.sample(number)
+        assert torch.equal(record.latents, latents[number]) and torch.equal(record.text, texts[number].bfloat16())
+        assert record.metadata["n"] == number
