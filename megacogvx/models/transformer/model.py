@@ -32,7 +32,7 @@ def transformer_core(
         ConfigError: the heads can't be cut over tensor and context ranks, a pipeline stage would hold no layer, or the
             model is an ablation that doesn't run on this layout.
     """
-    problem = config.layout_problem(groups.tensor[1], parallel.recompute)
+    problem = config.layout_problem(groups.tensor[1], groups.ring[1], parallel.recompute)
     if problem:
         raise ConfigError(problem)
     return core_config(
