@@ -50,18 +50,24 @@ ablations: $(COMPILED)  ## the paper's ablations, tiny, on the demo's clips: fig
 test: lint $(COMPILED)  ## lint, then the default tests
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(ARGS)
 
-# In full what `make test` does in part: three architectures, 2,000 shapes, under AddressSanitizer; nothing is skipped.
+# In full what `make test` does in part: three architectures, 2,000 shapes, and 200 of them under AddressSanitizer, which
+# is many times slower; nothing is skipped.
+PROVE_KERNELS := MEGACOGVX_KERNELS_MUST_RUN=1 OMP_NUM_THREADS=1
 kernels: $(STAMP)  ## build the CUDA kernels and prove them without a GPU; where nvcc is missing, install its wheels
 	@$(BIN)/python kernels/toolchain.py nvcc || { $(BIN)/python -m pip install -qq -r kernels/nvcc.txt && \
 		chmod +x $(VENV)/lib/python3*/site-packages/nvidia/cu13/bin/* $(VENV)/lib/python3*/site-packages/nvidia/cu13/nvvm/bin/*; }
 	MEGACOGVX_KERNELS=cuda $(BIN)/python setup.py -q build_ext --inplace
 	$(BIN)/python kernels/machine_code.py
-	MEGACOGVX_KERNELS_MUST_RUN=1 MEGACOGVX_KERNELS_SHAPES=2000 ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
-		LD_PRELOAD=$$($${CXX:-g++} -print-file-name=libasan.so) \
-		$(BIN)/python -m pytest tests/kernels --ignore tests/kernels/test_machine_code.py --timeout 1800 $(ARGS)
+	$(PROVE_KERNELS) MEGACOGVX_KERNELS_SHAPES=2000 $(BIN)/python -m pytest tests/kernels --timeout 1800 $(ARGS)
+	$(PROVE_KERNELS) MEGACOGVX_KERNELS_SHAPES=200 ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD=$$($${CXX:-g++} -print-file-name=libasan.so) $(BIN)/python -m pytest tests/kernels \
+		-k 'the_kernel or the_kernels or several_blocks or text_is_bit_equal' --timeout 1800 $(ARGS)
 
 faults: $(STAMP)  ## every fault of the matrix, planted and recovered; at most an hour, goes on where it was stopped
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python tests/faults/matrix.py $(ARGS)
+
+fuzz: $(STAMP)  ## 2,000 seeded mutations of every parser of the data room, and 200 kills of a writer
+	$(BIN)/python tools/fuzz.py $(ARGS)
 
 lint: $(STAMP)  ## ruff, mypy and the import rule
 	$(BIN)/ruff check .
@@ -74,5 +80,5 @@ format: $(STAMP)  ## rewrite the files in ruff's format
 	$(BIN)/ruff format .
 
 clean:  ## remove .venv/, caches and build outputs; runs and demo_run stay
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info kernels/megacogvx_kernels/_compiled.* .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

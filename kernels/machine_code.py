@@ -62,8 +62,8 @@ def compile_for(architecture: int, source: Path, folder: Path) -> Path:
     return output
 
 
-def read(cubin: Path) -> dict[str, MachineCode]:
-    """Return what the kernels of a cubin use, by readable name.
+def read(binary: Path, architecture: int) -> dict[str, MachineCode]:
+    """Return what the kernels of a cubin or of a library use, by readable name.
 
     Raises:
         toolchain.BuildError: no cuobjdump, or it failed.
@@ -72,8 +72,9 @@ def read(cubin: Path) -> dict[str, MachineCode]:
     if program is None or disassembler is None:
         raise toolchain.BuildError("no cuobjdump and nvdisasm found; NVIDIA's wheels nvidia-cuda-... have them")
     os.environ["NVDISASM_PATH"] = str(disassembler.parent)  # cuobjdump calls it
-    usage = toolchain.run([str(program), "--dump-resource-usage", str(cubin)])
-    listing = toolchain.run([str(program), "--dump-sass", str(cubin)])
+    command = [str(program), "--gpu-architecture", f"sm_{architecture}"]
+    usage = toolchain.run([*command, "--dump-resource-usage", str(binary)])
+    listing = toolchain.run([*command, "--dump-sass", str(binary)])
     code = _instructions(listing)
     found = {}
     for name, numbers in re.findall(r"Function (\S+):\s*\n\s*(REG:.*)", usage):
@@ -108,11 +109,26 @@ def problems(code: dict[str, MachineCode], budget: dict[str, dict[str, int]]) ->
     return sorted(found)
 
 
-def examine(architecture: int) -> dict[str, MachineCode]:
-    """Compile every .cu file for one architecture and read its kernels; nothing is left on disk."""
+def built_library() -> Path | None:
+    """Return the library that `setup.py build_ext --inplace` made of the sources as they are, with kernels; or None."""
+    folder = Path(__file__).resolve().parent / "megacogvx_kernels"
+    nvcc = toolchain.find_cuda_program("nvcc")
+    tools = toolchain.Tools("", Path(), nvcc)
+    return folder / toolchain.LIBRARY if nvcc and toolchain.is_current(folder, tools) else None
+
+
+def examine(architecture: int, library: Path | None = None) -> dict[str, MachineCode]:
+    """Read the kernels of one architecture.
+
+    Args:
+        architecture: 80, 90 or 100.
+        library: to read them from; None: every .cu file is compiled, and nothing is left on disk.
+    """
+    if library is not None:
+        return read(library, architecture)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         cubins = pool.map(lambda source: compile_for(architecture, source, Path(folder)), toolchain.sources(".cu"))
-        return {f"{name}": used for cubin in cubins for name, used in read(cubin).items()}
+        return {name: used for cubin in cubins for name, used in read(cubin, architecture).items()}
 
 
 def load_budgets() -> dict[str, dict[str, dict[str, int]]]:
@@ -127,7 +143,7 @@ def main() -> int:
     parser.add_argument("--architectures", type=int, nargs="+", default=list(toolchain.ARCHITECTURES))
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
-    code = {f"sm_{architecture}": examine(architecture) for architecture in arguments.architectures}
+    code = {f"sm_{each}": examine(each, built_library()) for each in arguments.architectures}
     if arguments.write:
         budgets = {name: {kernel: _budget(used) for kernel, used in found.items()} for name, found in code.items()}
         BUDGETS.write_text(json.dumps(budgets, indent=1, sort_keys=True) + "\n")

@@ -181,7 +181,8 @@ def run(command: Sequence[str]) -> str:
     Raises:
         BuildError: it failed.
     """
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # libasan is the tests'
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     if done.returncode:
         raise BuildError(f"{' '.join(command)}\nfailed with {done.returncode}:\n{done.stdout}")
     return done.stdout

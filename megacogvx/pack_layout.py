@@ -29,6 +29,7 @@ class PackSample:
         grid: video tokens along (t, h, w), after patching; t counts repeated frames.
         repeated_frames: copies of the first latent frame put in front, so that the temporal patch divides the frames.
         origin, step: rotary position of grid cell (i, j, k) is `origin + step * (i, j, k)`, in patches.
+        carries_loss: false for a sample that couldn't be read: its place stays, its rows weigh nothing.
     """
 
     sample_id: int
@@ -37,6 +38,7 @@ class PackSample:
     repeated_frames: int = 0
     origin: tuple[float, float, float] = (0.0, 0.0, 0.0)
     step: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    carries_loss: bool = True
 
     @property
     def video_length(self) -> int:

@@ -42,7 +42,8 @@ EXPECTED = """Expected (matrix products and attention are 94% of a step on a CPU
   outputs, gradients    fp32: 1e-5, 1e-4 relative; bf16: 2e-2, 1e-1"""
 BOUNDS = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (2e-2, 1e-1)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-DENSE = ((7, 32, 32, 226),) * 2  # (T, H, W) of the latents, text tokens: 2 x 2,018 tokens
+DENSE = ((7, 24, 24, 226),) * 2  # (T, H, W) of the latents, text tokens: 2 x 1,234 tokens
+LAYERS = {"dense": 4, "mixed": 2}
 SHRINK = 4  # of the mixed samples in height and width, and of their text by its square: the same share of the tokens
 console = Console(width=150)
 
@@ -203,7 +204,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=["dense", "mixed"], default=["dense", "mixed"])
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the mixed packs")
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=None, help=f"default: {LAYERS}")
     parser.add_argument("--heads", type=int, default=8, help="of width 64")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--gpu", action="store_true", help="one 5B layer on a GPU, and nothing else")
@@ -215,14 +216,18 @@ def main() -> None:
     console.print(EXPECTED, highlight=False)
     console.print(f"threads: {torch.get_num_threads()}; torch {torch.__version__}\n", highlight=False)
     groups = initialize(ParallelConfig(device="cpu"))
-    config = CogVideoXConfig(
-        num_layers=arguments.layers, num_attention_heads=arguments.heads, use_rotary_positional_embeddings=True
-    )
+    config = {
+        case: CogVideoXConfig(
+            num_layers=arguments.layers or layers, num_attention_heads=arguments.heads,
+            use_rotary_positional_embeddings=True,
+        )
+        for case, layers in LAYERS.items()
+    }  # fmt: skip
     for dtype in (DTYPES[name] for name in arguments.dtypes):
         if "dense" in arguments.cases:
-            dense(config, dtype, arguments.rounds, groups)
+            dense(config["dense"], dtype, arguments.rounds, groups)
         for seed in arguments.seeds if "mixed" in arguments.cases else ():
-            mixed(config, dtype, arguments.rounds, groups, seed)
+            mixed(config["mixed"], dtype, arguments.rounds, groups, seed)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def main() -> None:
         source, to, output = arguments.one
         print(json.dumps(measure(Path(source), to, Path(output), arguments.max_shard_bytes)))
         return
-    report(arguments)
+    sys.exit(0 if report(arguments) else 1)
 
 
 def measure(source: Path, to: str, output: Path, max_shard_bytes: int) -> dict[str, float]:
@@ -70,12 +70,13 @@ def peak() -> int:
     return int(line.split()[1]) * 1024
 
 
-def report(arguments: argparse.Namespace) -> None:
+def report(arguments: argparse.Namespace) -> bool:
+    """Print a line for each conversion; return whether all kept the bound and the last equals the first."""
     folder = arguments.folder
     try:
         model = CogVideoXConfig(preset="cogvideox_5b", num_layers=arguments.layers)
         settings = TransformerSettings(**{**vars(published_settings("5b")), "model": model})
-        source = folder / "0"
+        source, kept = folder / "0", True
         part = drawn_part(settings, DTYPES[arguments.dtype])
         convert({"transformer": part}, WAY[0], source, max_shard_bytes=arguments.max_shard_bytes, check=False)
         total = sum(info.nbytes for info in part.tensors.infos.values())
@@ -90,13 +91,14 @@ def report(arguments: argparse.Namespace) -> None:
                 f"{before:>9} -> {to:<9} peak {mb['peak']:7.0f} MB, bound {mb['bound']:7.0f} MB (largest file "
                 f"{mb['largest_file']:.0f}, tensor {mb['largest_tensor']:.0f}), {found['seconds']:.0f} s"
             )
-            source = output
+            source, kept = output, kept and found["peak"] <= found["bound"]
         same = all(
             torch.equal(a.read(name), part.tensors.read(name))
             for a in [open_parts([source], ReadOptions())["transformer"].tensors]
             for name in part.tensors.infos
         )
         print(f"the last equals the first bit for bit: {same}")
+        return same and kept
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -71,6 +71,11 @@ def require_vectors(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{name} starts {offset} elements into its storage; it must start at {ALIGNMENT} bytes")
 
 
+def version_of(tensor: torch.Tensor) -> int:
+    """Return how often `tensor` was written to; tensors of the inference mode don't count it."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
 def require_sample_table(name: str, table_M5: torch.Tensor, token_offset: int, tokens: int) -> None:
     """Raise `ValueError` unless the samples follow each other from token 0 and cover the tokens asked for.
 
@@ -81,11 +86,11 @@ def require_sample_table(name: str, table_M5: torch.Tensor, token_offset: int, t
         table_M5: per sample its first token, text tokens and grid t, h, w.
         token_offset, tokens: what is looked up in it.
     """
-    if torch.compiler.is_compiling():
+    if table_M5.is_meta or torch.compiler.is_compiling():
         return  # a traced tensor has no values
     known = _tables.get(table_M5)
-    if known is None or known[0] != table_M5._version:
-        known = (table_M5._version, _tokens_of(name, table_M5.tolist()))
+    if known is None or known[0] != version_of(table_M5):
+        known = (version_of(table_M5), _tokens_of(name, table_M5.tolist()))
         _tables[table_M5] = known
     if token_offset + tokens > known[1]:
         raise ValueError(f"{name} covers {known[1]} tokens; asked for {token_offset} to {token_offset + tokens}")

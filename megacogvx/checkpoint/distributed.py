@@ -8,7 +8,6 @@ have been found right, and megatron-core's own files only as `reading.py` allows
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import json
 import warnings
 from collections.abc import Callable, Mapping
@@ -16,14 +15,9 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies.fully_parallel import (
-    FullyParallelLoadStrategyWrapper,
-    FullyParallelSaveStrategyWrapper,
-)
-from megatron.core.dist_checkpointing.strategies.torch import (
-    TorchDistLoadShardedStrategy,
-    TorchDistSaveShardedStrategy,
-)
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -31,7 +25,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from megacogvx.checkpoint import directory as folders
 from megacogvx.checkpoint.directory import CheckpointDirectory, FileEntry
 from megacogvx.checkpoint.reading import SafeCommonStrategy, read_metadata, use_safe_reader
-from megacogvx.checkpoint.writing import TensorWrite, use_plain_queue
+from megacogvx.checkpoint.writing import BACKEND, VERSION, TensorWrite, plan_write
 from megacogvx.errors import CheckpointError
 from megacogvx.log import get_logger
 from megacogvx.parallel.data_parallel import unwrap
@@ -40,7 +34,6 @@ from megacogvx.parallel.optimizer import Optimizer
 from megacogvx.parallel.sharded_state import sharded_state_dict
 
 STATE = "state.json"
-WRITER_THREADS = 1  # files that each rank writes at a time
 # By global parameter, the one format of optimizer states that can change the tensor-parallel size.
 FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
@@ -155,7 +148,7 @@ class PendingSave:
     def _commit(self) -> Path:
         groups, partial = self._groups, self.partial
         sealed = _together(groups, self._write.wait)
-        _together(groups, self._write.finish)
+        _together(groups, lambda: _finish_tensors(partial, self._write, groups))
         tensors = {name: entry for part in gather_json(sealed, groups) for name, entry in part.items()}
         small = broadcast_json(folders.files_of(partial) if groups.is_first else None, groups)
         small = _share([name for name in small if name not in tensors], groups)
@@ -280,19 +273,14 @@ def _plan_tensors(
     path: Path, model: nn.Module, optimizer: Optimizer | None, beside: Mapping[str, Kept],
     groups: ParallelGroups, background: bool,
 ) -> TensorWrite:  # fmt: skip
-    """Decide together which rank writes which part of which tensor, and start to write if `background`."""
-    use_plain_queue()
-    writer = FullyParallelSaveStrategyWrapper(
-        TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=WRITER_THREADS), groups.data_context_group, True
-    )
     state = _state(model, optimizer, beside, groups, is_loading=False)
-    options: dict[str, Any] = {}
-    if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
-        options["async_strategy"] = "mcore"  # from 0.19 on the default is another package's
-    request = dist_checkpointing.save(
-        state, str(path), writer, content_metadata=FORMAT, async_sharded_save=True, **options
-    )
-    return TensorWrite(request, path, background=background)
+    return plan_write(state, path, groups, FORMAT, background=background)
+
+
+def _finish_tensors(path: Path, write: TensorWrite, groups: ParallelGroups) -> None:
+    write.finish()
+    if groups.is_first:
+        save_config(CheckpointingConfig(BACKEND, VERSION), str(path))
 
 
 def _load_tensors(

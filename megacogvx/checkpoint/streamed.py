@@ -14,14 +14,16 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader, FileSystemWriter, load, save
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, load, save
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from megacogvx.checkpoint import directory as folders
 from megacogvx.checkpoint.directory import CheckpointDirectory, verify
-from megacogvx.checkpoint.distributed import FORMAT, STATE, WRITER_THREADS
+from megacogvx.checkpoint.distributed import FORMAT, STATE
+from megacogvx.checkpoint.reading import SafeReader
 from megacogvx.checkpoint.whole import PREFIX
+from megacogvx.checkpoint.writing import WRITER_THREADS
 from megacogvx.errors import CheckpointError
 
 Shape = tuple[int, ...]
@@ -91,13 +93,21 @@ def write_streamed(
 
     Returns:
         the checkpoint's folder.
+
+    Raises:
+        CheckpointError: a tensor can't be read, or the disk is full or not writable.
     """
     partial = directory.begin(step)
     state = {PREFIX + name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in tensors.items()}
     writer = FileSystemWriter(partial, thread_count=WRITER_THREADS, sync_files=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        save(state, storage_writer=writer, planner=_AskingPlanner(read), no_dist=True)
+        try:
+            save(state, storage_writer=writer, planner=_AskingPlanner(read), no_dist=True)
+        except CheckpointException as error:  # torch's own, which is a BaseException and holds what was raised inside
+            cause = next((failure[0] for failure in error.failures.values()), error)
+            problem = cause if isinstance(cause, CheckpointError) else f"{partial} can't be written: {cause}"
+            raise CheckpointError(str(problem)) from None
     # What megatron-core looks for beside the tensors (dist_checkpointing/serialization.py, `save`).
     torch.save({"content_metadata": FORMAT}, partial / COMMON_STATE_FNAME)
     save_config(CheckpointingConfig("torch_dist", 1), str(partial))
@@ -106,7 +116,7 @@ def write_streamed(
     return directory.commit(step, {name: folders.seal(partial, name) for name in folders.files_of(partial)})
 
 
-class _CachingReader(FileSystemReader):
+class _CachingReader(SafeReader):
     """Reads the metadata once, not for each tensor."""
 
     def __init__(self, path: Path) -> None:

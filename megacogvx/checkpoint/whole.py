@@ -25,12 +25,13 @@ from megacogvx.errors import CheckpointError
 PREFIX = "model."  # of the model's tensors among those of a checkpoint
 
 
-def load_whole(path: Path, model: nn.Module) -> None:
+def load_whole(path: Path, model: nn.Module, prefix: str = PREFIX) -> None:
     """Load the weights of a checkpoint into `model`, which holds all of every tensor.
 
     Args:
         path: the checkpoint's folder.
         model: its weights are overwritten, in their own dtype and on their own device.
+        prefix: of the names of the weights that are taken; a run may keep others beside the model's, such as averages.
 
     Raises:
         CheckpointError: the checkpoint is missing, incomplete, damaged, or of another model.
@@ -38,9 +39,9 @@ def load_whole(path: Path, model: nn.Module) -> None:
     verify(path)
     reader = SafeReader(path)
     there = {
-        name.removeprefix(PREFIX): tuple(entry.size)
+        name.removeprefix(prefix): tuple(entry.size)
         for name, entry in reader.read_metadata().state_dict_metadata.items()
-        if name.startswith(PREFIX) and isinstance(entry, TensorStorageMetadata)
+        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
     }
     asked = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     differing = sorted(name for name in there.keys() | asked.keys() if there.get(name) != asked.get(name))
@@ -50,14 +51,14 @@ def load_whole(path: Path, model: nn.Module) -> None:
             f"{path} is of another model: {name} is {there.get(name, 'not there')} in the checkpoint and "
             f"{asked.get(name, 'not there')} in the model ({len(differing)} tensors differ)"
         )
-    state = {PREFIX + name: torch.empty_like(tensor, device="cpu") for name, tensor in model.state_dict().items()}
+    state = {prefix + name: torch.empty_like(tensor, device="cpu") for name, tensor in model.state_dict().items()}
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is the point
             load(state, storage_reader=reader, no_dist=True)
     except (CheckpointException, OSError, RuntimeError) as error:
         raise CheckpointError(f"{path} can't be read: {error}") from None
-    model.load_state_dict({name.removeprefix(PREFIX): tensor for name, tensor in state.items()})
+    model.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in state.items()})
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -49,7 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--to", choices=list(FORMATS), required=True, help="format to write")
     add("--output", type=Path, required=True, help="folder to make; it must not be there yet")
     add("--dtype", choices=list(DTYPES), help="of the written weights (default: as they are)")
-    add("--weights", default=LIVE, help="which set: live, or one that was kept beside it, such as ema (default: live)")
+    add(
+        "--weights",
+        default=LIVE,
+        help="of the transformer, if any: live, or a set kept beside, such as ema (default: live)",
+    )
     add("--variant", choices=list(VARIANTS), help="SAT: which released model it is (default: by its shapes)")
     add("--config", type=Path, help="SAT: YAML that describes another model (sections model, diffusion, encoder, vae)")
     add("--drop-foreign", action="store_true", help="SAT: leave out tensors of other models, which a trained file has")
@@ -86,12 +90,17 @@ def open_parts(sources: Sequence[Path], options: ReadOptions) -> dict[Kind, Part
         CheckpointError: a source is of no known format, damaged, or incomplete.
         ConfigError: two sources hold the same kind of model, or they don't fit together.
     """
-    parts: dict[Kind, Part] = {}
+    found: dict[Kind, tuple[ModuleType, Path]] = {}
     for source in sources:
-        for kind, part in _open(source, options).items():
-            if kind in parts:
-                raise ConfigError(f"{parts[kind].tensors.path} and {part.tensors.path} both hold a {kind}; name one")
-            parts[kind] = part
+        for kind, place in _find(source).items():
+            if kind in found:
+                raise ConfigError(f"{found[kind][1]} and {place[1]} both hold a {kind}; name one")
+            found[kind] = place
+    parts = {}
+    for kind, (module, path) in found.items():
+        # A VAE beside a transformer is a finished one.
+        asked = options if kind == "transformer" or "transformer" not in found else replace(options, weights=LIVE)
+        parts[kind] = module.open_part(kind, path, asked)
     return agreeing(parts)
 
 
@@ -225,12 +234,13 @@ def shard_bytes(text: str) -> int:
     return int(float(match[1]) * SIZES[match[2]])
 
 
-def _open(source: Path, options: ReadOptions) -> dict[Kind, Part]:
+def _find(source: Path) -> dict[Kind, tuple[ModuleType, Path]]:
+    """Return the format and the place of each model that a source holds."""
     if not source.exists():
         raise CheckpointError(f"{source} does not exist")
     for module in FORMATS.values():
         if found := module.find(source):
-            return {kind: module.open_part(kind, found[kind], options) for kind in KINDS if kind in found}
+            return {kind: (module, found[kind]) for kind in KINDS if kind in found}
     raise CheckpointError(
         f"{source} is no checkpoint that is known here: neither a diffusers folder (transformer/config.json, "
         "vae/config.json), nor SAT's (transformer/latest, vae/3d-vae.pt), nor a run of ours (checkpoints/step-...)"

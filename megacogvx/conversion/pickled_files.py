@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -84,11 +85,6 @@ class PickledFile:
     def _check_inside(self) -> None:
         size = self.path.stat().st_size
         for name, tensor in self._tensors.items():
-            if _offset(tensor) is None:
-                raise CheckpointError(
-                    f"{self.path} is of torch's format before 1.6, which can't be read piece by piece; load it with "
-                    "torch.load(..., weights_only=True) and torch.save it again"
-                )
             if tensor.numel() and sum(self._span(tensor)) > size:
                 raise CheckpointError(f"{self.path} is cut short: {name} lies beyond its {size} bytes")
 
@@ -132,6 +128,11 @@ def _read_skeleton(path: Path) -> Mapping[str, Any]:
     """Return the file's content with tensors that have no storage."""
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist")
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(
+            f"{path} can't be read: it is cut short, foreign, or of torch's format before 1.6 (which can't be read "
+            "piece by piece: torch.load it with weights_only=True and torch.save it again)"
+        )
     try:
         with FakeTensorMode(), torch.serialization.safe_globals(HARMLESS):
             content = torch.load(path, map_location="cpu", weights_only=True)

@@ -21,6 +21,7 @@ import torch
 
 from megacogvx.conversion.ours import transformer_shapes, vae_shapes
 from megacogvx.conversion.tensors import Group, Table, Tensors, renamed
+from megacogvx.errors import ConfigError
 from megacogvx.models.transformer.config import CogVideoXConfig
 from megacogvx.models.vae.config import VAEConfig
 
@@ -76,12 +77,20 @@ BOTH_VAE = (
 
 
 def diffusers_transformer(config: CogVideoXConfig) -> Table:
-    """Return the table of a transformer in diffusers' names."""
+    """Return the table of a transformer in diffusers' names.
+
+    Raises:
+        ConfigError: it is an ablation, which has none.
+    """
     return _transformer(config, 0)
 
 
 def sat_transformer(config: CogVideoXConfig) -> Table:
-    """Return the table of a transformer in SAT's names, without their prefix `model.diffusion_model.`."""
+    """Return the table of a transformer in SAT's names, without their prefix `model.diffusion_model.`.
+
+    Raises:
+        ConfigError: it is an ablation, which has none.
+    """
     return _transformer(config, 1)
 
 
@@ -113,6 +122,11 @@ def from_per_head(qkv: torch.Tensor, heads: int) -> Tensors:
 
 
 def _transformer(config: CogVideoXConfig, column: int) -> Table:
+    if (config.block, config.attention) != ("expert_adaln", "full"):
+        raise ConfigError(
+            f"model.block={config.block}, model.attention={config.attention}: an ablation, which no other program has; "
+            "only block=expert_adaln with attention=full has published names"
+        )
     shapes = transformer_shapes(config)
     table: list[Group] = []
     for name, shape in shapes.items():

@@ -8,7 +8,6 @@ every 1 / image_share steps, for all ranks at once (joint image-video training, 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -35,8 +34,11 @@ class ClipsConfig(Section):
 
     paths: list[str] = Field(default_factory=list, description="clips.jsonl files, or the folders that hold them")
     frames: int = Field(17, ge=1, description="frames of a video batch; longer clips give a part, shorter ones nothing")
+    fps: tuple[float, ...] = Field((), description="frames per second, drawn for each clip; (): all of the file's")
     height: int = Field(64, ge=1, description="pixels; larger clips are cropped, smaller ones left out")
     width: int = Field(64, ge=1, description="pixels")
+    held_out_height: int | None = Field(None, ge=1, description="pixels of held-out clips; None: as in training")
+    held_out_width: int | None = Field(None, ge=1, description="pixels of held-out clips; None: as in training")
     clips_per_step: int = Field(4, ge=1, description="over all data ranks")
     image_share: float = Field(0.2, ge=0, le=1, description="of the steps")
     held_out_fraction: float = Field(0.1, ge=0, lt=1, description="of the captioned scenes; at least one unless 0")
@@ -115,8 +117,8 @@ def write_clips(path: Path, clips: list[Clip]) -> None:
         beside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def read_clip(clip: Clip, first: int = 0, count: int | None = None) -> torch.Tensor:
-    """Decode `count` frames (None: all) from frame number `first` on.
+def read_clip(clip: Clip, first: int = 0, count: int | None = None, stride: int = 1) -> torch.Tensor:
+    """Decode `count` frames (None: all) from frame number `first` on, each `stride`-th one.
 
     Returns:
         uint8 tensor [T, H, W, 3].
@@ -128,7 +130,7 @@ def read_clip(clip: Clip, first: int = 0, count: int | None = None) -> torch.Ten
     if clip.fps is None:
         frames = read_image(clip.path)[None]
     else:
-        frames = read_frames(clip.path, first / clip.fps, count)
+        frames = read_frames(clip.path, first / clip.fps, (count - 1) * stride + 1)[::stride]
     found, said = tuple(frames.shape[:3]), (count, clip.height, clip.width)
     if found != said:
         raise DataError(f"clip {clip.path} holds (frames, height, width) = {found}, its row says {said}")
@@ -209,11 +211,12 @@ class ClipLoader:
         self.videos = [clip for clip in training if not clip.is_image]
         self.images = [clip for clip in training if clip.is_image]
         if not self.videos and (config.image_share < 1 or not self.images):
-            sizes = Counter((clip.frames, clip.height, clip.width) for clip in every)
+            sizes = {(clip.frames, clip.height, clip.width, clip.fps or 0.0) for clip in every}
+            rates = f"clips.fps={config.fps}, " if config.fps else ""
             raise DataError(
-                f"no clip is left to train on with clips.frames={config.frames}, clips.height={config.height}, "
-                f"clips.width={config.width}, clips.held_out_fraction={config.held_out_fraction}; "
-                f"the lists hold (frames, height, width): {', '.join(str(size) for size in sorted(sizes))}"
+                f"no clip is left to train on with clips.frames={config.frames}, {rates}clips.height={config.height}, "
+                f"clips.width={config.width}, clips.held_out_fraction={config.held_out_fraction}; the lists hold "
+                f"(frames, height, width, fps; 0 for an image): {', '.join(str(size) for size in sorted(sizes))}"
             )
         counts = len(self.videos), len(self.images), len(self.held_out), len(every) - len(training) - len(self.held_out)
         get_logger(__name__).info("clips: %d videos, %d images, %d held out, %d too small or too short", *counts)
@@ -239,14 +242,31 @@ class ClipLoader:
         return ClipBatch(step, torch.stack(items))
 
     def held_out_videos(self) -> Iterator[tuple[Clip, torch.Tensor]]:
-        """Yield each held-out clip with its pixels: the first frames, cropped at the centre, fp32 [1, 3, T, H, W]."""
-        size = self.config.height, self.config.width
+        """Yield each held-out clip with its pixels, fp32 [1, 3, T, H, W].
+
+        The first frames, at the first of `clips.fps` that the clip is good for, cropped at the centre.
+        """
+        size = self.config.held_out_height or self.config.height, self.config.held_out_width or self.config.width
         for clip in self.held_out:
-            frames = read_clip(clip, count=min(clip.frames, self.config.frames))
+            if clip.height < size[0] or clip.width < size[1]:
+                continue
+            stride = 1 if clip.is_image else self._strides(clip)[0]
+            frames = read_clip(clip, 0, min(clip.frames, self.config.frames), stride)
             yield clip, to_model_range(crop(frames, size))[None]
 
+    def _strides(self, clip: Clip) -> list[int]:
+        """Return how many of a video's frames may lie between two that are taken, one for each rate it is good for.
+
+        A rate is one that its own is a multiple of, and for which it is long enough.
+        """
+        assert clip.fps is not None, clip
+        rates = self.config.fps or (clip.fps,)
+        ratios = [clip.fps / rate for rate in rates]
+        strides = [round(ratio) for ratio in ratios if abs(ratio - round(ratio)) < 0.01]
+        return [stride for stride in strides if stride > 0 and (self.config.frames - 1) * stride < clip.frames]
+
     def _fits(self, clip: Clip) -> bool:
-        long_enough = clip.is_image or clip.frames >= self.config.frames
+        long_enough = clip.is_image or bool(self._strides(clip))
         return long_enough and clip.height >= self.config.height and clip.width >= self.config.width
 
     def _image_steps(self, step: int) -> int:
@@ -264,8 +284,12 @@ class ClipLoader:
         def drawn(what: str) -> float:
             return draws.uniform(self.seed, f"{kind} {what}", turn, place)
 
-        first = int(drawn("first frame") * (clip.frames - count + 1))
-        frames = read_clip(clip, first, count)
+        stride = 1
+        if not is_image:
+            strides = self._strides(clip)
+            stride = strides[int(drawn("fps") * len(strides))]
+        first = int(drawn("first frame") * (clip.frames - (count - 1) * stride))
+        frames = read_clip(clip, first, count, stride)
         return to_model_range(crop(frames, (self.config.height, self.config.width), (drawn("top"), drawn("left"))))
 
 

@@ -57,7 +57,11 @@ class DataConfig(Section):
         samples_per_step: the same as samples, in place of `packs_per_step`; converted once, by the mean length of the
             corpus's samples, so that every step has equally many packs.
         verify: compare checksums at every read, at the first read of a sample, or never.
+        access: map the files, or read from them ("pread", for network file systems: a read that hangs can be given up).
         prefetch: steps that the loader's thread reads ahead.
+        on_bad_sample: what can't be read keeps its place as zeros without loss and is counted; or it ends the run.
+        max_bad_in_a_row: bad samples in a row, in the order of the plan, at which the run ends after all.
+        read_timeout: seconds after which the read of a sample counts as stuck.
         buffer: tokens from which a step's packs are chosen, in steps; more balances better, and mixes epochs at their
             edge a little more.
         max_age: steps after which a sample that waits is sure to have been placed.
@@ -69,7 +73,11 @@ class DataConfig(Section):
     packs_per_step: int = Field(default=1, ge=1)
     samples_per_step: int | None = Field(default=None, ge=1)
     verify: Literal["always", "once", "never"] = "always"
+    access: Literal["mmap", "pread"] = "mmap"
     prefetch: int = Field(default=2, ge=1)
+    on_bad_sample: Literal["leave_out", "stop"] = "leave_out"
+    max_bad_in_a_row: int = Field(default=8, ge=1)
+    read_timeout: float = Field(default=120.0, gt=0, allow_inf_nan=False)
     buffer: float = Field(default=2.0, ge=1.0, le=16.0)
     max_age: int = Field(default=8, ge=2)
     thresholds: tuple[Threshold, ...] = ()
@@ -192,7 +200,7 @@ class Corpus:
         if len({folder.resolve() for folder in folders}) < len(folders):
             listed = ", ".join(map(str, folders))
             raise ConfigError(f"data.paths names a folder twice: {listed}; change its weight instead")
-        self.datasets = [IndexedDataset(folder, config.verify) for folder in folders]
+        self.datasets = [IndexedDataset(folder, config.verify, config.access) for folder in folders]
         self.encoder: EncoderInfo = self.datasets[0].encoder
         for dataset in self.datasets:
             if not len(dataset):

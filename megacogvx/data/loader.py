@@ -10,12 +10,16 @@ import queue
 import threading
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
+import torch
+
 from megacogvx.data.corpus import Corpus
-from megacogvx.data.pack import Pack, planned_layout, read_pack
+from megacogvx.data.faults import GuardedReader
+from megacogvx.data.indexed.reader import Record
+from megacogvx.data.pack import WHOLE, Cut, Pack, planned_layout, read_pack
 from megacogvx.data.planner import PackPlan
 from megacogvx.errors import ConfigError, DataError, LaunchError
 from megacogvx.pack_layout import PackLayout
@@ -44,7 +48,7 @@ class PackLoader:
 
     def __init__(
         self, corpus: Corpus, plan: PackPlan, data_rank: int = 0, data_size: int = 1, start_step: int = 0,
-        state: dict[str, Any] | None = None, prefetch: int | None = None,
+        state: dict[str, Any] | None = None, prefetch: int | None = None, cut: Cut = WHOLE,
     ) -> None:  # fmt: skip
         """Start reading.
 
@@ -55,6 +59,7 @@ class PackLoader:
             start_step: the first step; the ones before are planned, not read.
             state: from `state()` of an earlier loader, to start there at once; `start_step`: 0, or its step.
             prefetch: steps to read ahead; None takes `data.prefetch`.
+            cut: this rank's place among those that share a pack; only the frames that its tokens need are read.
 
         Raises:
             ConfigError: the packs of a step don't divide by the ranks.
@@ -82,7 +87,7 @@ class PackLoader:
         self._stop = threading.Event()
         self._thread = threading.Thread(
             target=_read_ahead,
-            args=(corpus, plan, range(data_rank, packs, data_size), self._state["step"], self._queue, self._stop),
+            args=(corpus, plan, range(data_rank, packs, data_size), cut, self._state["step"], self._queue, self._stop),
             name="pack-loader",
             daemon=True,
         )
@@ -98,7 +103,8 @@ class PackLoader:
         """Return this rank's packs of the next step.
 
         Raises:
-            DataError: a sample of the step is damaged; every later call raises it again.
+            DataError: the dataset isn't the one that was planned, or with data.on_bad_sample=stop a sample is damaged;
+                every later call raises it again.
             StopIteration: the loader was closed.
         """
         if self._error is not None:
@@ -153,30 +159,45 @@ def _end(stop: threading.Event, thread: threading.Thread) -> None:
 
 
 def _read_ahead(
-    corpus: Corpus, plan: PackPlan, places: range, step: int, out: queue.Queue[_Loaded | BaseException],
+    corpus: Corpus, plan: PackPlan, places: range, cut: Cut, step: int, out: queue.Queue[_Loaded | BaseException],
     stop: threading.Event,
 ) -> None:  # fmt: skip
     """Put the packs of each step into `out`, or the error that ended it; holds no reference to the loader."""
-    while not stop.is_set():
-        item: _Loaded | BaseException
-        try:
-            item = _load_step(corpus, plan, places, step)
-        except BaseException as error:  # whatever it is, the consumer has to hear of it
-            item = error
+    guarded = GuardedReader(plan.config.read_timeout)
+    try:
         while not stop.is_set():
+            item: _Loaded | BaseException
             try:
-                out.put(item, timeout=POLL_SECONDS)
-                break
-            except queue.Full:
-                continue
-        if isinstance(item, BaseException):
-            return
-        step += 1
+                item = _load_step(corpus, plan, places, cut, guarded, step)
+            except BaseException as error:  # whatever it is, the consumer has to hear of it
+                item = error
+            while not stop.is_set():
+                try:
+                    out.put(item, timeout=POLL_SECONDS)
+                    break
+                except queue.Full:
+                    continue
+            if isinstance(item, BaseException):
+                return
+            step += 1
+    finally:
+        guarded.close()
 
 
-def _load_step(corpus: Corpus, plan: PackPlan, places: range, step: int) -> _Loaded:
-    planned = plan.step(step)
-    num_tokens = plan.config.tokens_per_pack
-    packs = [read_pack(corpus, planned[place], plan.patch, num_tokens, step, place) for place in places]
+def _load_step(corpus: Corpus, plan: PackPlan, places: range, cut: Cut, guarded: GuardedReader, step: int) -> _Loaded:
+    def read(index: int, frames: range | None) -> Record:
+        if plan.config.on_bad_sample == "stop":
+            return corpus.sample(index, frames)
+        what = f"sample {int(corpus.columns.sample_id[index])} of {corpus.locate(index)[0].folder}"
+        record = guarded(lambda: corpus.sample(index, frames), what)
+        return record if not torch.cuda.is_available() else _pinned(record)
+
+    planned, num_tokens = plan.step(step), plan.config.tokens_per_pack
+    packs = [read_pack(corpus, planned[place], plan.patch, num_tokens, step, place, cut, read) for place in places]
     layouts = [planned_layout(corpus, indices, plan.patch, num_tokens) for indices in planned]
     return _Loaded(packs, layouts, plan.state())
+
+
+def _pinned(record: Record) -> Record:
+    """Copy into pinned memory, from which a copy to the GPU doesn't wait."""
+    return replace(record, latents=record.latents.pin_memory(), text=record.text.pin_memory())

@@ -1,27 +1,35 @@
-"""Pack: the tensors of one pack beside its layout."""
+"""Pack: the tensors of one pack beside its layout, or those that one rank needs of it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from megacogvx.data.corpus import Corpus
+from megacogvx.data.faults import Fault, SampleError
+from megacogvx.data.indexed.reader import Record
 from megacogvx.errors import DataError
 from megacogvx.pack_layout import PackLayout, Triple, build_layout
+
+Cut = tuple[tuple[int, int], tuple[int, int]]  # (rank, size) among the tensor and among the context ranks
+WHOLE: Cut = ((0, 1), (0, 1))
+ReadSample = Callable[[int, "range | None"], Record]
 
 
 @dataclass(frozen=True)
 class Pack:
-    """One pack on the CPU; nothing in it depends on a rank.
+    """One pack on the CPU.
 
     Attributes:
         layout: sample table; its last sample is the padding, which has no tensors.
-        latents: per real sample posterior moments bf16 `[T, h, w, 2C]`.
+        latents: per real sample posterior moments bf16 `[T, h, w, 2C]`; of a cut only the frames that its rows touch.
         text: per real sample a text embedding bf16 `[L, E]`.
         step: the step that it belongs to.
         place: its number among the packs of the step.
+        first_frames: number of the first latent frame in each of `latents`; empty if that is 0 everywhere.
+        faults: place of a sample -> why it couldn't be read here; its tensors are zeros.
     """
 
     layout: PackLayout
@@ -29,29 +37,98 @@ class Pack:
     text: list[torch.Tensor]
     step: int
     place: int
+    first_frames: tuple[int, ...] = ()
+    faults: dict[int, Fault] = field(default_factory=dict)
 
     @property
     def sample_ids(self) -> list[int]:
         """Ids of the real samples, in order."""
         return [sample.sample_id for sample in self.layout.samples[:-1]]
 
+    def frames(self, sample: int, frames: range) -> torch.Tensor:
+        """Return the moments `[len(frames), h, w, 2C]` of latent frames `frames` of a sample."""
+        first = self.first_frames[sample] if self.first_frames else 0
+        assert first <= frames.start and frames.stop - first <= len(self.latents[sample]), (frames, first)
+        return self.latents[sample][frames.start - first : frames.stop - first]
 
-def read_pack(corpus: Corpus, indices: Sequence[int], patch: Triple, num_tokens: int, step: int, place: int) -> Pack:
+    def without(self, bad: Collection[int]) -> Pack:
+        """Return the pack with the samples at the places `bad` as zeros that carry no loss."""
+        if not bad:
+            return self
+        samples = [replace(s, carries_loss=m not in bad) for m, s in enumerate(self.layout.samples)]
+        return replace(
+            self,
+            layout=PackLayout(tuple(samples), self.layout.patch),
+            latents=[torch.zeros_like(t) if m in bad else t for m, t in enumerate(self.latents)],
+            text=[torch.zeros_like(t) if m in bad else t for m, t in enumerate(self.text)],
+        )
+
+
+def read_pack(
+    corpus: Corpus, indices: Sequence[int], patch: Triple, num_tokens: int, step: int, place: int, cut: Cut = WHOLE,
+    read: ReadSample | None = None,
+) -> Pack:  # fmt: skip
     """Read the samples `indices` of `corpus` as one pack of `num_tokens` tokens, the padding included.
+
+    Args:
+        cut: the rank that it is for; samples and latent frames of which it holds no token are not read.
+        read: reads a sample, `corpus.sample` by default. Its `SampleError` is kept in `Pack.faults`.
 
     Raises:
         DataError: a sample is damaged, or holds something else than its index says.
     """
     layout = planned_layout(corpus, indices, patch, num_tokens)
-    records = [corpus.sample(index) for index in indices]
-    for sample, record in zip(layout.samples[:-1], records, strict=True):
-        if (record.sample_id, len(record.text)) != (sample.sample_id, sample.text_length):
+    needed = needed_frames(layout, cut)
+    latents, text, faults = [], [], dict[int, Fault]()
+    for m, (index, frames) in enumerate(zip(indices, needed, strict=True)):
+        record = None
+        if len(frames):
+            try:
+                record = (read or corpus.sample)(index, frames)
+            except SampleError as error:
+                faults[m] = error.fault
+        planned = layout.samples[m]
+        if record is not None and (record.sample_id, len(record.text)) != (planned.sample_id, planned.text_length):
             raise DataError(
-                f"sample {sample.sample_id} was planned, {record.sample_id} was read: the dataset has changed"
+                f"sample {planned.sample_id} was planned, {record.sample_id} was read: the dataset has changed"
             )
-    return Pack(layout, [record.latents for record in records], [record.text for record in records], step, place)
+        latents.append(_empty_latents(corpus, index, len(frames)) if record is None else record.latents)
+        text.append(_empty_text(corpus, index) if record is None else record.text)
+    return Pack(layout, latents, text, step, place, tuple(frames.start for frames in needed), faults)
+
+
+def needed_frames(layout: PackLayout, cut: Cut) -> list[range]:
+    """Return the latent frames of each real sample that the rows of one rank touch.
+
+    A rank that holds text of a sample but none of its video gets its first frame: a record is read as a whole, and
+    checked, but for the latents.
+    """
+    local, q = layout.local(*cut), layout.patch[0]
+    needed = [range(0)] * (layout.num_samples - 1)
+    for piece in local.text_slices:
+        if piece.sample < len(needed):
+            needed[piece.sample] = range(1)
+    for piece in local.video_slices:
+        sample = layout.samples[piece.sample]
+        rows = sample.grid[1] * sample.grid[2]
+        first, last = piece.start // rows, -(-piece.stop // rows)
+        # Repeated frames in front are copies of frame 0.
+        needed[piece.sample] = range(
+            max(0, first * q - sample.repeated_frames), max(1, last * q - sample.repeated_frames)
+        )
+    return needed
 
 
 def planned_layout(corpus: Corpus, indices: Sequence[int], patch: Triple, num_tokens: int) -> PackLayout:
     """Return the layout of a pack of the samples `indices`, from the index alone."""
     return build_layout([corpus.place(index, patch) for index in indices], patch, num_tokens=num_tokens)
+
+
+def _empty_latents(corpus: Corpus, index: int, frames: int) -> torch.Tensor:
+    columns, channels = corpus.columns, 2 * corpus.encoder.latent_channels
+    size = (frames, int(columns.height[index]), int(columns.width[index]), channels)
+    return torch.zeros(size, dtype=torch.bfloat16)
+
+
+def _empty_text(corpus: Corpus, index: int) -> torch.Tensor:
+    return torch.zeros(int(corpus.columns.text_length[index]), corpus.encoder.text_width, dtype=torch.bfloat16)

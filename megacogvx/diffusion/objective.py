@@ -91,6 +91,8 @@ def loss_count(layout: PackLayout, context_tokens: range, loss_mean: LossMean) -
     """
     count = 0
     for first, sample in zip(layout.boundaries, layout.samples[:-1], strict=False):
+        if not sample.carries_loss:
+            continue
         start = first + sample.text_length
         if loss_mean == "sample":
             count += start in context_tokens
@@ -100,6 +102,8 @@ def loss_count(layout: PackLayout, context_tokens: range, loss_mean: LossMean) -
 
 
 def _weight(sample: PackSample, loss_mean: LossMean) -> int:
+    if not sample.carries_loss:
+        return 0
     return sample.video_length if loss_mean == "token" else int(sample.video_length > 0)
 
 

@@ -134,19 +134,27 @@ def vae_section(run: RunFolder) -> str:
     title, parts = f"VAE: {run.folder.name}", [page.missing(problem) for problem in run.problems]
     if run.values("psnr"):
         best = max(run.values("psnr"))
-        chart = charts.lines(
-            run.steps, [Line("PSNR", run.column("psnr"), GREEN)], "PSNR (dB)", smooth=False, height=2.8
-        )
+        measured = [Line(name, run.column(key), color) for name, key, color in (
+            ("PSNR", "psnr", GREEN), ("PSNR of averaged weights", "psnr_ema", PURPLE)
+        ) if run.values(key)]  # fmt: skip
+        chart = charts.lines(run.steps, measured, "PSNR (dB)", smooth=False, height=2.8)
         parts.append(page.figure(chart, f"Reconstruction of clips that are not trained on; best {best:.2f} dB."))
     elif run.rows:
         parts.append(page.missing("psnr in metrics.jsonl (nothing was held out, or not measured yet)"))
     terms = [Line(name, run.column(key), color) for name, key, color in (
-        ("L1", "l1", BLUE), ("perceptual (random net)", "perceptual_random_net", ORANGE), ("KL", "kl", PURPLE),
+        ("L1", "l1", BLUE), ("perceptual (random net)", "perceptual_random_net", ORANGE),
+        ("LPIPS", "lpips", ORANGE), ("KL", "kl", PURPLE),
     ) if any(value > 0 for value in run.values(key))]  # fmt: skip
     if terms:
         parts.append(
             page.figure(charts.lines(run.steps, terms, "loss term", logarithmic=True), "Terms of the loss, unweighted.")
         )
+    if run.values("discriminator"):
+        logits = [Line(name, run.column(key), color) for name, key, color in (
+            ("discriminator's loss", "discriminator", BLUE), ("logits of clips", "logits_real", GREEN),
+            ("logits of reconstructions", "logits_fake", ORANGE),
+        )]  # fmt: skip
+        parts.append(page.figure(charts.lines(run.steps, logits, "discriminator"), "Hinge loss and mean logits."))
     pictures = sorted((run.folder / "reconstructions").glob("*.png"))
     parts += [
         page.figure(page.image(path, path.stem), f"{path.stem}: above the original, below its reconstruction.")

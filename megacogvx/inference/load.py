@@ -132,6 +132,8 @@ def load_transformer(path: Path, groups: ParallelGroups, dtype: torch.dtype) -> 
 def load_vae(path: Path, device: torch.device, dtype: torch.dtype) -> CogVideoXVAE:
     """Load a VAE for inference, in one process; no other takes part.
 
+    If its run kept averaged weights (`ema.decay`), those are taken.
+
     Args:
         path: run folder or checkpoint.
         device, dtype: where the model goes, and its weights' dtype.
@@ -145,7 +147,8 @@ def load_vae(path: Path, device: torch.device, dtype: torch.dtype) -> CogVideoXV
     """
     checkpoint = VAECheckpoint.find(path)
     model = CogVideoXVAE(checkpoint.config)
-    load_whole(checkpoint.path, model)
+    averaged = bool(checkpoint.resolved.get("ema", {}).get("decay"))
+    load_whole(checkpoint.path, model, "ema." if averaged else "model.")
     check_finite(model, str(checkpoint.path))
-    logger.info("VAE of step %d from %s", checkpoint.step, checkpoint.path)
+    logger.info("VAE of step %d from %s%s", checkpoint.step, checkpoint.path, ", averaged weights" if averaged else "")
     return model.to(device, dtype).eval().requires_grad_(False)

@@ -159,11 +159,11 @@ def slow(seconds: float) -> None:
 
 
 def limit_files(size: int, step: int) -> None:
-    """Let no file of this process grow beyond `size` bytes from the save after `step` until the next step's end."""
+    """Let no file of this process, nor of the writer that it forks, grow beyond `size` bytes during `step`."""
     here = {"step": -1}
 
     def change(now: int) -> None:
-        at = resource.RLIM_INFINITY if now != step + 1 else size
+        at = resource.RLIM_INFINITY if now != step else size
         resource.setrlimit(resource.RLIMIT_FSIZE, (at, resource.RLIM_INFINITY))
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -171,13 +171,14 @@ def limit_files(size: int, step: int) -> None:
 
 
 def fail_call(name: str, step: int, number: int, error: int) -> None:
-    """Let call `number` of `os.<name>` on a checkpoint after `step` fail with the error code (5 is EIO)."""
-    here = {"step": -1, "calls": 0}
+    """Let call `number` of `os.<name>` on a checkpoint after `step`, by this very process, fail (5 is EIO)."""
+    here = {"step": -1, "calls": 0, "process": os.getpid()}
     _follow_steps(here)
     real = getattr(os, name)
 
     def failing(*arguments: Any, **options: Any) -> Any:
-        if here["step"] >= step and "checkpoints" in str(arguments[0] if name != "fsync" else _path_of(arguments[0])):
+        where = arguments[0] if name != "fsync" else _path_of(arguments[0])
+        if here["step"] >= step and "checkpoints" in str(where) and os.getpid() == here["process"]:
             here["calls"] += 1
             if here["calls"] == number + 1:
                 raise OSError(error, os.strerror(error))

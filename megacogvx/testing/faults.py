@@ -31,6 +31,7 @@ START_SECONDS = 120.0  # for one start, all of it
 PEER_SECONDS = 60.0  # a collective without its peer fails by then at the latest
 STEPS = 6
 SAVE_EVERY = 2
+USER_ERROR_STATUS = 2  # as the command line ends with
 
 CONFIG: dict[str, dict[str, Any]] = {
     "model": {
@@ -261,7 +262,6 @@ def _rank(config: dict[str, Any], output: Path, environment: Mapping[str, Any], 
 
 
 def _train(config: dict[str, Any]) -> int:
-    from megacogvx.cli import USER_ERROR_STATUS
     from megacogvx.config import build_config
     from megacogvx.errors import MegacogvxError
     from megacogvx.training.config import TrainConfig

@@ -16,7 +16,7 @@ from megacogvx.diffusion.config import DiffusionConfig
 from megacogvx.diffusion.objective import loss_count
 from megacogvx.diffusion.schedule import NoiseSchedule
 from megacogvx.models.vae import gaussian
-from megacogvx.pack_layout import LocalPack, PackLayout, PackSample, RowSlice, patchify
+from megacogvx.pack_layout import LocalPack, PackLayout, RowSlice, patchify
 from megacogvx.parallel.groups import ParallelGroups
 
 
@@ -96,7 +96,7 @@ class BatchMaker:
         first, last = piece.start // frame_rows, -(-piece.stop // frame_rows)  # frames of the grid
         # latent frames count from the first real one, so the repeated frames in front are -repeated .. -1
         frames = range(first * patch[0] - sample.repeated_frames, last * patch[0] - sample.repeated_frames)
-        latents_TCHW = self._latents(pack.latents[piece.sample], frames, sample, pack.step)
+        latents_TCHW = self._latents(pack, piece.sample, frames)
         shape = tuple(latents_TCHW.shape[1:])
         noise_TCHW = draws.normal_frames(frames, shape, self.seed, "noise", pack.step, sample.sample_id)
         noisy_TCHW = self.schedule.add_noise(latents_TCHW, noise_TCHW, timestep)
@@ -104,12 +104,13 @@ class BatchMaker:
         cut = slice(piece.start - first * frame_rows, piece.stop - first * frame_rows)
         return patchify(noisy_TCHW, patch)[cut], patchify(target_TCHW, patch)[cut]
 
-    def _latents(self, moments_THWC: torch.Tensor, frames: range, sample: PackSample, step: int) -> torch.Tensor:
+    def _latents(self, pack: Pack, place: int, frames: range) -> torch.Tensor:
         """Draw scaled latents `[T, C, H, W]` fp32 of `frames`; a negative frame is a copy of frame 0."""
         real = range(max(0, frames.start), max(1, frames.stop))
-        moments_TCHW = moments_THWC[real.start : real.stop].float().permute(0, 3, 1, 2)
+        moments_TCHW = pack.frames(place, real).float().permute(0, 3, 1, 2)
         shape = (moments_TCHW.shape[1] // 2, *moments_TCHW.shape[2:])
-        noise_TCHW = draws.normal_frames(real, shape, self.seed, "posterior", step, sample.sample_id)
+        sample_id = pack.layout.samples[place].sample_id
+        noise_TCHW = draws.normal_frames(real, shape, self.seed, "posterior", pack.step, sample_id)
         latents_TCHW = gaussian.sample(moments_TCHW, noise_TCHW) * self.scaling_factor
         return latents_TCHW[torch.tensor([max(0, frame) - real.start for frame in frames])]
 

@@ -117,6 +117,17 @@ class TrainConfig(Section):
                 f"validation.timesteps has {largest}, but diffusion.num_train_timesteps={limit}; "
                 f"those that work: 0 to {limit - 1}"
             )
+        if self.validation.videos and not (self.validation.paths and self.validation.vae):
+            yield (
+                f"validation.videos={self.validation.videos} needs texts and a decoder: validation.paths (now "
+                f"{list(self.validation.paths)}) and validation.vae (now {self.validation.vae}); or set it to 0"
+            )
+        if self.validation.videos and self.parallel.pipeline_parallel_size > 1:
+            yield (
+                f"validation.videos={self.validation.videos} with parallel.pipeline_parallel_size="
+                f"{self.parallel.pipeline_parallel_size}: videos are sampled by models of one stage; set either to 0 "
+                "or 1, or run `megacogvx generate` on the checkpoints"
+            )
 
     def _head_rules(self) -> Iterator[str]:
         yield from filter(

@@ -23,6 +23,10 @@ LEAST_HISTORY = 10  # losses before one can be called a spike
 SKIP_WINDOW = 100  # steps over which skips are counted
 
 
+class BadStepError(DataError):
+    """A step that stays bad ends the run; all ranks raise it at the same step."""
+
+
 class GuardConfig(Section):
     """Section `guard`: what counts as a bad step, a stuck rank and a slow one, and what happens then.
 
@@ -57,16 +61,16 @@ class Measured:
         numbers: the log row: `loss`, and whatever else the step measures.
         grad_norm: L2 norm of the whole gradient before clipping.
         suspects: ids of the samples in the packs whose own loss is not finite; of all packs if none is.
-        loss_scale: what the loss was multiplied by, for fp16 weights.
-        overflowed: the gradient is not finite under a loss scale that can still be lowered: no fault, the step is left
-            out.
+        overflow: the gradient overflowed under a loss scale that has been lowered since. With fp16 weights that is
+            how the scale is found: the step is left out, and it is no fault.
+        loss_scale: what the loss was multiplied by; 1 but for fp16 weights.
     """
 
     numbers: dict[str, Any]
     grad_norm: float
     suspects: Callable[[], list[int]]
+    overflow: bool = False
     loss_scale: float = 1.0
-    overflowed: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ class Guard:
             DataError: the step stays bad and the policy is to stop, or too many were left out.
         """
         first = measure()
-        if first.overflowed:
+        if first.overflow:
             return Verdict(first, False)
         problem = self.problem(first)
         if problem is None:
@@ -144,12 +148,11 @@ class Guard:
                 self.state[name] = [*self.state[name], value][-self.config.spike_window :]
 
 
-def stop_error(event: dict[str, Any], checkpoint: Any) -> DataError:
+def stop_error(event: dict[str, Any]) -> BadStepError:
     """Return the error that ends a run at a bad step."""
     samples = ", ".join(map(str, event["samples"][:8])) + (", ..." if len(event["samples"]) > 8 else "")
-    return DataError(
+    return BadStepError(
         f"step {event['step']} is bad, and bad again when redone ({event['kind']}): {event['problem']}; "
         f"then {event['again']}. Samples: {samples}. The update was not taken; guard.jsonl has all of it. Look at the "
-        f"samples, lower optimizer.learning_rate, or set guard.on_bad_step=skip (guard.max_skips); the last checkpoint "
-        f"is {checkpoint}"
+        f"samples, lower optimizer.learning_rate, or set guard.on_bad_step=skip (guard.max_skips)"
     )

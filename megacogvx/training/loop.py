@@ -19,7 +19,7 @@ from megacogvx.parallel.groups import ParallelGroups, barrier, gather_json
 from megacogvx.parallel.optimizer import Optimizer
 from megacogvx.parallel.pipeline_parallel import from_last_stage
 from megacogvx.training.config import TrainingConfig
-from megacogvx.training.guard import Guard, GuardConfig, Measured, stop_error
+from megacogvx.training.guard import BadStepError, Guard, GuardConfig, Measured, stop_error
 from megacogvx.training.metrics import Meter, MetricsFile, log_line
 from megacogvx.training.profiler import profile_window
 from megacogvx.training.saver import Saver
@@ -66,6 +66,8 @@ class Run:
         resolved: the resolved config, kept in each checkpoint.
         pack_tokens: tokens of each pack; pipeline stages have to know it.
         checkpoint, guard, tracking: their sections.
+        make_videos: step -> uint8 frames `[T, H, W, 3]` by name on the first rank, called on every rank after
+            `validate`; None: none are made.
         stop: whether a signal came; a run that a program starts has its handlers installed.
         before_pass: called before each pass over a step's packs, of which a bad step has two.
         after_step: what follows the model's optimizer step, if it was taken, called with its number: a discriminator's
@@ -89,6 +91,7 @@ class Run:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    make_videos: Callable[[int], dict[str, torch.Tensor]] | None = None
     stop: StopSignal = field(default_factory=StopSignal)
     before_pass: tuple[Callable[[], None], ...] = ()
     after_step: tuple[Callable[[int], dict[str, Any]], ...] = ()
@@ -126,12 +129,16 @@ def train(run: Run) -> bool:
             meter.start_step()
             watch.at(step, "step")
             run.optimizer.schedule(step)
-            row = {"step": step, **train_step(run, inputs, guard, events), **inputs.facts, "lr": run.optimizer.lr}
+            row = {"step": step, **_guarded_step(run, inputs, guard, events, saver), **inputs.facts}
+            row["lr"] = run.optimizer.lr
             _advance(state, inputs)
             own.end_step(meter.data_wait)
             if run.validate is not None and _is_due(step, settings.validate_every, settings.steps):
                 watch.at(step, "validation")
                 row |= run.validate(step)
+                if run.make_videos is not None:
+                    for name, frames_THWC in run.make_videos(step).items():
+                        tracking.add_video(name, frames_THWC, step)
             row |= meter.end_step(inputs.facts)
             run.metrics.add(row)
             tracking.add(row)
@@ -149,7 +156,8 @@ def train(run: Run) -> bool:
                 break
         saver.finish()
     if state.step < settings.steps:
-        logger.warning("stopped by %s at step %d of %d", run.stop.received, state.step, settings.steps)
+        who = run.stop.received or "a signal to another rank"
+        logger.warning("stopped by %s at step %d of %d", who, state.step, settings.steps)
     return state.step >= settings.steps
 
 
@@ -161,17 +169,26 @@ def train_step(run: Run, inputs: StepInput, guard: Guard, events: MetricsFile) -
     if verdict.event is not None:
         events.add(verdict.event)
         if verdict.event["action"] == "stopped":
-            raise stop_error(verdict.event, run.checkpoints.latest())
+            raise stop_error(verdict.event)
         if run.groups.is_first:
             logger.warning("bad step: %s", verdict.event)
         numbers["guard"] = f"{verdict.event['kind']}: {verdict.event['action']}"
     if run.optimizer.scales_loss:
-        numbers |= {"loss_scale": verdict.measured.loss_scale, "skipped": int(verdict.measured.overflowed)}
+        numbers |= {"loss_scale": verdict.measured.loss_scale, "skipped": int(verdict.measured.overflow)}
     if verdict.take:
         run.optimizer.take(verdict.measured.grad_norm)
         for follow in run.after_step:
             numbers |= follow(step)
     return numbers
+
+
+def _guarded_step(run: Run, inputs: StepInput, guard: Guard, events: MetricsFile, saver: Saver) -> dict[str, Any]:
+    """Take the step; if it ends the run, complete the save that is on its way first."""
+    try:
+        return train_step(run, inputs, guard, events)
+    except BadStepError as error:
+        saver.finish()
+        raise BadStepError(f"{error}; the last checkpoint is {run.checkpoints.latest()}") from None
 
 
 def save_checkpoint(run: Run, saver: Saver) -> None:
@@ -203,15 +220,15 @@ def _measure(run: Run, inputs: StepInput) -> Measured:
         pack_tokens=run.pack_tokens,
     )
     norm = run.optimizer.gradient_norm()
-    overflowed = not math.isfinite(norm) and run.optimizer.lowers_loss_scale
-    if overflowed:
+    overflow = not math.isfinite(norm) and run.optimizer.lowers_loss_scale
+    if overflow:
         logger.warning(
             "step %d is skipped: its gradient overflowed under a loss scale of %g; the next one has %g",
             run.state.step + 1, loss_scale, run.optimizer.loss_scale,
         )  # fmt: skip
     local = torch.stack([metric["sums"] for metric in metrics]).sum(dim=0) if metrics else None
     sums = sum_over_tokens(from_last_stage(local, run.groups), run.groups)
-    return Measured(run.read_sums(sums), norm, lambda: _suspects(inputs, metrics, run.groups), loss_scale, overflowed)
+    return Measured(run.read_sums(sums), norm, lambda: _suspects(inputs, metrics, run.groups), overflow, loss_scale)
 
 
 def _suspects(inputs: StepInput, metrics: list[Any], groups: ParallelGroups) -> list[int]:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -19,12 +21,15 @@ from megacogvx.checkpoint.whole import read_state
 from megacogvx.config import Section, dump_config
 from megacogvx.data.clips import ClipLoader
 from megacogvx.data.corpus import Corpus
+from megacogvx.data.faults import FaultCounter
 from megacogvx.data.loader import PackLoader
+from megacogvx.data.pack import Pack
 from megacogvx.data.planner import PackPlan
 from megacogvx.diffusion.objective import sample_weights
 from megacogvx.diffusion.schedule import NoiseSchedule
 from megacogvx.diffusion.timesteps import step_timesteps
 from megacogvx.errors import CheckpointError, ConfigError
+from megacogvx.inference.denoise import SamplingSettings
 from megacogvx.log import get_logger
 from megacogvx.models.transformer.checks import rope_grid_problem
 from megacogvx.models.transformer.flops import cost_coefficients, training_flops
@@ -37,7 +42,7 @@ from megacogvx.models.vae.losses import VAELoss
 from megacogvx.models.vae.model import CogVideoXVAE
 from megacogvx.models.weights import check_finite
 from megacogvx.pack_layout import PackLayout, place_sample
-from megacogvx.parallel.data_parallel import DistributedDataParallel, unwrap, wrap
+from megacogvx.parallel.data_parallel import DistributedDataParallel, max_over_ranks, unwrap, wrap
 from megacogvx.parallel.groups import ParallelGroups, barrier, initialize, launch_environment
 from megacogvx.parallel.megatron import TransformerConfig, plain_core_config
 from megacogvx.parallel.optimizer import Optimizer, build_optimizer
@@ -53,6 +58,7 @@ from megacogvx.training.start_from import find_start, start_from
 from megacogvx.training.state import TrainState
 from megacogvx.training.validation import HeldOutClips
 from megacogvx.training.validation_loss import ValidationLoss, held_out_packs
+from megacogvx.training.validation_videos import ValidationVideos
 
 logger = get_logger(__name__)
 
@@ -86,18 +92,20 @@ def build_transformer_run(config: TrainConfig) -> Run:
     initialize_weights(model, config.training.seed)
     ddp, optimizer, state = _train_ready(model, core, groups, config, checkpoints)
 
-    loader = PackLoader(corpus, plan, *groups.data, start_step=state.step, state=state.data or None)
+    cut = (groups.tensor, groups.context)
+    loader = PackLoader(corpus, plan, *groups.data, start_step=state.step, state=state.data or None, cut=cut)
     maker = BatchMaker(
         config.diffusion, NoiseSchedule(config.diffusion), config.diffusion.scaling_factor or 1.0,
         config.training.seed, groups, dtype,
     )  # fmt: skip
+    validate, make_videos = _validation(config, corpus, held_out, maker, ddp, groups)
     return Run(
         config.training, groups, ddp, optimizer, state, _pack_inputs(loader, config, groups),
         transformer_step.TransformerStep(maker), transformer_step.read_log_sums,
-        _validation(config, corpus, held_out, maker, ddp, groups) if held_out else None,
+        validate,
         checkpoints, MetricsFile(config.training.run_folder, state.step, groups.is_first),
         resolved | {"encoder": corpus.encoder.model_dump(mode="json")}, config.data.tokens_per_pack,
-        config.checkpoint, config.guard, config.tracking,
+        config.checkpoint, config.guard, config.tracking, make_videos,
     )  # fmt: skip
 
 
@@ -153,16 +161,28 @@ def _held_out(config: TrainConfig) -> tuple[Corpus, PackPlan] | None:
 
 
 def _validation(
-    config: TrainConfig, training: Corpus, held_out: tuple[Corpus, PackPlan], maker: BatchMaker,
+    config: TrainConfig, training: Corpus, held_out: tuple[Corpus, PackPlan] | None, maker: BatchMaker,
     ddp: DistributedDataParallel, groups: ParallelGroups,
-) -> Callable[[int], dict[str, Any]]:  # fmt: skip
-    packs = held_out_packs(*held_out, config.validation.steps, groups, training)
+) -> tuple[Callable[[int], dict[str, Any]] | None, Callable[[int], dict[str, torch.Tensor]] | None]:  # fmt: skip
+    """Return what measures held-out samples, and what makes videos of their texts."""
+    if held_out is None:
+        return None, None
+    settings = config.validation
+    packs = held_out_packs(*held_out, settings.steps, groups, training)
     packs = [replace(pack, layout=place_on_rope_grid(pack.layout, config.model)) for pack in packs]
     plain = replace(maker, diffusion=config.diffusion.model_copy(update={"conditioning_dropout": 0.0}))
-    return ValidationLoss(
-        transformer_step.TransformerStep(plain), packs, config.validation.timesteps, ddp, groups,
+    loss = ValidationLoss(
+        transformer_step.TransformerStep(plain), packs, settings.timesteps, ddp, groups,
         config.data.tokens_per_pack, transformer_step.read_log_sums,
-    ).measure  # fmt: skip
+    )  # fmt: skip
+    if settings.vae is None or not settings.videos:
+        return loss.measure, None
+    sampling = SamplingSettings(settings.video_steps, guidance_scale=settings.guidance_scale, seed=maker.seed)
+    videos = ValidationVideos(
+        packs, settings.videos, ddp.module, maker.schedule, maker.scaling_factor, settings.vae, sampling,
+        config.training.run_folder / "validation", groups,
+    )  # fmt: skip
+    return loss.measure, videos.make
 
 
 def _make_adversary(config: VAETrainConfig, groups: ParallelGroups, dtype: torch.dtype) -> Adversary:
@@ -329,13 +349,36 @@ def _start_from(
 def _pack_inputs(loader: PackLoader, config: TrainConfig, groups: ParallelGroups) -> Iterator[StepInput]:
     """Yield the packs of this rank with the timesteps of their samples, step after step."""
     sizes = f"tp{groups.tensor[1]} cp{groups.context[1]} pp{groups.pipeline[1]} dp{groups.data[1]}"
+    counter = FaultCounter(config.data.max_bad_in_a_row)
     for packs in loader:
         weights = [sample_weights(layout, config.diffusion.loss_mean) for layout in loader.layouts]
         timesteps = step_timesteps(config.diffusion, config.training.seed, packs[0].step, weights)
-        facts = {**step_facts(config, loader.layouts), "layout": sizes}
+        bad = agree_on_faults(packs, loader.layouts, groups, counter)
+        facts = {**step_facts(config, loader.layouts), "layout": sizes, "bad_samples": dict(counter.counts)}
+        packs = [pack.without(bad[pack.place]) for pack in packs]
         placed = [replace(pack, layout=place_on_rope_grid(pack.layout, config.model)) for pack in packs]
         ids = [[sample.sample_id for sample in pack.layout.samples[:-1]] for pack in packs]
         yield StepInput([(pack, timesteps[pack.place]) for pack in placed], facts, loader.state(), ids)
+
+
+def agree_on_faults(
+    packs: list[Pack], layouts: list[PackLayout], groups: ParallelGroups, counter: FaultCounter
+) -> list[set[int]]:
+    """Return the places of the bad samples in each pack of the step, equal on all ranks.
+
+    Each rank read other frames of a pack, so what one of them couldn't read is bad for all.
+
+    Raises:
+        DataError: too many samples in a row are bad.
+    """
+    starts = np.cumsum([0, *(layout.num_samples - 1 for layout in layouts)]).tolist()
+    faults = torch.zeros(starts[-1], dtype=torch.int32)
+    for pack in packs:
+        for place, fault in pack.faults.items():
+            faults[starts[pack.place] + place] = int(fault)
+    agreed = max_over_ranks(faults, groups).tolist()
+    counter.add(agreed, [sample.sample_id for layout in layouts for sample in layout.samples[:-1]])
+    return [{m for m in range(end - start) if agreed[start + m]} for start, end in pairwise(starts)]
 
 
 def step_facts(config: TrainConfig, layouts: list[PackLayout]) -> dict[str, float]:

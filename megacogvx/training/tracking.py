@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import io
 import json
 import platform
 import subprocess
@@ -13,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
+from PIL import Image
 from pydantic import Field, field_validator
 
 from megacogvx.config import Section
@@ -94,10 +97,26 @@ class Tracking:
         if self._wandb is not None:
             self._wandb.log(numbers, step=row["step"])
 
-    def add_video(self, name: str, video_TCHW: Any, step: int, fps: float) -> None:
-        """Show a video, uint8 `[T, C, H, W]`."""
+    def add_video(self, name: str, frames_THWC: torch.Tensor, step: int, fps: float = 8.0) -> None:
+        """Show a video, uint8 `[T, H, W, 3]`, as the animated GIF that TensorBoard plays among its images."""
         if self._writer is not None:
-            self._writer.add_video(name, video_TCHW[None], step, fps=fps)
+            from tensorboard.compat.proto.summary_pb2 import Summary
+
+            _, height, width, _ = frames_THWC.shape
+            image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif(frames_THWC, fps))
+            self._writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({name: wandb.Video(frames_THWC.permute(0, 3, 1, 2).numpy(), fps=int(fps))}, step=step)
+
+
+def gif(frames_THWC: torch.Tensor, fps: float) -> bytes:
+    """Return uint8 frames `[T, H, W, 3]` as an animated GIF that repeats."""
+    first, *rest = (Image.fromarray(frame.numpy()) for frame in frames_THWC)
+    out = io.BytesIO()
+    first.save(out, "GIF", save_all=True, append_images=rest, duration=int(1000 / fps), loop=0)
+    return out.getvalue()
 
 
 def record_start(folder: Path, step: int, groups: ParallelGroups) -> None:

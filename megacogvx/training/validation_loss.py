@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,11 +28,19 @@ class ValidationConfig(Section):
         paths: dataset folders that the training doesn't read; none: there is no validation.
         steps: packs are taken as for so many training steps.
         timesteps: each pack is noised to each of these, 0 (clean) to `diffusion.num_train_timesteps` - 1.
+        videos: how many of the held-out texts are made into videos, with the noise of `training.seed`.
+        vae: run folder or checkpoint of the VAE that encoded the dataset; the videos need it.
+        video_steps: sampling steps.
+        guidance_scale: of the videos' classifier-free guidance.
     """
 
     paths: tuple[str, ...] = ()
     steps: int = Field(1, ge=1)
     timesteps: tuple[int, ...] = (100, 300, 500, 700, 900)
+    videos: int = Field(0, ge=0)
+    vae: Path | None = None
+    video_steps: int = Field(20, ge=1)
+    guidance_scale: float = Field(6.0, ge=1)
 
     @field_validator("timesteps")
     @classmethod
@@ -51,7 +60,7 @@ def held_out_packs(corpus: Corpus, plan: PackPlan, steps: int, groups: ParallelG
         training: the corpus that is trained on.
 
     Raises:
-        DataError: a held-out sample is trained on as well.
+        DataError: a held-out sample is trained on as well, or can't be read.
     """
     shared = np.intersect1d(corpus.columns.sample_id, training.columns.sample_id)
     if len(shared):
@@ -60,7 +69,13 @@ def held_out_packs(corpus: Corpus, plan: PackPlan, steps: int, groups: ParallelG
             "would tell nothing; split the dataset, or name another one"
         )
     with PackLoader(corpus, plan, *groups.data) as loader:
-        return [pack for packs in islice(loader, steps) for pack in packs]
+        packs = [pack for packs in islice(loader, steps) for pack in packs]
+    bad = [pack.sample_ids[place] for pack in packs for place in pack.faults]
+    if bad:
+        raise DataError(
+            f"the held-out samples {bad[:8]} can't be read; see `megacogvx data verify`, or filter them out"
+        )
+    return packs
 
 
 class ValidationLoss:

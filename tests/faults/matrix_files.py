@@ -32,7 +32,8 @@ IMPORTED = "step-00000004"
 
 def pick(below: int, *keys: int | str) -> int:
     """Draw a whole number."""
-    return int(draws.uniform(0, "faults", *keys) * below) if below else 0
+    what = " ".join(key for key in keys if isinstance(key, str))
+    return int(draws.uniform(0, what, *(key for key in keys if isinstance(key, int))) * below)
 
 
 def flip(file: Path, *keys: int | str) -> Callable[[], None]:
@@ -345,7 +346,7 @@ def row_14() -> Iterator[Any]:
         watched = {"guard": {"stuck_seconds": 60.0}}
         case = matrix.recovery("dp2", fault, holds=lambda ended, _: ended.well, changes=watched)
         yield Case(14, f"the clock jumps by {seconds:.0f} s", case)
-    for name, number in (("fsync", 0), ("fsync", 3), ("replace", 0), ("replace", 1), ("mkdir", 0)):
+    for name, number in (("fsync", 0), ("fsync", 1), ("fsync", 4), ("replace", 0), ("replace", 1), ("mkdir", 0)):
         fault = Fault("fail_call", 0, {"name": name, "number": number, "step": 3, "error": errno.EIO})
         yield Case(14, f"EIO from {name} {number}", matrix.recovery("dp2", fault, holds=_failed_save_went_on))
     yield Case(14, "a file where the checkpoints go", lambda session, folder: _no_folder(session, folder))

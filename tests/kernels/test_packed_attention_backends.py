@@ -12,6 +12,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
 from megacogvx import draws
 from megacogvx.testing.tolerance import assert_close
@@ -122,8 +123,7 @@ def test_cudnn_is_asked_for_one_dense_call_a_sample(monkeypatch):
     calls = []
 
     def attend(q, k, v):
-        flags = torch.backends.cuda
-        assert flags.cudnn_sdp_enabled() and not flags.flash_sdp_enabled() and not flags.math_sdp_enabled()
+        assert _cur_sdpa_kernel_backends(with_priority=True) == [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
         calls.append(tuple(q.shape))
         return v
 
@@ -193,6 +193,8 @@ def test_what_a_backend_lacks_is_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
+    assert backends.missing("cudnn") == "torch was built without cuDNN"
     assert backends.missing("flash3") == "the GPU is older than Hopper" and not backends.missing("flash2")
     backends.missing.cache_clear()
 
@@ -237,6 +239,17 @@ def test_parts_of_the_keys_merge_into_attention_to_all(functions, chunk, monkeyp
         ("out", "dq", "dk", "dv"), results, (expected, *(x.grad for x in leaves)), strict=True
     ):
         assert_close(actual, wanted, 1e-6, name)
+
+
+@pytest.mark.parametrize("kernel", ["flash", "cudnn"])
+def test_the_operators_of_a_gpu_take_these_arguments(kernel, monkeypatch):
+    """Shapes alone, by torch's own rules for tensors without memory."""
+    monkeypatch.setattr("megacogvx_kernels.packed_attention.block._kernel", lambda q: kernel)
+    q, k, v = (torch.empty(rows, HEADS, 64, device="meta", dtype=torch.bfloat16) for rows in (5, 9, 9))
+    out, lse = attend_block(q, k, v)
+    assert out.shape == q.shape and out.dtype == q.dtype and lse.shape == (5, HEADS) and lse.dtype == torch.float32
+    gradients = attend_block_backward(out, q, k, v, out, lse)
+    assert [gradient.shape for gradient in gradients] == [q.shape, k.shape, v.shape]
 
 
 @pytest.mark.gpu

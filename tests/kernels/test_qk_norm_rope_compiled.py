@@ -199,6 +199,16 @@ def test_a_table_is_read_once_and_again_after_a_change(need_compiled):
         qk_norm_rope(**arguments)
 
 
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_tensors_without_a_version_are_taken(need_compiled, context):
+    with context():
+        arguments = rope_arguments(8, dtype=torch.float32, widths=(8,))
+        q, k = qk_norm_rope(**arguments)
+    expected = qk_norm_rope(**rope_arguments(8, dtype=torch.float32, widths=(8,)))
+    assert torch.equal(q, expected[0])
+    assert torch.equal(k, expected[1])
+
+
 def test_the_choice_is_logged_once(need_compiled, caplog):
     compiled._name_once.cache_clear()
     arguments = rope_arguments(9, dtype=torch.float32)

@@ -153,6 +153,23 @@ def test_bf16_master_weights_come_back(groups, folder):
 
 
 @on_ranks(2, TP2)
+def test_fp16_comes_back_with_its_loss_scale(groups, folder):
+    from megacogvx.checkpoint.distributed import load, save
+
+    wrapped, optimizer = make(groups, dtype=torch.float16, initial_loss_scale=2.0**30)
+    while not math.isfinite(take_step(wrapped, optimizer, 0, groups)):
+        pass
+    scale = optimizer.loss_scale
+    path = save(folder_of(folder), 1, wrapped, optimizer, {}, groups)
+    other, fresh = make(groups, seed=1, dtype=torch.float16)
+    assert fresh.loss_scale != scale
+    load(path, other, fresh, groups)
+    assert fresh.loss_scale == scale
+    assert take_step(other, fresh, 1, groups) == take_step(wrapped, optimizer, 1, groups)
+    assert_same(full_weights(other, groups), full_weights(wrapped, groups), 0.0)
+
+
+@on_ranks(2, TP2)
 def test_weights_alone_and_settings_of_the_new_run(groups, folder):
     from megacogvx.checkpoint.distributed import load, save
 

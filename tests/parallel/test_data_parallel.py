@@ -115,6 +115,25 @@ def test_bf16_keeps_master_weights_in_fp32(groups):
     assert 1e-3 < moved < 5e-3, moved  # 30 steps of at most 1e-4
 
 
+@on_ranks(2, {}, TP2)
+def test_an_fp16_overflow_skips_the_step_on_every_rank_and_halves_the_scale(groups):
+    _, norms, _ = train_plainly(1)
+    wrapped, optimizer = make(groups, torch.float16, initial_loss_scale=2.0**30)
+    assert optimizer.scales_loss and optimizer.lowers_loss_scale
+    before = [parameter.detach().clone() for parameter in wrapped.module.parameters()]
+    scales, taken = [optimizer.loss_scale], False
+    while not taken:
+        taken, norm, _ = take_step(wrapped, optimizer, 0, groups)
+        scales.append(optimizer.loss_scale)
+        same = [torch.equal(p, old) for p, old in zip(wrapped.module.parameters(), before, strict=True)]
+        assert taken or (math.isnan(norm) and all(same)), (norm, scales)
+    assert not all(same)
+    overflows = len(scales) - 2
+    # the first overflow is forgiven
+    assert scales == [2.0**30, *(2.0 ** (30 - place) for place in range(overflows)), 2.0 ** (31 - overflows)]
+    assert overflows > 2 and abs(norm / norms[0] - 1) < 1e-2
+
+
 @on_ranks(2, TP2)
 def test_replicated_parameters_stay_equal_on_tensor_ranks(groups):
     from megacogvx.parallel.data_parallel import sum_over_tokens

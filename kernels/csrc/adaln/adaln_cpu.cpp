@@ -64,6 +64,10 @@ void forward(const AdalnArgs& a, int64_t begin, int64_t end) {
   }
 }
 
+// Which of the three sums are wanted.
+int first_sum(const AdalnArgs& a) { return a.table_gradient ? 0 : 2; }
+int end_sum(const AdalnArgs& a) { return a.gates_gradient ? 3 : 2; }
+
 template <class S, class C>
 void backward_of_token(const AdalnArgs& a, Buffers<C>& v, int64_t at, C* sum_dy, C* sum_dyx, C* sum_gate) {
   if (a.residual_gradient) widen_all(v.dr, static_cast<const S*>(a.residual_gradient) + at, a.width);
@@ -97,7 +101,7 @@ void backward(const AdalnArgs& a, int64_t begin, int64_t end) {
   Buffers<C> v(a);
   for (int64_t run = begin; run < end; ++run) {
     C* const sums = static_cast<C*>(a.partials) + run * 3 * a.width;
-    std::fill_n(sums, 3 * a.width, C(0));
+    std::fill_n(sums + first_sum(a) * a.width, (end_sum(a) - first_sum(a)) * a.width, C(0));
     v.move_to_row(a.runs[3 * run + 2]);
     for (int64_t token = a.runs[3 * run]; token < a.runs[3 * run + 1]; ++token) {
       backward_of_token<S>(a, v, token * a.width, sums, sums + a.width, sums + 2 * a.width);
@@ -115,9 +119,10 @@ void gradients(const AdalnArgs& a, int64_t begin, int64_t end) {
   for (int64_t row = 0; row < a.num_rows; ++row) {
     std::fill(sums.begin(), sums.end(), 0.0);
     for (int64_t run = a.run_starts[row]; run < a.run_starts[row + 1]; ++run) {
-      for (int which = 0; which < 3; ++which) {
-        const C* from = partials + (run * 3 + which) * a.width;
-        for (int64_t i = 0; i < channels; ++i) sums[which * channels + i] += double(from[i]);
+      for (int which = first_sum(a); which < end_sum(a); ++which) {
+        const C* MCV_RESTRICT from = partials + (run * 3 + which) * a.width;
+        double* MCV_RESTRICT to = sums.data() + which * channels;
+        for (int64_t i = 0; i < channels; ++i) to[i] += double(from[i]);
       }
     }
     for (int64_t i = 0; i < channels; ++i) {

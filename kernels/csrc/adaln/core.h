@@ -14,38 +14,51 @@ namespace MCV_ISA {
 
 template <int n, class C>
 MCV_HD void add_gated(C* r, const C* x, const C* branch, const C* gate) {
-  MCV_UNROLL for (int i = 0; i < n; ++i) r[i] = x[i] + gate[i] * branch[i];
+  Copy<n, C> out(x);
+  const Copy<n, C> b(branch), g(gate);
+  MCV_UNROLL for (int i = 0; i < n; ++i) out.at[i] += g.at[i] * b.at[i];
+  out.store(r);
 }
 
 template <int n, class C>
 MCV_HD void modulate(
     C* y, const C* x, Statistics<C> s, const C* weight, const C* bias, const C* scale, const C* shift) {
+  Copy<n, C> out(x);
+  const Copy<n, C> w(weight), b(bias), a(scale), h(shift);
   MCV_UNROLL for (int i = 0; i < n; ++i) {
-    y[i] = ((x[i] - s.mean) * s.rstd * weight[i] + bias[i]) * (C(1) + scale[i]) + shift[i];
+    out.at[i] = ((out.at[i] - s.mean) * s.rstd * w.at[i] + b.at[i]) * (C(1) + a.at[i]) + h.at[i];
   }
+  out.store(y);
 }
 
 // x becomes x^, dy becomes g; the row's sums A and B grow, and so do the sums that dx needs.
 template <int n, class C>
 MCV_HD void modulation_gradients(
     C* x, C* dy, Statistics<C> s, const C* weight, const C* scale, C* sum_dy, C* sum_dyx, C* sum_g, C* sum_gx) {
+  Copy<n, C> normal(x), g(dy), all_dy(sum_dy), all_dyx(sum_dyx), all_g(sum_g), all_gx(sum_gx);
+  const Copy<n, C> w(weight), a(scale);
   MCV_UNROLL for (int i = 0; i < n; ++i) {
-    x[i] = (x[i] - s.mean) * s.rstd;
-    sum_dy[i] += dy[i];
-    sum_dyx[i] += dy[i] * x[i];
-    dy[i] *= (C(1) + scale[i]) * weight[i];
-    sum_g[i] += dy[i];
-    sum_gx[i] += dy[i] * x[i];
+    normal.at[i] = (normal.at[i] - s.mean) * s.rstd;
+    all_dy.at[i] += g.at[i];
+    all_dyx.at[i] += g.at[i] * normal.at[i];
+    g.at[i] *= (C(1) + a.at[i]) * w.at[i];
+    all_g.at[i] += g.at[i];
+    all_gx.at[i] += g.at[i] * normal.at[i];
   }
+  normal.store(x), g.store(dy), all_dy.store(sum_dy), all_dyx.store(sum_dyx);
+  all_g.store(sum_g), all_gx.store(sum_gx);
 }
 
 // dr into dbranch, and the row's sum C.
 template <int n, class C>
 MCV_HD void gate_gradients(C* dbranch, const C* dr, const C* branch, const C* gate, C* sum_gate) {
+  Copy<n, C> out(dr), all(sum_gate);
+  const Copy<n, C> b(branch), g(gate);
   MCV_UNROLL for (int i = 0; i < n; ++i) {
-    sum_gate[i] += dr[i] * branch[i];
-    dbranch[i] = dr[i] * gate[i];
+    all.at[i] += out.at[i] * b.at[i];
+    out.at[i] *= g.at[i];
   }
+  all.store(sum_gate), out.store(dbranch);
 }
 
 // One channel of one row: its three sums -> its part of the tables' gradients, and of those of weight and bias.

@@ -9,6 +9,20 @@
 namespace mcv {
 namespace MCV_ISA {
 
+// Every function reads its chunk before it writes any of it, through copies of n values: in place or not, the host
+// compiler turns each into vector instructions, and a GPU keeps them in registers anyway.
+template <int n, class C>
+struct Copy {
+  C at[n];
+
+  MCV_HD explicit Copy(const C* from) {
+    MCV_UNROLL for (int i = 0; i < n; ++i) at[i] = from[i];
+  }
+  MCV_HD void store(C* to) const {
+    MCV_UNROLL for (int i = 0; i < n; ++i) to[i] = at[i];
+  }
+};
+
 template <int n, class C>
 MCV_HD void add(C* sum, const C* x) {
   MCV_UNROLL for (int i = 0; i < n; ++i) sum[i] += x[i];
@@ -38,7 +52,10 @@ struct Statistics {
 // dx = rstd (g - mean(g) - x^ mean(g x^)), g the gradient of x^.
 template <int n, class C>
 MCV_HD void input_gradient(C* dx, const C* x, const C* g, C rstd, C mean_g, C mean_gx) {
-  MCV_UNROLL for (int i = 0; i < n; ++i) dx[i] = rstd * (g[i] - mean_g - x[i] * mean_gx);
+  Copy<n, C> out(g);
+  const Copy<n, C> normal(x);
+  MCV_UNROLL for (int i = 0; i < n; ++i) out.at[i] = rstd * (out.at[i] - mean_g - normal.at[i] * mean_gx);
+  out.store(dx);
 }
 
 #if !defined(__CUDACC__) && !defined(MCV_SIMT)

@@ -71,31 +71,40 @@ MCV_HD void turn(double half_turns, double* cosine, double* sine) {
 
 template <int n, class C>
 MCV_HD void normalise(C* y, const C* x, C mean, C rstd, const C* weight, const C* bias) {
-  MCV_UNROLL for (int i = 0; i < n; ++i) y[i] = (x[i] - mean) * rstd * weight[i] + bias[i];
+  Copy<n, C> out(x);
+  const Copy<n, C> w(weight), b(bias);
+  MCV_UNROLL for (int i = 0; i < n; ++i) out.at[i] = (out.at[i] - mean) * rstd * w.at[i] + b.at[i];
+  out.store(y);
 }
 
 // (a, b) -> (a cos - b sin, b cos + a sin); sign = -1 turns back, which is the transpose.
 template <int n, class C>
 MCV_HD void rotate(C* y, const C* cosine, const C* sine, C sign) {
+  Copy<n, C> out(y);
   MCV_UNROLL for (int i = 0; i < n / 2; ++i) {
-    const C a = y[2 * i], b = y[2 * i + 1], c = cosine[i], s = sign * sine[i];
-    y[2 * i] = a * c - b * s;
-    y[2 * i + 1] = b * c + a * s;
+    const C a = out.at[2 * i], b = out.at[2 * i + 1], c = cosine[i], s = sign * sine[i];
+    out.at[2 * i] = a * c - b * s;
+    out.at[2 * i + 1] = b * c + a * s;
   }
+  out.store(y);
 }
 
 // x becomes x^, g becomes g w; the gradients of weight and bias grow, and so do the sums that dx needs.
 template <int n, class C>
 MCV_HD void gradient_sums(
     C* x, C* g, C mean, C rstd, const C* weight, C* weight_gradient, C* bias_gradient, C* sum_g, C* sum_gx) {
+  Copy<n, C> normal(x), gradient(g), dw(weight_gradient), db(bias_gradient), all_g(sum_g), all_gx(sum_gx);
+  const Copy<n, C> w(weight);
   MCV_UNROLL for (int i = 0; i < n; ++i) {
-    x[i] = (x[i] - mean) * rstd;
-    weight_gradient[i] += g[i] * x[i];
-    bias_gradient[i] += g[i];
-    g[i] *= weight[i];
-    sum_g[i] += g[i];
-    sum_gx[i] += g[i] * x[i];
+    normal.at[i] = (normal.at[i] - mean) * rstd;
+    dw.at[i] += gradient.at[i] * normal.at[i];
+    db.at[i] += gradient.at[i];
+    gradient.at[i] *= w.at[i];
+    all_g.at[i] += gradient.at[i];
+    all_gx.at[i] += gradient.at[i] * normal.at[i];
   }
+  normal.store(x), gradient.store(g), dw.store(weight_gradient), db.store(bias_gradient);
+  all_g.store(sum_g), all_gx.store(sum_gx);
 }
 
 }  // namespace MCV_ISA

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-SHORTEST, LONGEST, ENOUGH = 8, 64, 1024  # tokens of a run; runs that fill a GPU
+from megacogvx_kernels.checks import version_of
+
+SHORTEST, LONGEST, ENOUGH = 32, 64, 1024  # tokens of a run; runs that fill a GPU
 
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
@@ -27,9 +29,9 @@ def runs_of(rows_S: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Te
     Raises:
         ValueError: a row is out of range.
     """
-    known = _known.get(rows_S)
-    if known is None or known[0] != (rows_S._version, num_rows):
-        known = ((rows_S._version, num_rows), _find(rows_S, num_rows))
+    known, state = _known.get(rows_S), (version_of(rows_S), num_rows)
+    if known is None or known[0] != state:
+        known = (state, _find(rows_S, num_rows))
         _known[rows_S] = known
     found: tuple[torch.Tensor, torch.Tensor] = known[1]
     return found

@@ -42,8 +42,8 @@ Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def cudnn(tensors: Tensors, packed: Packed) -> torch.Tensor:
-    """One dense call of cuDNN's fused attention per sample."""
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+    """One dense call of cuDNN's attention per sample; flash-attn's for one that cuDNN won't take (a single token)."""
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
         return reference.packed_attention(*tensors, packed.boundaries)
 
 
@@ -110,6 +110,8 @@ def missing(name: str) -> str:
         return ""
     if not torch.cuda.is_available():
         return "there is no GPU"
+    if name == "cudnn" and not torch.backends.cudnn.is_available():
+        return "torch was built without cuDNN"
     if name == "flash3" and torch.cuda.get_device_capability() < (9, 0):
         return "the GPU is older than Hopper"
     return "" if torch.cuda.get_device_capability() >= (8, 0) else "the GPU is older than Ampere"

@@ -69,14 +69,15 @@ def attend_block_backward(
     elif kernel == "plain":
         grads = _plain_backward(*tensors, lse)
     else:
-        no_seed = torch.zeros(2, dtype=torch.uint64, device=q_SNK.device)  # of dropout, which there is none of
+        # Offsets of samples, which a dense call has none of, then dropout with its seed and offset: none.
         sizes = (None, None, queries, keys, 0.0, False)
+        seed = torch.zeros(2, dtype=torch.uint64 if kernel == "flash" else torch.int64, device=q_SNK.device)
         if kernel == "cudnn":
             grads = aten._scaled_dot_product_cudnn_attention_backward(
-                *tensors, lse[..., None], no_seed[0], no_seed[1], None, *sizes
+                *tensors, lse[..., None], seed[0], seed[1], None, *sizes
             )
         else:
-            grads = aten._scaled_dot_product_flash_attention_backward(*tensors, lse, *sizes, no_seed, no_seed[:0])
+            grads = aten._scaled_dot_product_flash_attention_backward(*tensors, lse, *sizes, seed, seed[:0])
     dq, dk, dv = (grad[0].transpose(0, 1) for grad in grads)
     return dq, dk, dv
 

@@ -1,7 +1,8 @@
 """IndexedDataset: records of a dataset as torch tensors that view the mapped files, without a copy.
 
 Shapes and offsets come from the index columns alone. Tensors keep their mapping alive, so they may outlive the dataset;
-writing into one changes a private copy of the page, never the file.
+writing into one changes a private copy of the page, never the file. On network file systems `pread` copies instead: a
+file that is cut or a server that hangs is then an error of one read, not of the process.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import mmap
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from megacogvx.data.indexed.side_columns import read_side_column
 from megacogvx.errors import DataError
 
 Verify = Literal["always", "once", "never"]
+Access = Literal["mmap", "pread"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,10 @@ class Record:
 class Shard:
     """One shard: its index, and its .bin mapped at the first read."""
 
-    def __init__(self, folder: Path, name: str, verify: Verify = "always", entry: ShardEntry | None = None) -> None:
+    def __init__(
+        self, folder: Path, name: str, verify: Verify = "always", entry: ShardEntry | None = None,
+        access: Access = "mmap",
+    ) -> None:  # fmt: skip
         """Read NAME.idx and check that it belongs to NAME.bin and to the manifest's `entry`.
 
         Raises:
@@ -76,7 +81,9 @@ class Shard:
                 f"{folder / name}.idx isn't the one that {MANIFEST} lists; run finish_dataset if it was rewritten"
             )
         self._check_header()
+        self.access = access
         self._mapping: mmap.mmap | None = None
+        self._file: BinaryIO | None = None
         self._seen = np.zeros(len(self.index), bool)
 
     def record(self, row: int, frames: range | None = None) -> Record:
@@ -88,18 +95,21 @@ class Shard:
         columns, encoder = self.index.columns, self.index.encoder
         at = {name: int(columns[name][row]) for name in COLUMNS if name != "frame_hash"}
         check = self.verify == "always" or (self.verify == "once" and not self._seen[row])
-        data = self._mapped(check)
         frames = range(at["frames"]) if frames is None else frames
         assert frames.step == 1 and 0 <= frames.start < frames.stop <= at["frames"], (frames, at["frames"])
         shape = (len(frames), at["height"], at["width"], 2 * encoder.latent_channels)
         frame_bytes = shape[1] * shape[2] * shape[3] * BF16_BYTES
-        start = at["record"] + RECORD_HEADER.size + frames.start * frame_bytes
         text_shape = (at["text_length"], encoder.text_width)
-        note = data[at["metadata_offset"] : at["metadata_offset"] + at["metadata_length"]]
+        if check and self.access == "mmap":
+            self._check_size()
+        start = at["record"] + RECORD_HEADER.size + frames.start * frame_bytes
+        latents = self._bytes(start, len(frames) * frame_bytes)
+        text = self._bytes(at["text_offset"], text_shape[0] * text_shape[1] * BF16_BYTES)
+        note = bytes(self._bytes(at["metadata_offset"], at["metadata_length"]))
         if check:
-            self._check(row, frames, start, frame_bytes, note)
+            self._check(row, frames, latents, text, note)
             self._seen[row] |= len(frames) == at["frames"]
-        return Record(_tensor(data, start, shape), _tensor(data, at["text_offset"], text_shape), at["sample_id"], note)
+        return Record(_tensor(latents, shape), _tensor(text, text_shape), at["sample_id"], note)
 
     def check_record_header(self, row: int) -> None:
         """Check that the record's own header agrees with the index.
@@ -109,7 +119,8 @@ class Shard:
         """
         columns = self.index.columns
         start, where = int(columns["record"][row]), self._where(row)
-        header = self._mapped(True)[start : start + RECORD_HEADER.size]
+        self._check_size()
+        header = bytes(self._bytes(start, RECORD_HEADER.size))
         _, frames, height, width, channels, *rest, number = unseal(RECORD_HEADER, header, RECORD_MAGIC, where)
         names = ("frames", "height", "width", "text_length", "sample_id", "text_offset", "text_hash", "metadata_length")
         expected = [int(columns[name][row]) for name in names]
@@ -131,30 +142,51 @@ class Shard:
                 f"{self.path} holds {channels} channels and texts of width {width}, its index says otherwise"
             )
 
-    def _mapped(self, check: bool) -> mmap.mmap:
+    def _bytes(self, start: int, length: int) -> memoryview:
+        """Return bytes of the .bin: of the mapping, or read into memory of their own.
+
+        Raises:
+            DataError: the file ends before, or can't be read.
+        """
+        if self.access == "mmap":
+            return self._mapped()[start : start + length]
+        buffer = memoryview(bytearray(length))
+        try:
+            if self._file is None:
+                self._file = self.path.open("rb", buffering=0)
+            done = 0
+            while done < length:
+                count = os.preadv(self._file.fileno(), [buffer[done:]], start + done)
+                if not count:
+                    raise DataError(f"{self.path} ends at byte {start + done}, {start + length} are needed: truncated")
+                done += count
+        except OSError as error:
+            raise DataError(f"{self.path} can't be read at byte {start}: {error.strerror}") from None
+        return buffer
+
+    def _mapped(self) -> memoryview:
         if self._mapping is None:
             with self.path.open("rb") as file:
                 self._mapping = mmap.mmap(
                     file.fileno(), self.index.bin_bytes, mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0),
                     mmap.PROT_READ | mmap.PROT_WRITE,
                 )  # fmt: skip
-        # Reading a mapped page beyond the end of a file that was cut is SIGBUS, so look first.
-        if check and os.stat(self.path).st_size < self.index.bin_bytes:
-            size = os.stat(self.path).st_size
-            raise DataError(f"{self.path} has shrunk from {self.index.bin_bytes} to {size} bytes while in use")
-        return self._mapping
+        return memoryview(self._mapping)
 
-    def _check(self, row: int, frames: range, start: int, frame_bytes: int, note: bytes) -> None:
-        assert self._mapping is not None
-        columns, view = self.index.columns, memoryview(self._mapping)
-        first = int(self.index.frame_start[row])
+    def _check_size(self) -> None:
+        """Reading a mapped page beyond the end of a file that was cut is SIGBUS, so look first."""
+        size = os.stat(self.path).st_size
+        if size < self.index.bin_bytes:
+            raise DataError(f"{self.path} has shrunk from {self.index.bin_bytes} to {size} bytes while in use")
+
+    def _check(self, row: int, frames: range, latents: memoryview, text: memoryview, note: bytes) -> None:
+        columns = self.index.columns
+        first, frame_bytes = int(self.index.frame_start[row]), len(latents) // len(frames)
         for place, frame in enumerate(frames):
-            offset = start + place * frame_bytes
-            if digest(view[offset : offset + frame_bytes]) != int(columns["frame_hash"][first + frame]):
+            stored = int(columns["frame_hash"][first + frame])
+            if digest(latents[place * frame_bytes : (place + 1) * frame_bytes]) != stored:
                 raise DataError(self._damaged(row, f"latent frame {frame}"))
-        text_at = int(columns["text_offset"][row])
-        text_bytes = int(columns["text_length"][row]) * self.index.encoder.text_width * BF16_BYTES
-        if digest(view[text_at : text_at + text_bytes]) != int(columns["text_hash"][row]):
+        if digest(text) != int(columns["text_hash"][row]):
             raise DataError(self._damaged(row, "the text"))
         if digest(note) != int(columns["metadata_hash"][row]):
             raise DataError(self._damaged(row, "the metadata"))
@@ -174,18 +206,19 @@ class IndexedDataset:
         sample_id, frames, height, width, text_length: int64 (ids: uint64) arrays `[n]`; latent cells and tokens.
     """
 
-    def __init__(self, folder: Path | str, verify: Verify = "always") -> None:
+    def __init__(self, folder: Path | str, verify: Verify = "always", access: Access = "mmap") -> None:
         """Open the dataset in `folder`; reads only the indexes.
 
         Args:
             verify: compare checksums at every read, at the first read of each sample, or never.
+            access: map the files, or read from them.
 
         Raises:
             DataError: a file is missing, truncated, damaged or doesn't belong here.
         """
         self.folder, self.verify = Path(folder), verify
         self.manifest: Manifest = read_manifest(self.folder)
-        self.shards = [Shard(self.folder, entry.name, verify, entry) for entry in self.manifest.shards]
+        self.shards = [Shard(self.folder, entry.name, verify, entry, access) for entry in self.manifest.shards]
         for shard in self.shards:
             differing = differing_keys(self.encoder, shard.index.encoder)
             if differing:
@@ -235,8 +268,7 @@ class IndexedDataset:
         return np.concatenate([np.empty(0, dtype), *columns])
 
 
-def _tensor(data: mmap.mmap, offset: int, shape: tuple[int, ...]) -> torch.Tensor:
-    count = int(np.prod(shape))
-    if not count:
+def _tensor(data: memoryview, shape: tuple[int, ...]) -> torch.Tensor:
+    if not len(data):
         return torch.empty(shape, dtype=torch.bfloat16)
-    return torch.frombuffer(data, dtype=torch.bfloat16, count=count, offset=offset).view(shape)
+    return torch.frombuffer(data, dtype=torch.bfloat16).view(shape)

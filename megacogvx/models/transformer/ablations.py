@@ -126,6 +126,7 @@ class FactorisedAttention(JointAttention):
 
     def attend(self, q_SNK: torch.Tensor, k_SNK: torch.Tensor, v_SNK: torch.Tensor, layout: PackLayout) -> torch.Tensor:
         """Return the attention `[S, N/(t c), K]` of what `heads` gave."""
+        assert len(q_SNK) == layout.num_tokens, f"{len(q_SNK)} of {layout.num_tokens} tokens: frames would be cut"
         tokens_X, boundaries = sequences_of(layout, self.along_time)
         tokens_X = tokens_X.to(q_SNK.device)
         q_XNK, k_XNK, v_XNK = (x_SNK.index_select(0, tokens_X) for x_SNK in (q_SNK, k_SNK, v_SNK))

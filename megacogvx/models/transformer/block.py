@@ -14,6 +14,7 @@ from megacogvx.parallel.groups import ParallelGroups
 from megacogvx.parallel.megatron import CoreConfig
 from megacogvx.parallel.recompute import Discarded, recompute
 from megacogvx.parallel.sequence_parallel import sum_gradient_over_tensor_ranks
+from megacogvx.parallel.tensor_parallel import ModulationLinear
 from megacogvx_kernels.adaln import adaln_modulate, gated_residual, gated_residual_adaln
 
 
@@ -35,10 +36,10 @@ class CogVideoXBlock(nn.Module):
         super().__init__()
         self.policy = policy
         dtype = core.params_dtype
-        self.attention_modulation = ExpertModulation(config, core, groups)
+        self.attention_modulation: ModulationLinear = ExpertModulation(config, core, groups)
         self.attention_norm = nn.LayerNorm(config.hidden_size, config.norm_eps, dtype=dtype)
         self.attention = JointAttention(config, core, groups)
-        self.mlp_modulation = ExpertModulation(config, core, groups)
+        self.mlp_modulation: ModulationLinear = ExpertModulation(config, core, groups)
         self.mlp_norm = nn.LayerNorm(config.hidden_size, config.norm_eps, dtype=dtype)
         self.mlp = MLP(config, core, groups)
         # every tensor rank sees only its tokens

@@ -19,6 +19,7 @@ def checkpoint(tmp_path):
     directory, model = CheckpointDirectory(tmp_path), make_model()
     partial = directory.begin(7)
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    state |= {f"ema.{name}": tensor / 2 for name, tensor in model.state_dict().items()}
     dcp.save({**state, "optimizer.moment": torch.ones(3)}, checkpoint_id=partial, no_dist=True)
     (partial / "state.json").write_text('{"config": {"vae": {}}}')
     return directory.commit(7, {name: seal(partial, name) for name in files_of(partial)})
@@ -31,6 +32,12 @@ def test_weights_come_back_without_process_groups(checkpoint):
     load_whole(checkpoint, model)
     for ours, theirs in zip(model.state_dict().values(), make_model().state_dict().values(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_averaged_weights_are_taken_when_asked_for(checkpoint):
+    model = make_model()
+    load_whole(checkpoint, model, "ema.")
+    assert torch.equal(model[0].weight, make_model()[0].weight / 2)
 
 
 def test_weights_take_the_models_dtype(checkpoint):

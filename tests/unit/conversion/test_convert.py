@@ -131,7 +131,7 @@ def test_another_variants_config_is_refused(folders, tmp_path):
     folder = copied(folders, "diffusers", tmp_path)
     file = folder / "transformer" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"num_layers": 3, "in_channels": 8}))
-    with pytest.raises(CheckpointError, match=r"16 missing: transformer_blocks\.2.*patch_embed.proj.weight is"):
+    with pytest.raises(CheckpointError, match=r"24 missing: transformer_blocks\.2.*patch_embed.proj.weight is"):
         opened(folder)
     file.write_text(json.dumps(json.loads(file.read_text()) | {"activation_fn": "relu"}))
     with pytest.raises(CheckpointError, match=r"activation_fn='relu' \(only 'gelu-approximate' is supported\)"):
@@ -184,7 +184,7 @@ def test_a_vae_alone_wants_its_scale(folders, tmp_path):
     vae = opened(folder / "vae", config=tmp_path / "vae.yaml")["vae"]
     assert vae.settings.vae.scaling_factor == 0.7
     silent = dataclasses.replace(vae, knows_scale=False)
-    with pytest.raises(ConfigError, match="doesn't say what its latents are multiplied by; .* --variant"):
+    with pytest.raises(ConfigError, match=r"doesn't say what its latents are multiplied by; .* --variant"):
         agreeing({"vae": silent})
     transformer = opened(folder / "transformer")["transformer"]
     assert agreeing({"vae": silent, "transformer": transformer})["vae"].settings.vae.scaling_factor == 0.7
@@ -211,6 +211,8 @@ def test_averaged_weights_are_taken_when_named(folders, tmp_path):
         opened(folder / "transformer", weights="best")
     with pytest.raises(ConfigError, match="holds one set of weights"):
         opened(folders["diffusers"], weights="ema")
+    both = open_parts([folder / "transformer", folders["diffusers"] / "vae"], ReadOptions(weights="ema"))
+    assert torch.equal(both["transformer"].tensors.read("head.proj.bias"), kept.read("head.proj.bias"))
     with pytest.raises(CheckpointError, match=r"no weights 'ema'; it has model"):
         opened(folders["megacogvx"], weights="ema")
 
@@ -259,6 +261,15 @@ def test_what_fp16_cannot_hold_is_refused(folders):
     part.tensors._source.read = lambda name: torch.full((3,), 1e5)
     with pytest.raises(CheckpointError, match=r"too large for torch.float16; convert to bf16 or fp32"):
         part.tensors.read("head.proj.bias")
+
+
+def test_an_ablation_has_no_published_names(folders, tmp_path):
+    part = opened(folders["megacogvx"])["transformer"]
+    model = part.settings.model.model_copy(update={"attention": "2d_1d"})
+    part = dataclasses.replace(part, settings=dataclasses.replace(part.settings, model=model))
+    for to in ("diffusers", "sat"):
+        with pytest.raises(ConfigError, match="attention=2d_1d: an ablation"):
+            convert({"transformer": part}, to, tmp_path / "out")
 
 
 def test_nothing_is_left_of_a_conversion_that_fails(folders, tmp_path):

@@ -103,9 +103,9 @@ def test_an_epoch_sees_each_clip_once(folder: Path, monkeypatch: pytest.MonkeyPa
     loader = ClipLoader(config(folder, held_out_fraction=0, clips_per_step=3), seed=1)
     seen: list[Path] = []
 
-    def record(clip: Clip, first: int = 0, count: int | None = None) -> torch.Tensor:
+    def record(clip: Clip, first: int, count: int, stride: int) -> torch.Tensor:
         seen.append(clip.path)
-        return read_clip(clip, first, count)
+        return read_clip(clip, first, count, stride)
 
     monkeypatch.setattr("megacogvx.data.clips.read_clip", record)
     videos, images = ([clip.path for clip in clips] for clips in (loader.videos, loader.images))
@@ -127,6 +127,56 @@ def test_another_seed_gives_other_crops(tmp_path: Path) -> None:
     single = config(tmp_path, held_out_fraction=0, clips_per_step=1, height=24, width=32)
     first, second = (ClipLoader(single, seed=seed).batch(0).video_BCTHW for seed in (1, 2))
     assert not torch.equal(first, second)
+
+
+def numbered(folder: Path, frames: int, fps: float) -> Clip:
+    """Write a clip whose frames are grey in the shade of their number, times ten."""
+    shades = torch.arange(frames, dtype=torch.uint8)[:, None, None, None] * 10
+    path = folder / f"{frames}-{fps:g}.mp4"
+    write_video(path, shades.expand(-1, 16, 24, 3), fps, crf=0)
+    return Clip(path=path, caption="a", frames=frames, height=16, width=24, fps=fps, source=path.name, start=0.0)
+
+
+def shades(video_CTHW: torch.Tensor) -> list[int]:
+    return [round(float(frame.mean() + 1) * 12.75) for frame in video_CTHW.unbind(1)]
+
+
+def test_rates_are_drawn_for_each_clip_from_those_it_is_good_for(tmp_path: Path) -> None:
+    write_clips(
+        tmp_path / "clips.jsonl", [numbered(tmp_path, 9, 16), numbered(tmp_path, 5, 16), numbered(tmp_path, 7, 12)]
+    )
+    loader = ClipLoader(config(tmp_path, frames=5, fps=[8, 16], image_share=0, held_out_fraction=0), seed=1)
+    assert len(loader.videos) == 2, "12 fps is a multiple of neither"
+    both = ClipLoader(config(tmp_path, frames=5, fps=[8, 12], image_share=0, held_out_fraction=0), seed=1)
+    assert {clip.frames for clip in both.videos} == {9, 7}, "five frames at 16 fps are too short for five at 8"
+    strides = []
+    for step in range(16):
+        for video in loader.batch(step).video_BCTHW:
+            seen = shades(video)
+            strides.append(seen[1] - seen[0])
+            assert seen == list(range(seen[0], seen[0] + 5 * strides[-1], strides[-1]))
+    # Half of the items are of the longer clip, and half of those at 8 fps.
+    assert 6 <= strides.count(2) <= 26 and strides.count(1) + strides.count(2) == 64
+
+
+def test_held_out_videos_are_seen_at_the_first_rate(tmp_path: Path) -> None:
+    write_clips(tmp_path / "clips.jsonl", [numbered(tmp_path, 9, 16), numbered(tmp_path, 10, 16)])
+    loader = ClipLoader(config(tmp_path, frames=5, fps=[8, 16], held_out_fraction=0.01), seed=1)
+    assert [shades(video[0]) for _, video in loader.held_out_videos()] == [[0, 2, 4, 6, 8]]
+
+
+def test_held_out_videos_may_be_larger_than_those_of_training(folder: Path) -> None:
+    larger = config(folder, held_out_fraction=0.3, held_out_height=32, held_out_width=40)
+    videos = list(ClipLoader(larger, seed=1).held_out_videos())
+    assert videos and all(video.shape[3:] == (32, 40) for _, video in videos)
+    beyond = config(folder, held_out_fraction=0.3, held_out_height=33)
+    assert not list(ClipLoader(beyond, seed=1).held_out_videos())
+
+
+def test_a_rate_that_no_clip_is_good_for_is_named(tmp_path: Path) -> None:
+    write_clips(tmp_path / "clips.jsonl", [numbered(tmp_path, 5, 12)])
+    with pytest.raises(DataError, match=r"clips\.fps=\(8\.0, 16\.0\), .*\(5, 16, 24, 12\.0\)"):
+        ClipLoader(config(tmp_path, frames=5, fps=[8, 16]), seed=1)
 
 
 def test_images_are_taken_from_videos_where_there_are_none(folder: Path, tmp_path: Path) -> None:
@@ -175,7 +225,7 @@ def test_settings_that_cannot_work_are_refused(folder: Path) -> None:
         ClipLoader(config(folder), seed=0, data_size=3)
     with pytest.raises(ConfigError, match=r"clips\.paths is empty"):
         ClipLoader(ClipsConfig(), seed=0)
-    with pytest.raises(DataError, match=r"clips.height=999.*\(9, 32, 48\)"):
+    with pytest.raises(DataError, match=r"clips.height=999.*\(9, 32, 48, 8.0\)"):
         ClipLoader(config(folder, height=999), seed=0)
     with pytest.raises(DataError, match=r"clips.frames=99"):
         ClipLoader(config(folder, frames=99), seed=0)

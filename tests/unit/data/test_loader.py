@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megacogvx.data.corpus import Corpus, DataConfig
+from megacogvx.data.faults import Fault
 from megacogvx.data.loader import PackLoader
 from megacogvx.data.planner import PackPlan
 from megacogvx.errors import ConfigError, DataError
@@ -26,13 +27,14 @@ def folder(tmp_path):
     return tmp_path
 
 
+SETTINGS = ("on_bad_sample", "read_timeout", "access")
+
+
 def loader(folder, rank=0, size=1, *, seed=0, packs=4, **values):
-    corpus = Corpus(DataConfig(paths=(str(folder),), tokens_per_pack=64, packs_per_step=packs))
-    return PackLoader(corpus, PackPlan(corpus.columns, corpus_config(folder, packs), seed, PATCH), rank, size, **values)
-
-
-def corpus_config(folder, packs):
-    return DataConfig(paths=(str(folder),), tokens_per_pack=64, packs_per_step=packs)
+    settings = {name: values.pop(name) for name in SETTINGS if name in values}
+    config = DataConfig(paths=(str(folder),), tokens_per_pack=64, packs_per_step=packs, **settings)
+    corpus = Corpus(config)
+    return PackLoader(corpus, PackPlan(corpus.columns, config, seed, PATCH), rank, size, **values)
 
 
 def ids(packs):
@@ -100,17 +102,78 @@ def test_packs_divide_by_ranks(folder):
     assert not threads()
 
 
-def test_damaged_sample_reaches_the_consumer_with_its_name(folder):
+def damage(folder):
     path = folder / "shard-00000.bin"
     data = bytearray(path.read_bytes())
     data[64 + 64] ^= 1  # the first sample's first latent frame
     path.write_bytes(bytes(data))
+
+
+def test_damaged_sample_keeps_its_place(folder):
+    whole = take(8, folder)
+    damage(folder)
     with loader(folder) as packs:
+        steps = list(islice(packs, 8))
+    assert [ids(step) for step in steps] == whole
+    faults = [(pack, place) for step in steps for pack in step for place in pack.faults]
+    assert faults
+    for pack, place in faults:
+        assert pack.sample_ids[place] == 1000 and pack.faults[place] == Fault.DAMAGED
+        clean = pack.without({place})
+        assert not clean.latents[place].any() and not clean.text[place].any()
+        assert [sample.carries_loss for sample in clean.layout.samples] == [
+            m != place for m in range(clean.layout.num_samples)
+        ]
+        assert clean.layout.boundaries == pack.layout.boundaries
+    assert all(1000 not in pack.sample_ids or pack.faults for step in steps for pack in step)
+
+
+def test_damaged_sample_ends_the_run_where_that_is_asked(folder):
+    damage(folder)
+    with loader(folder, on_bad_sample="stop") as packs:
         with pytest.raises(DataError, match=r"shard-00000\.bin: sample 1000 "):
             list(islice(packs, 30))
         with pytest.raises(DataError, match="sample 1000 "):
             next(packs)
     assert not threads()
+
+
+def test_stuck_read_is_given_up(folder, monkeypatch):
+    free, sample = threading.Event(), Corpus.sample
+
+    def stuck(self, index, frames=None):
+        if index == 3:
+            free.wait(60)
+        return sample(self, index, frames)
+
+    monkeypatch.setattr(Corpus, "sample", stuck)
+    with loader(folder, read_timeout=0.1) as packs:
+        steps = list(islice(packs, 4))
+    free.set()
+    faults = {pack.sample_ids[m]: fault for step in steps for pack in step for m, fault in pack.faults.items()}
+    assert faults == {1003: Fault.STUCK}
+
+
+@pytest.mark.parametrize("access", ["mmap", "pread"])
+def test_context_ranks_read_their_frames_only(folder, access):
+    with loader(folder, access=access) as packs:
+        whole = list(islice(packs, 3))
+    read = 0
+    for rank in range(4):
+        with loader(folder, cut=((0, 1), (rank, 4)), access=access) as packs:
+            for pack, full in zip(
+                (p for step in islice(packs, 3) for p in step), (p for s in whole for p in s), strict=True
+            ):
+                assert pack.layout == full.layout
+                for piece in pack.layout.local((0, 1), (rank, 4)).video_slices:
+                    grid = pack.layout.samples[piece.sample].grid
+                    rows = grid[1] * grid[2]
+                    frames = range(piece.start // rows, -(-piece.stop // rows))
+                    expected = full.latents[piece.sample][frames.start : frames.stop]
+                    assert torch.equal(pack.frames(piece.sample, frames), expected)
+                read += sum(latents.numel() for latents in pack.latents)
+    everything = sum(latents.numel() for step in whole for pack in step for latents in pack.latents)
+    assert everything <= read < 2 * everything  # a frame on the border of two ranks is read by both
 
 
 def test_close_ends_the_thread_and_the_iteration(folder):

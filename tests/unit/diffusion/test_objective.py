@@ -1,10 +1,12 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from megacogvx.diffusion.config import DiffusionConfig
 from megacogvx.diffusion.objective import loss_count, sample_weights, v_loss
 from megacogvx.diffusion.schedule import NoiseSchedule
-from megacogvx.pack_layout import build_layout, patchify, place_sample
+from megacogvx.pack_layout import PackLayout, build_layout, patchify, place_sample
 
 TIMESTEPS = torch.tensor([30, 999, 540, 0])
 
@@ -108,3 +110,18 @@ def test_equals_the_weighted_error_of_x0():
     torch.testing.assert_close(
         v_loss(prediction, v, TIMESTEPS, layout, layout.local(), loss_mean="token").total, expected, rtol=1e-4, atol=0
     )
+
+
+@pytest.mark.parametrize("loss_mean", ["sample", "token"])
+def test_a_sample_that_could_not_be_read_weighs_nothing(loss_mean):
+    """The loss and its divisor are those of a pack of the other samples alone, whatever its rows hold."""
+    layout, target = pack()
+    bad = PackLayout(tuple(replace(s, carries_loss=m != 1) for m, s in enumerate(layout.samples)), layout.patch)
+    prediction = [torch.randn_like(x) for x in target]
+    a, b = rows(prediction, layout.patch), rows(target, layout.patch)
+    sums = v_loss(a, b, TIMESTEPS, bad, bad.local(), loss_mean=loss_mean)
+    count = loss_count(bad, range(bad.num_tokens), loss_mean)
+    errors = [(p - t) ** 2 for p, t in zip(prediction[::2], target[::2], strict=True)]
+    means = [error.mean() for error in errors] if loss_mean == "sample" else [torch.cat([e.flatten() for e in errors])]
+    torch.testing.assert_close(sums.total / count, torch.stack(means).mean())
+    assert sample_weights(bad, loss_mean)[1] == 0

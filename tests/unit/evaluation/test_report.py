@@ -91,6 +91,17 @@ def test_page_needs_no_other_file(inputs):
     assert not list(inputs.glob("*.part"))
 
 
+def test_a_vae_with_lpips_discriminator_and_averages_is_drawn(inputs):
+    rows = [{"step": s, "l1": 0.4, "lpips": 0.3, "kl": 20.0, "psnr": 20.0 + s, "psnr_ema": 21.0 + s} for s in range(4)]
+    for row in rows[2:]:
+        row |= {"discriminator": 0.9, "logits_real": 0.2, "logits_fake": -0.1}
+    (inputs / "vae" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    content = report.build(whole(inputs))
+    for expected in ("LPIPS", "PSNR of averaged weights", "logits of reconstructions"):
+        assert expected in content, expected
+    assert "random net" not in content and "random weights" not in words_of(content)
+
+
 def test_page_holds_what_the_folders_hold(inputs):
     content = report.build(whole(inputs))
     text = words_of(content)

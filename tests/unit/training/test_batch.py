@@ -1,11 +1,11 @@
 """What a rank computes with is a cut of the same noised pack, whatever the layout."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
-from megacogvx.data.pack import Pack
+from megacogvx.data.pack import Pack, needed_frames
 from megacogvx.diffusion.config import DiffusionConfig
 from megacogvx.diffusion.schedule import NoiseSchedule
 from megacogvx.pack_layout import build_layout, place_sample
@@ -100,3 +100,18 @@ def test_other_steps_and_samples_get_other_noise():
     later = pack(1)
     other = maker().prepare(Pack(later.layout, later.latents, later.text, step=10, place=0), [999, 999, 999]).video_SP
     assert not torch.allclose(first, other, atol=1e-2)
+
+
+@pytest.mark.parametrize("q", [1, 2])
+@pytest.mark.parametrize("rank", range(4))
+def test_a_pack_cut_for_a_rank_gives_the_same_batch(q, rank):
+    """The loader reads only the frames that a rank's tokens need; its batch is that of the whole pack."""
+    whole = pack(q)
+    cut = ((rank % 2, 2), (rank // 2, 2))
+    needed = needed_frames(whole.layout, cut)
+    latents = [t[frames.start : frames.stop] for t, frames in zip(whole.latents, needed, strict=True)]
+    part = replace(whole, latents=latents, first_frames=tuple(frames.start for frames in needed))
+    assert sum(map(len, latents)) < sum(map(len, whole.latents))
+    expected, found = (maker(*cut).prepare(p, [5, 500, 999]) for p in (whole, part))
+    assert torch.equal(found.video_SP, expected.video_SP) and torch.equal(found.target_SP, expected.target_SP)
+    assert torch.equal(found.text_SE, expected.text_SE)

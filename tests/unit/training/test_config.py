@@ -1,10 +1,13 @@
 """Rules between sections: each message names the keys, the values and the sizes that would work."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from megacogvx.config import build_config, load_config
 from megacogvx.errors import ConfigError, LaunchError
+from megacogvx.models.vae import CogVideoXVAE
 from megacogvx.training.config import TrainConfig, VAETrainConfig
 
 
@@ -156,6 +159,49 @@ def test_frames_that_cannot_be_split_name_what_can(frames, context, named):
 def test_the_vae_has_no_tensor_parallelism_and_clips_divide_over_replicas():
     with pytest.raises(ConfigError, match=r"tensor_parallel_size=2.*\n.*clips_per_step=3.*2 data-par.*works: 4"):
         vae_config(clips_per_step=3, tensor_parallel_size=2).validate_layout(4)
+
+
+def gan_config(size=64, **loss) -> VAETrainConfig:
+    sections = {"clips": {"paths": ["c"], "height": size, "width": 64}, "training": {"steps": 10}}
+    return build_config(VAETrainConfig, {**sections, "loss": {"gan_weight": 0.5, **loss}})
+
+
+def test_a_gan_that_never_starts_and_clips_smaller_than_its_patches():
+    gan_config(gan_start_step=9).validate_layout(1)
+    with pytest.raises(ConfigError, match=r"gan_start_step=10 is never reached in training\.steps=10"):
+        gan_config(gan_start_step=10).validate_layout(1)
+    with pytest.raises(ConfigError, match=r"clips\.height=16 x .*discriminator\.layers=3, which take 24 x 24 pixels"):
+        gan_config(size=16).validate_layout(1)
+    gan_config(size=16, gan_weight=0.0, gan_start_step=10).validate_layout(1)
+
+
+STAGES = {"vae_stage1.yaml": 8, "vae_stage2.yaml": 64, "vae_tiny_stage1.yaml": 2, "vae_tiny_stage2.yaml": 4}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_configs_of_the_stages_build(name, request):
+    """On the meta device: every tensor of VAE and discriminator, for the clips that the config names."""
+    loaded = load_config(VAETrainConfig, request.config.rootpath / "examples" / "configs" / name)
+    loaded.validate_layout(STAGES[name])
+    clips = loaded.clips
+    loaded.vae.check_clip((1, 3, clips.frames, clips.height, clips.width))
+    with torch.device("meta"):
+        model, discriminator = CogVideoXVAE(loaded.vae), loaded.make_discriminator()
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert count == 215_583_907 or "tiny" in name
+    assert loaded.has_gan and loaded.ema.decay > 0
+    logits = discriminator(torch.empty(1, 3, clips.frames, clips.height, clips.width, device="meta"))
+    assert logits.shape[2] == loaded.vae.latent_frames(clips.frames)
+
+
+def test_stages_are_the_papers():
+    """Section 2.1: 17 frames at 256 x 256 and 8 or 16 fps, images among them; then 161 frames, from these weights."""
+    folder = Path(__file__).parents[3] / "examples" / "configs"
+    first, second = (load_config(VAETrainConfig, folder / f"vae_stage{stage}.yaml") for stage in (1, 2))
+    assert (first.clips.frames, first.clips.height, first.clips.width) == (17, 256, 256)
+    assert first.clips.fps == (8, 16) and first.clips.image_share > 0 and first.loss.perceptual == "lpips"
+    assert second.clips.frames == 161 and second.parallel.context_parallel_size > 1
+    assert second.training.start_from == first.training.run_folder and second.vae == first.vae
 
 
 @pytest.mark.parametrize("name", ["demo.yaml", "vae_demo.yaml"])

@@ -63,8 +63,8 @@ def test_the_policy_can_be_to_stop_at_once():
     guard = warm(GuardConfig(on_bad_step="stop"))
     event = guard.judge(20, results(measured(math.nan), measured(math.nan))).event
     assert event["action"] == "stopped"
-    message = str(stop_error(event, "step-00000100"))
-    assert "Samples: 7, 9." in message and "step-00000100" in message and "guard.on_bad_step=skip" in message
+    message = str(stop_error(event))
+    assert "Samples: 7, 9." in message and "guard.on_bad_step=skip" in message
 
 
 def test_too_many_left_out_within_a_hundred_steps_stop_the_run():
@@ -76,6 +76,15 @@ def test_too_many_left_out_within_a_hundred_steps_stop_the_run():
 
     assert actions(20, 50, 80) == ["skipped", "skipped", "stopped"]
     assert actions(20, 50, 120, 151) == ["skipped"] * 4
+
+
+def test_an_overflow_that_lowers_the_loss_scale_is_left_out_and_no_fault():
+    guard = warm()
+    overflow = Measured({"loss": 1.0}, math.nan, lambda: [], overflow=True)
+    for step in range(20, 30):
+        verdict = guard.judge(step, results(overflow))
+        assert not verdict.take and verdict.event is None
+    assert guard.state["skipped"] == []
 
 
 def test_bad_losses_do_not_move_the_median_and_good_ones_do():

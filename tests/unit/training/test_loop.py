@@ -105,7 +105,8 @@ def run(tmp_path, monkeypatch):
             read_sums=lambda sums: {"loss": sums.item()}, validate=lambda step: {"psnr": 10.0 + step},
             checkpoints=SimpleNamespace(latest=lambda: "the last good one", saved=saved),
             metrics=MetricsFile(tmp_path, start, True),
-            resolved={"a": 1}, pack_tokens=64, saved=saved, stop=stop.StopSignal(), checkpoint=CheckpointConfig(),
+            resolved={"a": 1}, pack_tokens=64, saved=saved, stop=stop.StopSignal(), make_videos=None,
+            checkpoint=CheckpointConfig(),
             guard=GuardConfig(stuck_seconds=None, **guard), tracking=TrackingConfig(tensorboard=False),
             before_pass=(), after_step=(), beside={},
         )  # fmt: skip
@@ -227,3 +228,10 @@ def test_an_overflow_under_the_loss_scale_skips_the_step_and_is_logged(run, monk
         "step 6 is skipped: its gradient overflowed under a loss scale of 4; the next one has 2",
     ]
     assert half.state.step == 6 and half.saved == [3, 6]
+
+
+def test_what_follows_the_step_is_called_each_time_and_fills_the_row(run):
+    seven = run()
+    seven.after_step = (lambda step: {"discriminator": step / 2}, lambda step: {})
+    loop.train(seven)
+    assert [row["discriminator"] for row in rows(seven)] == [step / 2 for step in range(7)]

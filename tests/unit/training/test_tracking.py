@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image, ImageSequence
 
 from megacogvx.config import build_config
 from megacogvx.errors import ConfigError
@@ -37,6 +39,19 @@ def test_numbers_become_curves_and_a_resumed_run_replaces_its_steps(tmp_path):
     found = curves(tmp_path)
     assert found.keys() == {"loss", "by/0"}
     assert found["loss"] == {0: 1.0, 1: 1.0, 2: 5.0, 3: 5.0}
+
+
+def test_a_video_becomes_an_animation_that_tensorboard_plays(tmp_path):
+    frames_THWC = (torch.arange(3)[:, None, None, None] * 100).expand(3, 4, 6, 3).to(torch.uint8)
+    with Tracking(TrackingConfig(), tmp_path, 0, {}, writes=True) as sent:
+        sent.add_video("video-0", frames_THWC, 7)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (event,) = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Images("video-0")
+    assert (event.step, event.height, event.width) == (7, 4, 6)
+    with Image.open(io.BytesIO(event.encoded_image_string)) as image:
+        shown = [frame.convert("RGB").getpixel((2, 2))[0] for frame in ImageSequence.Iterator(image)]
+    assert shown == [0, 100, 200]
 
 
 def test_other_ranks_and_a_run_without_tracking_write_nothing(tmp_path):

@@ -10,6 +10,7 @@ import torch
 from megacogvx.data.images import read_image
 from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.groups import initialize, shutdown
+from megacogvx.training.ema import WeightAverage
 from megacogvx.training.validation import SHOWN_FRAMES, HeldOutClips
 
 
@@ -51,3 +52,14 @@ def test_pictures_show_videos_above_their_reconstructions(groups, tmp_path):
     pixels = read_image(picture).float()
     assert pixels.shape == (32, 24 * SHOWN_FRAMES, 3)
     assert (pixels[16:] - pixels[:16]).mean() == pytest.approx(0.4 * 127.5, abs=0.5)
+
+
+def test_averaged_weights_are_measured_beside_the_models_own(groups, tmp_path):
+    model = Offset(0.0)
+    average = WeightAverage(model, 0.5, groups)
+    with torch.no_grad():
+        model.offset.fill_(0.2)
+    average.averages["offset"].fill_(0.02)
+    measured = HeldOutClips(clips(9), model, tmp_path, groups, average).measure(0)
+    assert measured["psnr"] == pytest.approx(20.0, abs=1e-3) and measured["psnr_ema"] == pytest.approx(40.0, abs=1e-2)
+    assert model.offset.item() == pytest.approx(0.2)

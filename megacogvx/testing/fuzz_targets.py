@@ -1,0 +1,181 @@
+"""What is fuzzed: every parser of outside bytes in the data room, with a sound file for each."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+
+from megacogvx.data.clips import Clip, read_clips, write_clips
+from megacogvx.data.exchange.importers import read_folder, read_tar
+from megacogvx.data.exchange.megatron import read_megatron
+from megacogvx.data.indexed import IndexedDataset
+from megacogvx.data.indexed.reader import Shard
+from megacogvx.data.indexed.recover import recover_shard
+from megacogvx.data.indexed.side_columns import write_side_column
+from megacogvx.data.video import read_frames, write_video
+from megacogvx.testing.fuzz import mutate
+from megacogvx.testing.tiny_dataset import tiny_encoder, write_tiny_dataset
+
+
+@dataclass(frozen=True)
+class Target:
+    """A file, and how it is read.
+
+    Attributes:
+        path: the sound file.
+        parse: returns something comparable, or raises a typed error.
+        mutation: how it is damaged.
+    """
+
+    path: Path
+    parse: Callable[[], Any]
+    mutation: Callable[[bytes, int], bytes] = mutate
+
+
+def targets(folder: Path) -> dict[str, Callable[[], Target]]:
+    """Return the targets by name; each makes its file below `folder` when called."""
+    return {
+        "index": lambda: _dataset(folder / "index", "shard-00000.idx"),
+        "bin": lambda: _dataset(folder / "bin", "shard-00000.bin"),
+        "manifest": lambda: _dataset(folder / "manifest", "manifest.json"),
+        "column": lambda: _dataset(folder / "column", "columns/flow.g0001.col"),
+        "recover": lambda: _recover(folder / "recover"),
+        "tar": lambda: _tar(folder / "tar"),
+        "pt": lambda: _tensors(folder / "pt", ".pt"),
+        "safetensors": lambda: _tensors(folder / "safetensors", ".safetensors"),
+        "megatron": lambda: _megatron(folder / "megatron"),
+        "clip-list": lambda: _clip_list(folder / "clip-list"),
+        "video": lambda: _video(folder / "video"),
+    }
+
+
+def records(folder: Path) -> list[Any]:
+    """Return everything that a dataset's samples are."""
+    dataset = IndexedDataset(folder)
+    samples = [dataset.sample(number) for number in range(len(dataset))]
+    rows = [(s.sample_id, _raw(s.latents), _raw(s.text), s.metadata_json) for s in samples]
+    return [*rows, dataset.side_column("flow").tobytes()]
+
+
+def _raw(tensor: torch.Tensor) -> tuple[tuple[int, ...], bytes]:
+    return tuple(tensor.shape), tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _dataset(folder: Path, name: str) -> Target:
+    write_tiny_dataset(folder, 6)
+    ids = IndexedDataset(folder).sample_id
+    write_side_column(folder, "flow", np.arange(len(ids), dtype=float), ids)
+    return Target(folder / name, lambda: records(folder))
+
+
+def _recover(folder: Path) -> Target:
+    """The sound .bin's records or fewer; whichever are found must be what they were."""
+    write_tiny_dataset(folder, 6, shards=1, captions=2)
+    sound = {row[0]: row[1:] for row in _recovered(folder)}
+
+    def parse() -> bool:
+        # Latents are not checked: their checksums stood in the lost index.
+        return all(sound[row[0]][1:] == row[2:] for row in _recovered(folder))
+
+    return Target(folder / "shard-00000.bin", parse)
+
+
+def _recovered(folder: Path) -> list[Any]:
+    recover_shard(folder, "shard-00000", tiny_encoder())
+    shard = Shard(folder, "shard-00000")
+    rows = [shard.record(row) for row in range(len(shard.index))]
+    return [(s.sample_id, _raw(s.latents), _raw(s.text), s.metadata_json) for s in rows]
+
+
+def _sample_tensors(number: int) -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(number)
+    return {"latents": torch.randn(2, 2, 2, 8, generator=draw), "text": torch.randn(3, 8, generator=draw)}
+
+
+def _shapes(samples: Any) -> list[Any]:
+    """Formats without checksums can't tell a flipped value; shapes, names and facts have to be right or refused."""
+    return [(tuple(s.latents.shape), tuple(s.text.shape)) for s in samples]
+
+
+def _tensors(folder: Path, suffix: str) -> Target:
+    folder.mkdir(parents=True)
+    if suffix == ".pt":
+        torch.save(_sample_tensors(0), folder / "0.pt")
+    else:
+        safetensors.torch.save_file(_sample_tensors(0), folder / "0.safetensors")
+    size = (folder / f"0{suffix}").stat().st_size
+    return Target(folder / f"0{suffix}", lambda: _within(read_folder(folder), size))
+
+
+def _within(samples: Any, size: int) -> bool:
+    """No checksum tells a changed value or shape of these formats: what is read may be no larger than the file."""
+    return all(4 * (s.latents.numel() + s.text.numel()) <= 2 * size for s in samples)
+
+
+def _tar(folder: Path) -> Target:
+    folder.mkdir(parents=True)
+    path = folder / "0.tar"
+    with tarfile.open(path, "w") as archive:
+        for number in range(3):
+            facts = json.dumps({"n": number}).encode()
+            for suffix, data in (("safetensors", safetensors.torch.save(_sample_tensors(number))), ("json", facts)):
+                member = tarfile.TarInfo(f"{number}.{suffix}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    size = path.stat().st_size
+    return Target(path, lambda: _within(read_tar(path), size), _hostile_tar)
+
+
+def _hostile_tar(data: bytes, seed: int) -> bytes:
+    """Bytes at random, or one more member that no reader should take: out of the folder, a link, a device."""
+    if seed % 4:
+        return mutate(data, seed)
+    out = io.BytesIO(data)
+    member = tarfile.TarInfo(("../escape.json", "/etc/escape.json", "a.json", "b.pt", "c.json")[seed // 4 % 5])
+    member.type = (tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE)[seed // 20 % 5]
+    member.linkname = "/etc/hostname"
+    with tarfile.open(fileobj=out, mode="a") as archive:
+        archive.addfile(member)
+    return out.getvalue()
+
+
+def _megatron(folder: Path) -> Target:
+    folder.mkdir(parents=True)
+    for name, size in (("latents", 64), ("text", 24)):
+        values = np.arange(3 * size, dtype="<f4")
+        head = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 7, 3, 4)
+        sizes, offsets = np.full(3, size, "<i4"), np.arange(3, dtype="<i8") * 4 * size
+        documents = np.arange(4, dtype="<i8")
+        (folder / f"{name}.idx").write_bytes(head + sizes.tobytes() + offsets.tobytes() + documents.tobytes())
+        (folder / f"{name}.bin").write_bytes(values.tobytes())
+    rows = [{"latents": [2, 2, 2, 8], "text": [3, 8]}] * 3
+    (folder / "shapes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    paths = (folder / "latents", folder / "text", folder / "shapes.jsonl")
+    return Target(folder / "latents.idx", lambda: _shapes(read_megatron(*paths)))
+
+
+def _clip_list(folder: Path) -> Target:
+    folder.mkdir(parents=True)
+    write_video(folder / "0.mp4", torch.zeros(9, 16, 16, 3, dtype=torch.uint8), 8)
+    clip = Clip(
+        path=folder / "0.mp4", caption="ein Kätzchen", frames=9, height=16, width=16, fps=8.0, source="a.mp4", start=0.0
+    )
+    write_clips(folder / "clips.jsonl", [clip] * 3)
+    return Target(folder / "clips.jsonl", lambda: all(c.path.parent == folder for c in read_clips(folder)))
+
+
+def _video(folder: Path) -> Target:
+    folder.mkdir(parents=True)
+    frames = torch.randint(0, 255, (9, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    write_video(folder / "0.mp4", frames, 8)
+    return Target(folder / "0.mp4", lambda: read_frames(folder / "0.mp4").dtype == torch.uint8)

@@ -1,0 +1,106 @@
+"""The writer beside the training: what it sees, how its end is known, and that its death is an error."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megacogvx.checkpoint.directory import checksum
+from megacogvx.checkpoint.writing import TensorWrite
+from megacogvx.errors import CheckpointError
+
+NAME = "__0_0.distcp"
+
+
+def request(folder: Path, tensor: torch.Tensor, write=None):
+    """Return what megatron-core plans for one rank: one file of one tensor."""
+
+    def plain(rank, buckets, results):
+        (folder / buckets[0][1]).write_bytes(bytes(buckets[0][2].tolist()))
+        results.put({0: ["written"]})
+
+    buckets, results = [(folder / NAME, NAME, tensor)], queue.Queue()
+    return SimpleNamespace(
+        async_fn=write or plain, async_fn_args=(0, buckets, results), preload_fn=lambda: buckets,
+        finalize_fns=[lambda: (folder / ".metadata").write_text(str(results.get_nowait()))],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_the_file_is_sealed_and_the_results_reach_megatron_core(tmp_path, background):
+    write = TensorWrite(request(tmp_path, torch.tensor([1, 2, 3])), tmp_path, background=background)
+    assert write.wait() == {NAME: {"size": 3, "xxh3": checksum(tmp_path / NAME)}}
+    write.finish()
+    assert (tmp_path / ".metadata").read_text() == "{0: ['written']}"
+
+
+def test_what_changes_after_the_start_is_not_written(tmp_path):
+    tensor, gate = torch.tensor([1, 2, 3]), os.pipe()
+
+    def late(rank, buckets, results):
+        os.read(gate[0], 1)
+        (tmp_path / NAME).write_bytes(bytes(buckets[0][2].tolist()))
+        results.put({})
+
+    write = TensorWrite(request(tmp_path, tensor, late), tmp_path, background=True)
+    assert not write.is_done()
+    tensor.fill_(9)
+    os.write(gate[1], b"x")
+    write.wait()
+    assert (tmp_path / NAME).read_bytes() == b"\x01\x02\x03"
+
+
+def test_results_larger_than_a_pipe_do_not_block(tmp_path):
+    def many(rank, buckets, results):
+        (tmp_path / NAME).touch()
+        results.put({0: ["x" * 100] * 20_000})
+
+    write = TensorWrite(request(tmp_path, torch.ones(1), many), tmp_path, background=True)
+    assert write.wait()[NAME]["size"] == 0
+
+
+def fails(rank, buckets, results):
+    raise OSError(28, "No space left on device")
+
+
+def returns_an_error(rank, buckets, results):
+    results.put(RuntimeError("No space left in a worker"))
+
+
+def dies(rank, buckets, results):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(("how", "match"), [(fails, "No space"), (returns_an_error, "No space"), (dies, "status -9")])
+def test_a_writer_that_fails_is_an_error_of_the_save(tmp_path, how, match):
+    write = TensorWrite(request(tmp_path, torch.ones(1), how), tmp_path, background=True)
+    with pytest.raises(CheckpointError, match=match):
+        write.wait()
+
+
+def test_a_rank_without_tensors_has_nothing_to_wait_for(tmp_path):
+    nothing = SimpleNamespace(async_fn=None, async_fn_args=(), preload_fn=None, finalize_fns=[])
+    write = TensorWrite(nothing, tmp_path, background=True)
+    assert write.is_done() and write.wait() == {}
+    write.finish()
+
+
+def test_an_error_between_collectives_waits_for_their_end(tmp_path):
+    """What rank 0 alone writes must not keep it from the broadcast that follows."""
+    from megacogvx.checkpoint.writing import _keeping
+
+    problems: list[Exception] = []
+    write = TensorWrite(request(tmp_path, torch.ones(1)), tmp_path, background=False, problems=problems)
+    write.wait()
+    write.finish()
+    _keeping(fails, problems)(0, 0, 0)
+    assert len(problems) == 1
+    write._request.finalize_fns[0] = lambda: None
+    with pytest.raises(CheckpointError, match="No space left"):
+        write.finish()
