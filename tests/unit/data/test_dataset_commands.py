@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megacogvx.cli import USER_ERROR_STATUS, main
+from megacogvx.data.dataset_commands import ranks
 from megacogvx.data.indexed import IndexedDataset
 from megacogvx.data.indexed.side_columns import write_side_column
 from megacogvx.data.indexed.verify import verify_dataset
@@ -94,6 +95,15 @@ def test_column_from_metadata_and_from_csv(source, tmp_path):
     assert values[4] == 0.5 and np.isnan(values).sum() == 19
     (tmp_path / "scores.csv").write_bytes(b"1004,0.5\n\xff\xfe,1\n")
     assert data("column", source, "--name", "number", "--from-csv", tmp_path / "scores.csv") == USER_ERROR_STATUS
+
+
+def test_a_column_of_places_holds_exactly_a_fifth_from_0_8_on(source):
+    assert data("column", source, "--name", "place", "--from-metadata", "number", "--rank") == 0
+    assert IndexedDataset(source).side_column("place").tolist() == pytest.approx([n / 20 for n in range(20)])
+    equal, ids = np.array([5.0, 5.0, np.nan, 5.0, 1.0, 5.0]), np.array([4, 1, 9, 3, 2, 8], np.uint64)
+    places = ranks(equal, ids)
+    assert np.isnan(places[2])
+    assert places[[4, 1, 3, 0, 5]].tolist() == [0.0, 0.2, 0.4, 0.6, 0.8]
 
 
 @pytest.mark.parametrize("form", ["safetensors", "webdataset"])
