@@ -39,6 +39,10 @@ for stage in 1 2 3; do
         --text-encoder "$run/text_encoder" --text-length 32 --measure-clips 4 --output "$run/stage$stage"
 done
 
+# A clip's place in its video stands in for the score that a real dataset's curation gives.
+once "$run/stage3/columns" "${megacogvx[@]}" data column "$run/stage3" --name quality \
+    --from-metadata start --rank
+
 for stage in 1 2 3 4; do
     start=()
     ((stage == 1)) || start=("training.start_from=$run/runs/stage$((stage - 1))")

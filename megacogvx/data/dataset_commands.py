@@ -63,6 +63,9 @@ def add_commands(commands: Any) -> None:
     add("--name", required=True, help="of the column")
     add("--from-metadata", metavar="KEY", help="take the number under this key of each record's metadata")
     add("--from-csv", type=Path, metavar="FILE", help="rows of sample id, score; other samples get none")
+    add(
+        "--rank", action="store_true", help="write each score's place among all, from 0 to 1: 0.8 begins the best fifth"
+    )
 
     add = _subparser(commands, "import", "write a dataset of tensors in other formats", import_)
     add("sources", nargs="+", type=Path, help="folders of .pt or .safetensors, WebDataset .tar files, or one Megatron "
@@ -140,13 +143,28 @@ def column(arguments: argparse.Namespace) -> None:
         facts = (dataset.sample(number).metadata.get(arguments.from_metadata) for number in range(len(dataset)))
         values = [float(fact) if isinstance(fact, (int, float)) else math.nan for fact in facts]
     else:
-        scores = dict(_scores(arguments.from_csv))
-        unknown = scores.keys() - set(dataset.sample_id.tolist())
+        given = dict(_scores(arguments.from_csv))
+        unknown = given.keys() - set(dataset.sample_id.tolist())
         if unknown:
             raise DataError(f"{arguments.from_csv}: {dataset.folder} has no sample {min(unknown)}")
-        values = [scores.get(sample_id, math.nan) for sample_id in dataset.sample_id.tolist()]
-    path = write_side_column(arguments.folder, arguments.name, np.array(values), dataset.sample_id)
+        values = [given.get(sample_id, math.nan) for sample_id in dataset.sample_id.tolist()]
+    scores = ranks(np.array(values), dataset.sample_id) if arguments.rank else np.array(values)
+    path = write_side_column(arguments.folder, arguments.name, scores, dataset.sample_id)
     logger.info("%s: %d of %d samples have a value", path, np.isfinite(values).sum(), len(values))
+
+
+def ranks(scores: np.ndarray, sample_id: np.ndarray) -> np.ndarray:
+    """Return each score's place among all scores, float64 `[n]` in [0, 1): the share that comes before it.
+
+    Args:
+        scores: `[n]`, NaN for none, which stays NaN.
+        sample_id: uint64 `[n]`; equal scores are put in its order, so that exactly a fifth of them reach 0.8.
+    """
+    scored = np.flatnonzero(~np.isnan(scores))
+    order = scored[np.lexsort((sample_id[scored], scores[scored]))]
+    places = np.full(len(scores), np.nan)
+    places[order] = np.arange(len(order)) / max(1, len(order))
+    return places
 
 
 def import_(arguments: argparse.Namespace) -> None:

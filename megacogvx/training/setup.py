@@ -334,7 +334,9 @@ def _start_from(
     if isinstance(adversary, Adversary) and start.resolved.get("loss", {}).get("gan_weight", 0) > 0:
         others["discriminator"] = WeightsOnly(adversary)
     if isinstance(config, TrainConfig):
-        start_from(unwrap(ddp), start, config.parallel, groups)
+        model = unwrap(ddp)
+        assert isinstance(model, CogVideoXTransformer), type(model).__name__
+        start_from(model, start, config.parallel, groups)
     else:
         load(start.path, ddp, None, groups, beside=others)
     optimizer.reload_weights()

@@ -73,7 +73,8 @@ def _compare(groups, recompute="none", dtype=torch.float32, packs=2):
         config, parallel, layouts, stage=stage, data_size=groups.data[1], bytes_per_weight=dtype.itemsize,
         ring_rank=groups.ring[0],
     )  # fmt: skip
-    ranks = {axis: tuple(torch.distributed.get_process_group_ranks(getattr(groups, AXES[axis]))) for axis in AXES}
+    used = {entry.axis for entry in predicted} - {"all"}
+    ranks = {axis: tuple(torch.distributed.get_process_group_ranks(getattr(groups, AXES[axis]))) for axis in used}
     ranks["all"] = tuple(range(groups.world_size))
     wanted, summed = Counter(), 0
     for entry in predicted:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megacogvx.cli import USER_ERROR_STATUS, main
+from megacogvx.data.dataset_commands import ranks
 from megacogvx.data.indexed import IndexedDataset
 from megacogvx.data.indexed.side_columns import write_side_column
 from megacogvx.data.indexed.verify import verify_dataset
@@ -65,12 +66,13 @@ def test_recover_rebuilds_the_index(source):
     assert content(source) == before and not verify_dataset(source).problems
 
 
-def test_recover_steps_over_a_damaged_record(source):
+@pytest.mark.parametrize(("column", "offset"), [("record", 20), ("metadata_offset", 0)])
+def test_recover_steps_over_a_damaged_record(source, column, offset):
     dataset = IndexedDataset(source)
-    lost = dataset.shards[0].index.columns["record"][2]
+    lost = dataset.shards[0].index.columns[column][2]
     path = source / "shard-00000.bin"
     damaged = bytearray(path.read_bytes())
-    damaged[int(lost) + 20] ^= 255
+    damaged[int(lost) + offset] ^= 255
     path.write_bytes(bytes(damaged))
     before = content_without(source, 1002)
     assert data("recover", source, "--shards", "shard-00000") == 0
@@ -93,6 +95,15 @@ def test_column_from_metadata_and_from_csv(source, tmp_path):
     assert values[4] == 0.5 and np.isnan(values).sum() == 19
     (tmp_path / "scores.csv").write_bytes(b"1004,0.5\n\xff\xfe,1\n")
     assert data("column", source, "--name", "number", "--from-csv", tmp_path / "scores.csv") == USER_ERROR_STATUS
+
+
+def test_a_column_of_places_holds_exactly_a_fifth_from_0_8_on(source):
+    assert data("column", source, "--name", "place", "--from-metadata", "number", "--rank") == 0
+    assert IndexedDataset(source).side_column("place").tolist() == pytest.approx([n / 20 for n in range(20)])
+    equal, ids = np.array([5.0, 5.0, np.nan, 5.0, 1.0, 5.0]), np.array([4, 1, 9, 3, 2, 8], np.uint64)
+    places = ranks(equal, ids)
+    assert np.isnan(places[2])
+    assert places[[4, 1, 3, 0, 5]].tolist() == [0.0, 0.2, 0.4, 0.6, 0.8]
 
 
 @pytest.mark.parametrize("form", ["safetensors", "webdataset"])
