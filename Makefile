@@ -14,7 +14,7 @@ PYTHON ?= $(shell for python in python3.11 python3 python; do \
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo ablations test kernels lint format clean faults
+.PHONY: help setup demo ablations test fuzz kernels lint format clean faults
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

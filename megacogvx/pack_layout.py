@@ -71,6 +71,7 @@ class LocalPack:
         video_slices, text_slices: the same rows, by sample.
         modulation_rows: int64 `[S_local]`, row of each token in a modulation table `[M * 2, ...]`: 2 m for video,
             2 m + 1 for text.
+        video_samples: int64 `[V_local]`, the sample m of each video token.
         repeated: int64 `[V_local]`, how many latent frames at the front of each video row are repetitions.
     """
 
@@ -81,6 +82,7 @@ class LocalPack:
     video_slices: tuple[RowSlice, ...]
     text_slices: tuple[RowSlice, ...]
     modulation_rows: torch.Tensor
+    video_samples: torch.Tensor
     repeated: torch.Tensor
 
 
@@ -197,6 +199,7 @@ class PackLayout:
             video_slices=tuple(video),
             text_slices=tuple(text),
             modulation_rows=rows.to(device),
+            video_samples=(rows[~is_text] // 2).to(device),
             repeated=(torch.cat(repeated) if repeated else torch.empty(0, dtype=torch.int64)).to(device),
         )
 

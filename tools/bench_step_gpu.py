@@ -74,7 +74,7 @@ def part_of(kernel: str) -> str:
 
 def case_of(samples: int, latents: tuple[int, int, int]) -> Case:
     """Return one layer of the 5B model on a pack of equal samples."""
-    config = CogVideoXConfig(preset="cogvideox_5b", num_layers=1)
+    config = CogVideoXConfig(preset="cogvideox_5b", num_layers=1, sample_height=96, sample_width=170)
     return Case(config, ((*latents, TEXT),) * samples, torch.bfloat16, "cuda")
 
 

@@ -55,7 +55,8 @@ _ADMITTED |= {("torch", name): value for name, value in vars(torch).items() if i
 class _MetadataUnpickler(pickle._Unpickler):
     """The unpickler in Python, of which each step that could touch more than new records is checked."""
 
-    dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+    stack: list[Any]
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ADMITTED:
@@ -125,7 +126,7 @@ class SafeReader(FileSystemReader):
         return result
 
 
-class SafeCommonStrategy(TorchCommonLoadStrategy):  # type: ignore[misc]
+class SafeCommonStrategy(TorchCommonLoadStrategy):
     """megatron-core's reader of `common.pt`, weights-only whatever the environment says."""
 
     def load_common(self, checkpoint_dir: str | Path) -> Any:

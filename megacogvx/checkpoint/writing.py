@@ -129,7 +129,7 @@ class TensorWrite:
 
     def _receive(self) -> tuple[Any, Entries, str | None]:
         try:
-            return self._receiver.recv()  # type: ignore[no-any-return]
+            return self._receiver.recv()
         except EOFError:
             self._child.join()
             return None, {}, f"the process that wrote {self._folder} ended with status {self._child.exitcode}"
@@ -137,10 +137,10 @@ class TensorWrite:
             self._child.join()
 
     def _results(self) -> queue.Queue[Any]:
-        return self._arguments[2]  # type: ignore[no-any-return]
+        return self._arguments[2]
 
 
-class _ShardWriter(TorchDistSaveShardedStrategy):  # type: ignore[misc]
+class _ShardWriter(TorchDistSaveShardedStrategy):
     """megatron-core's writer of shards; an error of `.metadata`, on rank 0, is kept."""
 
     def __init__(self, problems: list[Exception]) -> None:
@@ -152,12 +152,15 @@ class _ShardWriter(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         return super()._get_save_and_finalize_callbacks(writer, planned)
 
 
-class _CommonWriter(TorchCommonSaveStrategy):  # type: ignore[misc]
+class _CommonWriter(TorchCommonSaveStrategy):
     """megatron-core's writer of `common.pt`; an error, on rank 0, is kept."""
 
     def __init__(self, problems: list[Exception]) -> None:
         super().__init__("torch", 1)
-        self.save_common = _keeping(self.save_common, problems)
+        self._problems = problems
+
+    def save_common(self, *arguments: Any, **options: Any) -> None:
+        _keeping(super().save_common, self._problems)(*arguments, **options)
 
 
 def _keep_common_errors(problems: list[Exception]) -> None:

@@ -188,11 +188,12 @@ def differences(
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> Difference:
     """Return how `a` differs from `b`; NaN in both counts as equal."""
-    differing = int(((a != b) & ~(a.isnan() & b.isnan())).sum())
+    both_nan = a.isnan() & b.isnan()
+    differing = int(((a != b) & ~both_nan).sum())
     if not differing:
         return Difference(0.0, 0.0, 0)
-    gap = a.float() - b.float()
-    norm = float(torch.linalg.vector_norm(b.float()))
+    gap = (a.float() - b.float()).masked_fill(both_nan, 0.0)
+    norm = float(torch.linalg.vector_norm(b.float().masked_fill(both_nan, 0.0)))
     size = float(torch.linalg.vector_norm(gap))
     return Difference(size / norm if norm else math.inf, float(gap.abs().max()), differing)
 

@@ -83,14 +83,19 @@ def read_curves(folder: Path) -> Curves:
 
 
 def figure_10(curves: Curves) -> str:
-    """Return the four panels as one SVG: the mean over the seeds, smoothed, in the band of all seeds."""
+    """Return the four panels as one SVG: the mean over the seeds, smoothed, in the band of them; in (d) each seed."""
     steps = next(iter(curves.values())).shape[1]
     window = max(1, steps // 25)
     panels = []
     for panel in PANELS:
         window_here = 0 if panel.fluctuation else window  # smoothing would hide what (d) is about
         bands = [
-            charts.Band(label, np.stack([charts.moving_mean(row, window_here) for row in curves[name]]), color)
+            charts.Band(
+                label,
+                np.stack([charts.moving_mean(row, window_here) for row in curves[name]]),
+                color,
+                panel.fluctuation,
+            )
             for (name, label), color in zip(panel.sides, charts.COLORS, strict=False)
         ]
         panels.append((panel.title, bands))

@@ -90,11 +90,12 @@ def lines(
 
 @dataclass(frozen=True)
 class Band:
-    """Repetitions of one curve: name, values `[repetition, step]`, colour."""
+    """Repetitions of one curve: name, values `[repetition, step]`, colour; `each`: all of them, not mean and range."""
 
     name: str
     values: np.ndarray
     color: str = BLUE
+    each: bool = False
 
 
 def panels(parts: Sequence[tuple[str, Sequence[Band]]], title: str, ylabel: str, height: float = 6.4) -> str:
@@ -111,11 +112,11 @@ def panels(parts: Sequence[tuple[str, Sequence[Band]]], title: str, ylabel: str,
         chart.suptitle(title, fontsize=12)
         for axes, (name, bands) in zip(chart.subplots(-(-len(parts) // 2), 2).flat, parts, strict=False):
             for band in bands:
-                steps = np.arange(band.values.shape[1])
-                axes.fill_between(steps, band.values.min(0), band.values.max(0), color=band.color, alpha=0.15, lw=0)
-                axes.plot(steps, band.values.mean(0), color=band.color, linewidth=1.6, label=band.name)
+                _band(axes, band)
             axes.set_title(name, loc="left", fontsize=11)
             axes.legend(loc="upper right")
+            # the first fall is alike and so steep that it would leave no room for the rest
+            axes.set_ylim(top=max(float(band.values[:, band.values.shape[1] // 8 :].max()) for band in bands))
             axes.margins(x=0.01)
             axes.set_xlabel("step")
             axes.set_ylabel(ylabel)
@@ -169,6 +170,16 @@ def interval_bars(losses: Sequence[float | None], num_train_timesteps: int, heig
 def _axes(height: float) -> tuple[Figure, Axes]:
     chart = Figure(figsize=(WIDTH_INCHES, height), layout="constrained")
     return chart, chart.add_subplot()
+
+
+def _band(axes: Axes, band: Band) -> None:
+    steps = np.arange(band.values.shape[1])
+    if band.each:
+        for place, values in enumerate(band.values):
+            axes.plot(steps, values, color=band.color, linewidth=1.0, alpha=0.8, label=None if place else band.name)
+        return
+    axes.fill_between(steps, band.values.min(0), band.values.max(0), color=band.color, alpha=0.15, linewidth=0)
+    axes.plot(steps, band.values.mean(0), color=band.color, linewidth=1.6, label=band.name)
 
 
 def _curve(axes: Axes, steps: np.ndarray, values: np.ndarray, curve: Line, smooth: bool) -> None:

@@ -83,8 +83,16 @@ class Discarded:
 def _of_tensors(
     function: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> tuple[Callable[..., Any], list[torch.Tensor]]:
-    """Return `function` as one of its tensor arguments alone, and these."""
-    places = [place for place, argument in enumerate(arguments) if isinstance(argument, torch.Tensor)]
+    """Return `function` as one of its floating-point arguments alone, and these.
+
+    Integer tensors are closed over: `function` gets the very objects again, not detached copies, so what the ops of
+    kernels/ have looked up for them once stays known.
+    """
+    places = [
+        place
+        for place, argument in enumerate(arguments)
+        if isinstance(argument, torch.Tensor) and argument.is_floating_point()
+    ]
     tensors = [arguments[place] for place in places]
     assert any(tensor.requires_grad for tensor in tensors), (
         "recompute of a function none of whose inputs needs gradients"

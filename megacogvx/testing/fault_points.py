@@ -117,7 +117,7 @@ def spoil(what: str, value: float, step: int, times: int = 1) -> None:
             return total * factor, count, {"sums": sums["sums"] * factor}
         return total, count, sums
 
-    TransformerStep.loss = spoiled_loss  # type: ignore[method-assign]
+    _put(TransformerStep, "loss", spoiled_loss)
 
 
 def hang(how: str, step: int) -> None:
@@ -135,7 +135,7 @@ def hang(how: str, step: int) -> None:
                     time.sleep(HANG_SECONDS)
                 yield inputs
 
-        setup._pack_inputs = sleepy
+        _put(setup, "_pack_inputs", sleepy)
         return
 
     def strike(*_: Any, **__: Any) -> None:
@@ -208,13 +208,13 @@ def fail_reading(step: int) -> None:
 
     real = loader.read_pack
 
-    def failing(corpus: Any, indices: Any, patch: Any, tokens: int, at: int, place: int) -> Any:
-        pack = real(corpus, indices, patch, tokens, at, place)
-        if at == step:
+    def failing(*arguments: Any, **options: Any) -> Any:
+        pack = real(*arguments, **options)
+        if pack.step == step:
             raise DataError(f"sample {pack.layout.samples[0].sample_id} can't be read")
         return pack
 
-    loader.read_pack = failing
+    _put(loader, "read_pack", failing)
 
 
 def jump_clock(seconds: float, step: int) -> None:
@@ -287,7 +287,7 @@ def _before(point: str, act: Callable[..., None]) -> None:
                 prediction.register_hook(lambda gradient: act())
             return loss(self, batch, prediction)
 
-        TransformerStep.loss = hooked  # type: ignore[method-assign]
+        _put(TransformerStep, "loss", hooked)
 
 
 def _in_writer(step: int, act: Callable[[], None]) -> None:
@@ -303,7 +303,12 @@ def _in_writer(step: int, act: Callable[[], None]) -> None:
             act()
         return real(*arguments)
 
-    writing._write = wrapped
+    _put(writing, "_write", wrapped)
+
+
+def _put(owner: Any, name: str, value: Any) -> None:
+    """Replace a function of the library."""
+    setattr(owner, name, value)
 
 
 def _path_of(descriptor: int) -> str:

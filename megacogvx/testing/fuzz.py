@@ -6,6 +6,7 @@ hang, another exception, a different result, or memory beyond the limit is a fin
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import resource
 import signal
@@ -45,9 +46,8 @@ def mutate(data: bytes, seed: int) -> bytes:
     for _ in range(int(draw.integers(1, 4))):
         place, kind = int(draw.integers(0, max(1, len(data)))), int(draw.integers(0, 7))
         if kind == 0:
-            data = (
-                data[:place] + bytes([data[place] ^ (1 << int(draw.integers(8)))] if data else []) + data[place + 1 :]
-            )
+            flipped = bytes(byte ^ (1 << int(draw.integers(8))) for byte in data[place : place + 1])
+            data = data[:place] + flipped + data[place + 1 :]
         elif kind == 1:
             data = data[:place]
         elif kind == 2:
@@ -106,6 +106,7 @@ def _in_child(parse: Callable[[], Any], expected: Any, limit: int) -> tuple[int,
         outcome, detail = OTHER_ERROR, ""
         try:
             os.close(read_end)
+            faulthandler.disable()
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(HANG_SECONDS)
             pages = int(Path("/proc/self/statm").read_text().split()[0])

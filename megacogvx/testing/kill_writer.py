@@ -46,6 +46,6 @@ def kill_and_resume(folder: Path, seed: int, samples: int = SAMPLES) -> str:
     if sorted(IndexedDataset(folder).sample_id.tolist()) != list(range(1000, 1000 + samples)):
         return "samples are missing or repeated"
     changed = [path.name for path, data in finished.items() if path.with_suffix(".bin").read_bytes() != data]
-    if changed or list(folder.glob("*.tmp")):
+    if changed or any(folder.glob("*.tmp")):
         return f"finished shards were written again: {changed}" if changed else "a temporary file is left"
     return ""

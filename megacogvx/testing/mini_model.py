@@ -54,8 +54,10 @@ class MiniModel(nn.Module):
         self.norm = nn.LayerNorm(WIDTH, dtype=dtype)
         attention = HEADS * HEAD_WIDTH
         if groups is None:
-            self.qkv, self.out = nn.Linear(WIDTH, 3 * attention), nn.Linear(attention, WIDTH)
-            self.up, self.down = nn.Linear(WIDTH, INNER), nn.Linear(INNER, WIDTH)
+            self.qkv: nn.Module = nn.Linear(WIDTH, 3 * attention)
+            self.out: nn.Module = nn.Linear(attention, WIDTH)
+            self.up: nn.Module = nn.Linear(WIDTH, INNER)
+            self.down: nn.Module = nn.Linear(INNER, WIDTH)
             self.modulation: Any = nn.ModuleDict({"linear": nn.Linear(CONDITIONING, 2 * WIDTH)})
             self.to(dtype)
             return

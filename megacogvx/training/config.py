@@ -130,13 +130,12 @@ class TrainConfig(Section):
             )
 
     def _head_rules(self) -> Iterator[str]:
-        yield from filter(
-            None,
-            (
-                self.model.layout_problem(self.parallel.tensor_parallel_size, self.parallel.recompute),
-                self.parallel.head_problem(self.model.num_attention_heads),
-            ),
+        tensor, ring = self.parallel.tensor_parallel_size, self.parallel.ring_size
+        problems = (
+            self.model.layout_problem(tensor, ring, self.parallel.recompute),
+            self.parallel.head_problem(self.model.num_attention_heads),
         )
+        yield from filter(None, problems)
 
     def _stage_rules(self, world_size: int) -> Iterator[str]:
         parallel, packs = self.parallel, self.data.packs_per_step

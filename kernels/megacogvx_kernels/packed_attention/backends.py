@@ -65,7 +65,8 @@ def varlen(tensors: Tensors, packed: Packed) -> torch.Tensor:
     """The copy of flash-attn 2 in torch itself."""
     from torch.nn.attention.varlen import varlen_attn
 
-    return _first(varlen_attn(*tensors, *_twice(packed)))
+    queries, keys, most_queries, most_keys = _twice(packed)
+    return _first(varlen_attn(*tensors, queries, keys, most_queries, most_keys))
 
 
 def transformer_engine(tensors: Tensors, packed: Packed) -> torch.Tensor:

@@ -67,7 +67,8 @@ def attend_block_backward(
     if kernel == "cpu":
         grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(*tensors, lse, 0.0, False)
     elif kernel == "plain":
-        grads = _plain_backward(*tensors, lse)
+        grad, q, k, v, out = tensors
+        grads = _plain_backward(grad, q, k, v, out, lse)
     else:
         # Offsets of samples, which a dense call has none of, then dropout with its seed and offset: none.
         sizes = (None, None, queries, keys, 0.0, False)

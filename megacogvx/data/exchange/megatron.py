@@ -21,7 +21,7 @@ from megacogvx.errors import DataError
 
 MAGIC = b"MMIDIDX\0\0"
 HEADER = struct.Struct("<9sQBQQ")
-FLOAT_CODES = {6: np.dtype("<f8"), 7: np.dtype("<f4"), 8: np.dtype("<u2")}
+FLOAT_CODES: dict[int, np.dtype[Any]] = {6: np.dtype("<f8"), 7: np.dtype("<f4"), 8: np.dtype("<u2")}
 
 
 class MegatronIndex:

@@ -18,7 +18,7 @@ NAME.bin
 record header (with the .bin header enough to rebuild a lost .idx)
      0   4  "SMPL"     4  4 x u16  T, h, w, 2C         12  4  u32 text tokens L       16  8  u64 sample id
     24   8  u64 offset of the text in the file         32  8  u64 xxh3 of the text
-    40   4  u32 JSON bytes   44  4  zero               48  8  u64 number of the record in the shard
+    40   4  u32 JSON bytes   44  4  u32 low half of the JSON's xxh3 (0: not kept)   48  8  u64 number of the record
     56   8  u64 xxh3 of bytes 0-55
 
 NAME.idx
@@ -62,7 +62,7 @@ BIN_MAGIC, IDX_MAGIC, RECORD_MAGIC = b"MCVXBIN\0", b"MCVXIDX\0", b"SMPL"
 MAJOR, MINOR = 1, 0
 ALIGNMENT = 64  # a cache line, and what vector loads want
 BIN_HEADER = struct.Struct("<8sHHI16sII16xQ")
-RECORD_HEADER = struct.Struct("<4sHHHHIQQQI4xQQ")
+RECORD_HEADER = struct.Struct("<4sHHHHIQQQIIQQ")
 IDX_HEADER = struct.Struct("<8sHHI16sQQQIIQI4xQQ24xQ")
 DIRECTORY_ENTRY = struct.Struct("<32sH6xQQQ")
 DTYPE_CODES = {"<u2": 8, "<u4": 14, "<u8": 15}  # numbers 1-8 are Megatron-LM's

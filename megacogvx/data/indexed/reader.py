@@ -7,8 +7,10 @@ file that is cut or a server that hangs is then an error of one read, not of the
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
+from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -20,7 +22,6 @@ from megacogvx.data.indexed.layout import (
     BF16_BYTES,
     BIN_HEADER,
     BIN_MAGIC,
-    COLUMNS,
     RECORD_HEADER,
     RECORD_MAGIC,
     EncoderInfo,
@@ -36,6 +37,10 @@ from megacogvx.errors import DataError
 
 Verify = Literal["always", "once", "never"]
 Access = Literal["mmap", "pread"]
+READ_COLUMNS = (
+    "record", "frames", "height", "width", "text_offset", "text_length", "metadata_offset", "metadata_length",
+    "sample_id",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,9 @@ class Shard:
         self._check_header()
         self.access = access
         self._mapping: mmap.mmap | None = None
+        self._values: torch.Tensor | None = None
         self._file: BinaryIO | None = None
+        self._columns = [self.index.columns[name] for name in READ_COLUMNS]
         self._seen = np.zeros(len(self.index), bool)
 
     def record(self, row: int, frames: range | None = None) -> Record:
@@ -92,24 +99,25 @@ class Shard:
         Raises:
             DataError: the file is shorter than it was, or bytes differ from their checksum.
         """
-        columns, encoder = self.index.columns, self.index.encoder
-        at = {name: int(columns[name][row]) for name in COLUMNS if name != "frame_hash"}
+        record, count, height, width, text_at, length, note_at, note_length, sample_id = [
+            int(column[row]) for column in self._columns
+        ]
         check = self.verify == "always" or (self.verify == "once" and not self._seen[row])
-        frames = range(at["frames"]) if frames is None else frames
-        assert frames.step == 1 and 0 <= frames.start < frames.stop <= at["frames"], (frames, at["frames"])
-        shape = (len(frames), at["height"], at["width"], 2 * encoder.latent_channels)
-        frame_bytes = shape[1] * shape[2] * shape[3] * BF16_BYTES
-        text_shape = (at["text_length"], encoder.text_width)
+        frames = range(count) if frames is None else frames
+        assert frames.step == 1 and 0 <= frames.start < frames.stop <= count, (frames, count)
+        encoder = self.index.encoder
+        shape = (len(frames), height, width, 2 * encoder.latent_channels)
+        frame_bytes = height * width * shape[3] * BF16_BYTES
+        text_shape = (length, encoder.text_width)
         if check and self.access == "mmap":
             self._check_size()
-        start = at["record"] + RECORD_HEADER.size + frames.start * frame_bytes
-        latents = self._bytes(start, len(frames) * frame_bytes)
-        text = self._bytes(at["text_offset"], text_shape[0] * text_shape[1] * BF16_BYTES)
-        note = bytes(self._bytes(at["metadata_offset"], at["metadata_length"]))
+        start = record + RECORD_HEADER.size + frames.start * frame_bytes
+        latents, text = self._tensor(start, shape), self._tensor(text_at, text_shape)
+        note = self._bytes(note_at, note_length)
         if check:
             self._check(row, frames, latents, text, note)
-            self._seen[row] |= len(frames) == at["frames"]
-        return Record(_tensor(latents, shape), _tensor(text, text_shape), at["sample_id"], note)
+            self._seen[row] |= len(frames) == count
+        return Record(latents, text, sample_id, note)
 
     def check_record_header(self, row: int) -> None:
         """Check that the record's own header agrees with the index.
@@ -120,12 +128,15 @@ class Shard:
         columns = self.index.columns
         start, where = int(columns["record"][row]), self._where(row)
         self._check_size()
-        header = bytes(self._bytes(start, RECORD_HEADER.size))
-        _, frames, height, width, channels, *rest, number = unseal(RECORD_HEADER, header, RECORD_MAGIC, where)
+        header = self._bytes(start, RECORD_HEADER.size)
+        _, frames, height, width, channels, *rest, note_hash, number = unseal(
+            RECORD_HEADER, header, RECORD_MAGIC, where
+        )
         names = ("frames", "height", "width", "text_length", "sample_id", "text_offset", "text_hash", "metadata_length")
         expected = [int(columns[name][row]) for name in names]
         expected_channels = 2 * self.index.encoder.latent_channels
-        if [frames, height, width, *rest, number] != [*expected, row] or channels != expected_channels:
+        good_note = note_hash in (0, int(columns["metadata_hash"][row]) % 2**32)
+        if [frames, height, width, *rest, number] != [*expected, row] or channels != expected_channels or not good_note:
             raise DataError(f"{where}: the record's header disagrees with the index")
 
     def _check_header(self) -> None:
@@ -142,21 +153,35 @@ class Shard:
                 f"{self.path} holds {channels} channels and texts of width {width}, its index says otherwise"
             )
 
-    def _bytes(self, start: int, length: int) -> memoryview:
-        """Return bytes of the .bin: of the mapping, or read into memory of their own.
+    def _tensor(self, start: int, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return bf16 values of the .bin: a view of the mapping, or read into memory of their own."""
+        count = math.prod(shape)
+        if not count:
+            return torch.empty(shape, dtype=torch.bfloat16)
+        if self.access == "pread":
+            return torch.frombuffer(self._read(start, count * BF16_BYTES), dtype=torch.bfloat16).view(shape)
+        if self._values is None:
+            usable = self.index.bin_bytes // BF16_BYTES
+            self._values = torch.frombuffer(self._mapped(), dtype=torch.bfloat16, count=usable)
+        start //= BF16_BYTES  # records, and so latents and texts, are aligned to 64 bytes
+        return self._values[start : start + count].view(shape)
+
+    def _bytes(self, start: int, length: int) -> bytes:
+        return self._mapped()[start : start + length] if self.access == "mmap" else bytes(self._read(start, length))
+
+    def _read(self, start: int, length: int) -> bytearray:
+        """Read bytes of the .bin.
 
         Raises:
             DataError: the file ends before, or can't be read.
         """
-        if self.access == "mmap":
-            return self._mapped()[start : start + length]
-        buffer = memoryview(bytearray(length))
+        buffer, done = bytearray(length), 0
+        view = memoryview(buffer)
         try:
             if self._file is None:
                 self._file = self.path.open("rb", buffering=0)
-            done = 0
             while done < length:
-                count = os.preadv(self._file.fileno(), [buffer[done:]], start + done)
+                count = os.preadv(self._file.fileno(), [view[done:]], start + done)
                 if not count:
                     raise DataError(f"{self.path} ends at byte {start + done}, {start + length} are needed: truncated")
                 done += count
@@ -164,14 +189,14 @@ class Shard:
             raise DataError(f"{self.path} can't be read at byte {start}: {error.strerror}") from None
         return buffer
 
-    def _mapped(self) -> memoryview:
+    def _mapped(self) -> mmap.mmap:
         if self._mapping is None:
             with self.path.open("rb") as file:
                 self._mapping = mmap.mmap(
                     file.fileno(), self.index.bin_bytes, mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0),
                     mmap.PROT_READ | mmap.PROT_WRITE,
                 )  # fmt: skip
-        return memoryview(self._mapping)
+        return self._mapping
 
     def _check_size(self) -> None:
         """Reading a mapped page beyond the end of a file that was cut is SIGBUS, so look first."""
@@ -179,14 +204,12 @@ class Shard:
         if size < self.index.bin_bytes:
             raise DataError(f"{self.path} has shrunk from {self.index.bin_bytes} to {size} bytes while in use")
 
-    def _check(self, row: int, frames: range, latents: memoryview, text: memoryview, note: bytes) -> None:
-        columns = self.index.columns
-        first, frame_bytes = int(self.index.frame_start[row]), len(latents) // len(frames)
-        for place, frame in enumerate(frames):
-            stored = int(columns["frame_hash"][first + frame])
-            if digest(latents[place * frame_bytes : (place + 1) * frame_bytes]) != stored:
+    def _check(self, row: int, frames: range, latents: torch.Tensor, text: torch.Tensor, note: bytes) -> None:
+        columns, first = self.index.columns, int(self.index.frame_start[row])
+        for values, frame in zip(latents, frames, strict=True):
+            if digest(_view(values)) != int(columns["frame_hash"][first + frame]):
                 raise DataError(self._damaged(row, f"latent frame {frame}"))
-        if digest(text) != int(columns["text_hash"][row]):
+        if digest(_view(text)) != int(columns["text_hash"][row]):
             raise DataError(self._damaged(row, "the text"))
         if digest(note) != int(columns["metadata_hash"][row]):
             raise DataError(self._damaged(row, "the metadata"))
@@ -225,14 +248,14 @@ class IndexedDataset:
                 raise DataError(
                     f"{self.folder}: {MANIFEST} and shard {shard.name} name different encoders: {differing}"
                 )
-        self._starts = np.cumsum([0, *(len(shard.index) for shard in self.shards)])
+        self._starts = np.cumsum([0, *(len(shard.index) for shard in self.shards)]).tolist()
         self.sample_id = self._column("sample_id", np.uint64)
         self.frames, self.height, self.width, self.text_length = (
             self._column(name, np.int64) for name in ("frames", "height", "width", "text_length")
         )
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     @property
     def encoder(self) -> EncoderInfo:
@@ -260,15 +283,13 @@ class IndexedDataset:
         """Return the shard that holds sample `number`, and its row there."""
         if not 0 <= number < len(self):
             raise IndexError(f"sample {number} of {len(self)} in {self.folder}")
-        place = int(np.searchsorted(self._starts, number, side="right")) - 1
-        return self.shards[place], number - int(self._starts[place])
+        place = bisect_right(self._starts, number) - 1
+        return self.shards[place], number - self._starts[place]
 
     def _column(self, name: str, dtype: type) -> np.ndarray:
         columns: list[np.ndarray] = [shard.index.columns[name].astype(dtype) for shard in self.shards]
         return np.concatenate([np.empty(0, dtype), *columns])
 
 
-def _tensor(data: memoryview, shape: tuple[int, ...]) -> torch.Tensor:
-    if not len(data):
-        return torch.empty(shape, dtype=torch.bfloat16)
-    return torch.frombuffer(data, dtype=torch.bfloat16).view(shape)
+def _view(values: torch.Tensor) -> np.ndarray:
+    return values.reshape(-1).view(torch.uint8).numpy()

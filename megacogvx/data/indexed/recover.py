@@ -108,7 +108,7 @@ def _record(data: mmap.mmap, start: int, encoder: EncoderInfo) -> tuple[dict[str
         header = unseal(RECORD_HEADER, data[start : start + RECORD_HEADER.size], RECORD_MAGIC, "record")
     except DataError:
         return None
-    _, frames, height, width, channels, length, sample_id, text_at, text_hash, note_bytes, number = header
+    _, frames, height, width, channels, length, sample_id, text_at, text_hash, note_bytes, note_hash, number = header
     frame = height * width * channels * BF16_BYTES
     latents_at = start + RECORD_HEADER.size
     text_bytes = length * encoder.text_width * BF16_BYTES
@@ -124,7 +124,7 @@ def _record(data: mmap.mmap, start: int, encoder: EncoderInfo) -> tuple[dict[str
         load_json(note, "metadata")
     except DataError:
         return None
-    if digest(data[text_at : text_at + text_bytes]) != text_hash:
+    if digest(data[text_at : text_at + text_bytes]) != text_hash or note_hash not in (0, digest(note) % 2**32):
         return None
     values = {
         "sample_id": sample_id, "record": start, "frames": frames, "height": height, "width": width,

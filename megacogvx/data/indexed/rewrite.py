@@ -65,7 +65,7 @@ def copy_samples(
     _refuse_existing(folder)
     if not len(numbers):
         raise DataError(f"no sample of {dataset.folder} is left for {folder}")
-    names = []
+    names: list[str] = []
     for start in progress(range(0, len(numbers), samples_per_shard), f"write {folder.name}"):
         with DatasetWriter(folder, dataset.encoder, len(names)) as writer:
             names.append(writer.name)

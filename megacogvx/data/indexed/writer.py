@@ -114,7 +114,7 @@ class DatasetWriter:
         note_at = aligned(own_text_at + len(text_data)) if own_text else own_text_at
         header = sealed(
             RECORD_HEADER, RECORD_MAGIC, *latents.shape, len(text), sample_id, text_at, text_hash, len(note),
-            len(self),
+            digest(note) % 2**32, len(self),
         )  # fmt: skip
         try:
             for piece in (header, latent_data, text_data if own_text else b"", note):

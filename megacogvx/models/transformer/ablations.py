@@ -125,12 +125,12 @@ class FactorisedAttention(JointAttention):
         self.along_time = along_time
 
     def attend(self, q_SNK: torch.Tensor, k_SNK: torch.Tensor, v_SNK: torch.Tensor, layout: PackLayout) -> torch.Tensor:
-        """Return the attention `[S, N/(t c), K]` of what `heads` gave."""
+        """Return the attention `[S, N/(t c), K]` of what `heads` gave; there is no ring."""
         assert len(q_SNK) == layout.num_tokens, f"{len(q_SNK)} of {layout.num_tokens} tokens: frames would be cut"
         tokens_X, boundaries = sequences_of(layout, self.along_time)
         tokens_X = tokens_X.to(q_SNK.device)
         q_XNK, k_XNK, v_XNK = (x_SNK.index_select(0, tokens_X) for x_SNK in (q_SNK, k_SNK, v_SNK))
-        out_XNK = packed_attention(q_XNK, k_XNK, v_XNK, boundaries)
+        out_XNK = packed_attention(q_XNK, k_XNK, v_XNK, boundaries, backend=self.backend)
         times_S = torch.bincount(tokens_X, minlength=len(q_SNK)).clamp(min=1)
         return torch.zeros_like(q_SNK).index_add(0, tokens_X, out_XNK) / times_S[:, None, None].to(q_SNK.dtype)
 

@@ -114,7 +114,7 @@ class CogVideoXConfig(PresetSection):
             )
         return self
 
-    def layout_problem(self, tensor_parallel_size: int, recompute: str) -> str | None:
+    def layout_problem(self, tensor_parallel_size: int, ring_size: int, recompute: str) -> str | None:
         """Return why this model can't run on this layout (section `parallel`), None if it can."""
         if self.block == "mmdit" and tensor_parallel_size > 1:
             return (
@@ -126,6 +126,11 @@ class CogVideoXConfig(PresetSection):
             return (
                 "model.block=mmdit with parallel.recompute=selective: what works is none, keep_attention, full and "
                 "block:N"
+            )
+        if self.attention == "2d_1d" and ring_size > 1:
+            return (
+                f"model.attention=2d_1d with parallel.ring_size={ring_size}: the ranks of a ring hold parts of frames; "
+                "the size that works is 1, with as many parallel.context_parallel_size as the heads divide by"
             )
         return None
 

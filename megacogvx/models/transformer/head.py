@@ -29,8 +29,7 @@ class PackHead(nn.Module):
     def forward(self, hidden_S1D: torch.Tensor, condition_ME: torch.Tensor, local: LocalPack) -> torch.Tensor:
         """Return the velocity rows `[V_local, P]` of this rank's video tokens, in the order of `video_index`."""
         video_VD = self.norm_final(hidden_S1D[:, 0].index_select(0, local.video_index))
-        samples_V = local.modulation_rows.index_select(0, local.video_index) // 2
         modulation_M2D = self.modulation(condition_ME)
         norm = self.norm_out
-        video_VD = adaln_modulate(video_VD, norm.weight, norm.bias, modulation_M2D, samples_V, eps=norm.eps)
+        video_VD = adaln_modulate(video_VD, norm.weight, norm.bias, modulation_M2D, local.video_samples, eps=norm.eps)
         return self.proj(video_VD)

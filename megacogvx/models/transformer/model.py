@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.utils import make_viewless_tensor  # the schedule frees what a stage sent, never a view
 from torch import nn
 
 from megacogvx.errors import ConfigError
@@ -32,7 +33,7 @@ def transformer_core(
         ConfigError: the heads can't be cut over tensor and context ranks, a pipeline stage would hold no layer, or the
             model is an ablation that doesn't run on this layout.
     """
-    problem = config.layout_problem(groups.tensor[1], parallel.recompute)
+    problem = config.layout_problem(groups.tensor[1], groups.ring[1], parallel.recompute)
     if problem:
         raise ConfigError(problem)
     return core_config(
@@ -111,7 +112,7 @@ class CogVideoXTransformer(nn.Module):
         for block in self.blocks.values():
             hidden_S1D = block(hidden_S1D, condition_ME, layout, local)         # [S_local, 1, D]
         if self.head is None:
-            return hidden_S1D                                                   # [S_local, 1, D], to the next stage
+            return make_viewless_tensor(hidden_S1D, True, keep_graph=True)      # [S_local, 1, D], to the next stage
         return self.head(hidden_S1D, condition_ME, local)                       # [V_local, P]
         # fmt: on
 

@@ -85,7 +85,7 @@ def test_a_writer_that_fails_is_an_error_of_the_save(tmp_path, how, match):
 
 
 def test_a_rank_without_tensors_has_nothing_to_wait_for(tmp_path):
-    nothing = SimpleNamespace(async_fn=None, async_fn_args=(), preload_fn=None, finalize_fns=[])
+    nothing = SimpleNamespace(async_fn=None, async_fn_args=(), preload_fn=None, finalize_fns=[lambda: None])
     write = TensorWrite(nothing, tmp_path, background=True)
     assert write.is_done() and write.wait() == {}
     write.finish()

@@ -66,12 +66,13 @@ def test_recover_rebuilds_the_index(source):
     assert content(source) == before and not verify_dataset(source).problems
 
 
-def test_recover_steps_over_a_damaged_record(source):
+@pytest.mark.parametrize(("column", "offset"), [("record", 20), ("metadata_offset", 0)])
+def test_recover_steps_over_a_damaged_record(source, column, offset):
     dataset = IndexedDataset(source)
-    lost = dataset.shards[0].index.columns["record"][2]
+    lost = dataset.shards[0].index.columns[column][2]
     path = source / "shard-00000.bin"
     damaged = bytearray(path.read_bytes())
-    damaged[int(lost) + 20] ^= 255
+    damaged[int(lost) + offset] ^= 255
     path.write_bytes(bytes(damaged))
     before = content_without(source, 1002)
     assert data("recover", source, "--shards", "shard-00000") == 0

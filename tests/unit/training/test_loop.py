@@ -215,7 +215,7 @@ def test_the_run_folder_tells_how_the_run_was_started(run):
 def test_an_overflow_under_the_loss_scale_skips_the_step_and_is_logged(run, monkeypatch):
     warned = []
     monkeypatch.setattr(loop.logger, "warning", lambda text, *values: warned.append(text % values))
-    half = run()
+    half = run(on_bad_step="stop")
     half.optimizer = FakeOptimizer(bad_from=4, loss_scale=8.0)
     with pytest.raises(DataError, match="step 6 is bad"):  # 8, 4, 2: at 1 there is nothing left to lower
         loop.train(half)

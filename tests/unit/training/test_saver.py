@@ -30,7 +30,7 @@ def saver(monkeypatch):
             events.append(f"finish {self.step}")
 
     def build(fails=(), early=(), **settings):
-        def start_save(directory, step, model, optimizer, extra, groups, *, texts, background):
+        def start_save(directory, step, model, optimizer, extra, groups, *, texts, beside, background):
             if step in early:
                 raise CheckpointError("disk full")
             events.append(f"start {step}{'' if background else ' now'}")
@@ -44,7 +44,7 @@ def saver(monkeypatch):
 
 
 def save(saver, step):
-    saver.save(step, None, None, {}, {})
+    saver.save(step, None, None, {}, {}, {})
 
 
 def test_the_one_before_is_complete_before_the_next_begins(saver):

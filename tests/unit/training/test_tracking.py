@@ -23,12 +23,12 @@ from megacogvx.training.tracking import Tracking, TrackingConfig, git_state, rec
 GROUPS = SimpleNamespace(rank=0, world_size=3, device=torch.device("cpu"))
 
 
-def curves(folder: Path) -> dict[str, dict[int, float]]:
+def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """Read the event files back."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
-    return {name: {e.step: e.value for e in events.Scalars(name)} for name in events.Tags()["scalars"]}
+    return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
 def test_numbers_become_curves_and_a_resumed_run_replaces_its_steps(tmp_path):
@@ -38,7 +38,7 @@ def test_numbers_become_curves_and_a_resumed_run_replaces_its_steps(tmp_path):
                 sent.add({"step": step, "loss": loss, "by": [0.5, None], "layout": "dp1", "guard": True})
     found = curves(tmp_path)
     assert found.keys() == {"loss", "by/0"}
-    assert found["loss"] == {0: 1.0, 1: 1.0, 2: 5.0, 3: 5.0}
+    assert found["loss"] == [(0, 1.0), (1, 1.0), (2, 5.0), (3, 5.0)]
 
 
 def test_a_video_becomes_an_animation_that_tensorboard_plays(tmp_path):

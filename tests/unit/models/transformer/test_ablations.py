@@ -180,13 +180,18 @@ class _Root(Section):
 
 
 @pytest.mark.parametrize(
-    ("tensor", "recompute", "names"), [(2, "none", "tensor_parallel_size=2"), (1, "selective", "selective")]
+    ("model", "layout", "message"),
+    [
+        ({"block": "mmdit"}, (2, 1, "none"), "model.block=mmdit with parallel.tensor_parallel_size=2"),
+        ({"block": "mmdit"}, (1, 1, "selective"), "model.block=mmdit with parallel.recompute=selective"),
+        ({"attention": "2d_1d"}, (1, 2, "none"), "model.attention=2d_1d with parallel.ring_size=2"),
+    ],
 )
-def test_mmdit_refuses_layouts_that_it_cannot_run_on(tensor, recompute, names):
-    config = build_config(_Root, {"model": {"block": "mmdit"}}).model
-    assert names in config.layout_problem(tensor, recompute)
-    assert config.layout_problem(1, "full") is None
-    assert CogVideoXConfig().layout_problem(tensor, recompute) is None
+def test_layouts_that_an_ablation_cannot_run_on(model, layout, message):
+    config = build_config(_Root, {"model": model}).model
+    assert config.layout_problem(*layout).startswith(message)
+    assert config.layout_problem(1, 1, "full") is None
+    assert CogVideoXConfig().layout_problem(*layout) is None
 
 
 def test_a_refused_recompute_is_a_config_error(groups):
