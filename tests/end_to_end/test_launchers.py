@@ -145,6 +145,46 @@ def test_the_pytorchjobs_pods_are_its_nodes():
     assert (PROJECT / container["command"][0]).exists() and (PROJECT / container["args"][0]).exists()
 
 
+def _stand_in(folder, *words, **values):
+    own = {"PYTHON": HERE / "stand_ins" / "agent", "STAND_IN_FOLDER": folder, "MASTER_ADDR": "node0"}
+    return subprocess.Popen(
+        [LAUNCH / "torchrun.sh", *words], cwd=PROJECT, env=environment(folder, **{**own, **values}), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def _wait_for(path):
+    end = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < end, path
+        time.sleep(0.02)
+
+
+def test_a_signalled_node_stops_its_ranks_then_their_agent_and_says_75(tmp_path):
+    node = _stand_in(tmp_path, "some.yaml", "a.b=1", NNODES=2, MASTER_PORT=4000, RUN_ID="r", GPUS_PER_NODE=2)
+    _wait_for(tmp_path / "training")
+    node.send_signal(signal.SIGTERM)
+    text = node.communicate(timeout=30)[0]
+    assert node.returncode == STOPPED, text
+    assert (tmp_path / "ranks").read_text().split() == ["stopped", "stopped"]
+    doctor, train = (tmp_path / "calls").read_text().splitlines()
+    common = "-m torch.distributed.run --nnodes 2 --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint node0:{}"
+    assert doctor.startswith(common.format(4001)) and "--rdzv-id r --max-restarts 0 -m megacogvx doctor" in doctor
+    assert train.startswith(common.format(4000)) and train.endswith(
+        "--max-restarts 3 -m megacogvx train --config some.yaml a.b=1"
+    )
+
+
+def test_without_arguments_a_node_runs_the_stage_that_its_comment_names(tmp_path):
+    node = _stand_in(tmp_path, NNODES=8)
+    _wait_for(tmp_path / "training")
+    node.send_signal(signal.SIGUSR1)
+    node.communicate(timeout=30)
+    train = (tmp_path / "calls").read_text().splitlines()[-1]
+    overrides = "data.samples_per_step=null data.packs_per_step=12"
+    assert train.endswith(f"--config examples/configs/cogvideox_5b_stage4.yaml {overrides}")
+
+
 # ------------------------------------------------------------------------------------------------ executed
 
 
@@ -191,7 +231,7 @@ def test_slurm_requeues_a_job_that_sigusr1_stopped_and_it_goes_on(tiny):
     (folder / "slurm").mkdir()
     values = {
         "STAND_IN_FOLDER": folder / "slurm", "STAND_IN_TASKS": 2, "MASTER_PORT": free_port(),
-        "PATH": f"{HERE / 'slurm'}{os.pathsep}{os.environ['PATH']}",
+        "PATH": f"{HERE / 'stand_ins'}{os.pathsep}{os.environ['PATH']}",
     }  # fmt: skip
     job = subprocess.Popen(
         ["sbatch", str(LAUNCH / "slurm.sbatch"), str(tiny), "training.steps=60"], cwd=PROJECT, text=True,
@@ -213,7 +253,7 @@ def test_slurm_does_not_requeue_a_wrong_config(tiny):
     (tiny.parent / "slurm").mkdir()
     values = {
         "STAND_IN_FOLDER": tiny.parent / "slurm", "STAND_IN_TASKS": 1, "MASTER_PORT": free_port(),
-        "PATH": f"{HERE / 'slurm'}{os.pathsep}{os.environ['PATH']}",
+        "PATH": f"{HERE / 'stand_ins'}{os.pathsep}{os.environ['PATH']}",
     }  # fmt: skip
     done = subprocess.run(
         ["sbatch", str(LAUNCH / "slurm.sbatch"), str(tiny), "model.num_layer=1"], cwd=PROJECT, text=True,

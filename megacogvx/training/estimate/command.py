@@ -107,7 +107,9 @@ def _print_layout(console: Console, config: TrainConfig, found: Prediction, gpu:
 
 def _memory_table(found: Prediction, gpu: Machine) -> Table:
     fits = "fits" if found.fits(gpu) else f"does NOT fit within {FILL:.0%}"
-    table = Table("part", "GiB", title=f"memory of the fullest rank: {fits} of {gpu.memory / GiB:.1f} GiB")
+    table = Table(
+        "part", "GiB", min_width=64, title=f"memory of the fullest rank: {fits} of {gpu.memory / GiB:.1f} GiB"
+    )
     for name, value in vars(found.memory).items():
         table.add_row(name.replace("_", " "), f"{value / GiB:.2f}")
     table.add_row("all", f"{found.memory.total / GiB:.2f}")
