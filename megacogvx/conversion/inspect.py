@@ -188,13 +188,13 @@ def differences(
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> Difference:
     """Return how `a` differs from `b`; NaN in both counts as equal."""
-    differing = int(((a != b) & ~(a.isnan() & b.isnan())).sum())
-    if not differing:
+    places = (a != b) & ~(a.isnan() & b.isnan())
+    if not places.any():
         return Difference(0.0, 0.0, 0)
-    gap = a.float() - b.float()
-    norm = float(torch.linalg.vector_norm(b.float()))
+    gap = a[places].float() - b[places].float()
+    norm = float(torch.linalg.vector_norm(b.float().nan_to_num()))
     size = float(torch.linalg.vector_norm(gap))
-    return Difference(size / norm if norm else math.inf, float(gap.abs().max()), differing)
+    return Difference(size / norm if norm else math.inf, float(gap.abs().max()), int(places.sum()))
 
 
 def summary_lines(found: Mapping[str, Summary]) -> list[str]:
