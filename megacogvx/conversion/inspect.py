@@ -188,14 +188,13 @@ def differences(
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> Difference:
     """Return how `a` differs from `b`; NaN in both counts as equal."""
-    both_nan = a.isnan() & b.isnan()
-    differing = int(((a != b) & ~both_nan).sum())
-    if not differing:
+    places = (a != b) & ~(a.isnan() & b.isnan())
+    if not places.any():
         return Difference(0.0, 0.0, 0)
-    gap = (a.float() - b.float()).masked_fill(both_nan, 0.0)
-    norm = float(torch.linalg.vector_norm(b.float().masked_fill(both_nan, 0.0)))
+    gap = a[places].float() - b[places].float()
+    norm = float(torch.linalg.vector_norm(b.float().nan_to_num()))
     size = float(torch.linalg.vector_norm(gap))
-    return Difference(size / norm if norm else math.inf, float(gap.abs().max()), differing)
+    return Difference(size / norm if norm else math.inf, float(gap.abs().max()), int(places.sum()))
 
 
 def summary_lines(found: Mapping[str, Summary]) -> list[str]:

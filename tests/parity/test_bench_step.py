@@ -39,7 +39,7 @@ def _assert_same(case, theirs, run_theirs, ours, run_ours):
     assert len(actual) == len(case.sizes)
     for place, rows in enumerate(expected):
         assert_close(actual[place], rows, 1e-5, f"sample {place}")
-    references, computed = (dict(gradients(model, CONFIG.num_attention_heads)) for model in (theirs, ours))
+    references, computed = (dict(gradients(model, CONFIG)) for model in (theirs, ours))
     assert_all_close(computed, references, 1e-4)
 
 
