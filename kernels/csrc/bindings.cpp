@@ -188,16 +188,18 @@ using SixTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 struct AdalnCall {
   AdalnArgs args = {};
   int dtype;
-  Tensor x;
+  Tensor x;                      // [S, D] or [S, 1, D]
+  int64_t width;
   std::vector<Tensor> partials;  // empty or one
 
-  AdalnCall(const Tensor& tokens, const Tensor& rows) : dtype(dtype_of(tokens, "x_SD")), x(tokens) {
-    STD_TORCH_CHECK(x.dim() == 2 && x.size(1) > 0, "x_SD must be [S, D]");
+  AdalnCall(const Tensor& tokens, const Tensor& rows)
+      : dtype(dtype_of(tokens, "x_SD")), x(tokens), width(tokens.size(tokens.dim() - 1)) {
+    STD_TORCH_CHECK(width > 0 && x.numel() == x.size(0) * width, "x_SD must be [S, D] or [S, 1, D]");
     STD_TORCH_CHECK(
         rows.scalar_type() == ScalarType::Long && rows.is_contiguous() && rows.numel() == x.size(0),
         "rows_S must be int64 [S]");
     args.x = data(x, "x_SD"), args.rows = static_cast<const int64_t*>(rows.data_ptr());
-    args.tokens = x.size(0), args.width = int(x.size(1));
+    args.tokens = x.size(0), args.width = int(width);
   }
 
   // A tensor of the tokens' shape and dtype.
@@ -211,7 +213,7 @@ struct AdalnCall {
   void set_table(const Tensor& table, int64_t columns, const void** to, int64_t* stride, int* table_dtype) {
     check_contiguous(table, "a modulation table");
     STD_TORCH_CHECK(
-        table.dim() == 3 && table.size(1) >= columns && table.size(2) == x.size(1),
+        table.dim() == 3 && table.size(1) >= columns && table.size(2) == width,
         "a modulation table must be [R, 3, D]");
     STD_TORCH_CHECK(args.num_rows == 0 || args.num_rows == table.size(0), "both tables must have the same rows");
     *to = table.data_ptr(), *stride = table.size(1) * table.size(2), args.num_rows = table.size(0);
@@ -227,7 +229,7 @@ struct AdalnCall {
   void set_modulation(const Tensor& weight, const Tensor& bias, const Tensor& table, double eps) {
     for (const Tensor* vector : {&weight, &bias}) {
       STD_TORCH_CHECK(
-          vector->is_contiguous() && vector->numel() == x.size(1) && vector->scalar_type() == weight.scalar_type(),
+          vector->is_contiguous() && vector->numel() == width && vector->scalar_type() == weight.scalar_type(),
           "weight_D and bias_D must be [D], contiguous and of one dtype");
     }
     args.weight = weight.data_ptr(), args.bias = bias.data_ptr(), args.eps = eps;
@@ -245,11 +247,11 @@ struct AdalnCall {
     args.runs = static_cast<const int64_t*>(runs.data_ptr());
     args.run_starts = static_cast<const int64_t*>(run_starts.data_ptr());
     args.num_runs = runs.size(0);
-    partials.push_back(empty(x, {runs.size(0), 3, x.size(1)}, compute_type(x)));
+    partials.push_back(empty(x, {runs.size(0), 3, width}, compute_type(x)));
     args.partials = partials[0].data_ptr();
   }
 
-  Tensor like_tokens() const { return empty(x, {x.size(0), x.size(1)}, x.scalar_type()); }
+  Tensor like_tokens() const { return like(x); }
   static Tensor like(const Tensor& other) {
     return empty(other, {other.sizes().begin(), other.sizes().end()}, other.scalar_type());
   }

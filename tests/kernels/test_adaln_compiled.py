@@ -158,6 +158,20 @@ def test_runs_cover_every_token_once_and_are_sorted_by_row():
     assert run_starts.tolist() == [0, 2, 3, 3, 7, 7]
 
 
+@pytest.mark.parametrize("name", OPS)
+def test_results_are_no_views_in_either_shape(need_compiled, name):
+    """megatron-core's pipeline schedules free a stage's output once it is sent, and refuse to free a view."""
+    arguments = adaln_arguments(4, dtype=torch.float32, widths=(64,))
+    flat = _positional(name, OPS[name][1])(**arguments)
+    middle = {key: x[:, None] if key.endswith("_SD") else x for key, x in arguments.items()}
+    shaped = _positional(name, OPS[name][1])(**middle)
+    for a, b in zip(*((x,) if isinstance(x, torch.Tensor) else x for x in (flat, shaped)), strict=True):
+        assert b.shape == (a.shape[0], 1, a.shape[1])
+        assert torch.equal(a, b[:, 0])
+        assert a._base is None
+        assert b._base is None
+
+
 def test_no_tokens_on_a_rank_are_no_error(need_compiled):
     arguments = adaln_arguments(1, dtype=torch.float32)
     arguments.update({name: arguments[name][:0] for name in ("residual_SD", "branch_SD", "rows_S")})

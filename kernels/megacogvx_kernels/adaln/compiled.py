@@ -2,6 +2,7 @@
 
 They are defined and implemented in csrc/ for CPU and CUDA. Here are their shapes for tracing and the autograd formulas.
 Forward takes what only backward needs, the runs of tokens of one row, so that autograd keeps them beside the inputs.
+Results are never views: a pipeline stage frees its output's memory once it is sent, and can't free a view's.
 """
 
 from __future__ import annotations
@@ -40,10 +41,10 @@ def adaln_modulate(
 ) -> torch.Tensor:
     """Call the registered op; the arguments are the reference's."""
     found: torch.Tensor = torch.ops.megacogvx.adaln_modulate(
-        _flat(x_SD), weight_D.contiguous(), bias_D.contiguous(), modulation_R3D.contiguous(),
+        x_SD.contiguous(), weight_D.contiguous(), bias_D.contiguous(), modulation_R3D.contiguous(),
         *_rows(rows_S, modulation_R3D), eps,
     )  # fmt: skip
-    return found.view(x_SD.shape)
+    return found
 
 
 def gated_residual(
@@ -51,9 +52,9 @@ def gated_residual(
 ) -> torch.Tensor:
     """Call the registered op; the arguments are the reference's."""
     found: torch.Tensor = torch.ops.megacogvx.gated_residual(
-        _flat(residual_SD), _flat(branch_SD), modulation_R3D.contiguous(), *_rows(rows_S, modulation_R3D)
+        residual_SD.contiguous(), branch_SD.contiguous(), modulation_R3D.contiguous(), *_rows(rows_S, modulation_R3D)
     )
-    return found.view(residual_SD.shape)
+    return found
 
 
 def gated_residual_adaln(
@@ -68,15 +69,11 @@ def gated_residual_adaln(
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Call the registered op; the arguments are the reference's."""
-    residual, modulated = torch.ops.megacogvx.gated_residual_adaln(
-        _flat(residual_SD), _flat(branch_SD), gate_modulation_R3D.contiguous(), weight_D.contiguous(),
+    found: tuple[torch.Tensor, torch.Tensor] = torch.ops.megacogvx.gated_residual_adaln(
+        residual_SD.contiguous(), branch_SD.contiguous(), gate_modulation_R3D.contiguous(), weight_D.contiguous(),
         bias_D.contiguous(), modulation_R3D.contiguous(), *_rows(rows_S, modulation_R3D), eps,
     )  # fmt: skip
-    return residual.view(residual_SD.shape), modulated.view(residual_SD.shape)
-
-
-def _flat(x_SD: torch.Tensor) -> torch.Tensor:
-    return x_SD.reshape(x_SD.shape[0], x_SD.shape[-1]).contiguous()
+    return found
 
 
 def _rows(rows_S: torch.Tensor, table_R3D: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
