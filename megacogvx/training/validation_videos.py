@@ -44,7 +44,8 @@ class ValidationVideos:
 
     def make(self, step: int) -> dict[str, torch.Tensor]:
         """Return {name: uint8 frames `[T, H, W, 3]`} on the first rank, nothing on the others; all call it."""
-        denoiser, was_training = Denoiser(self.model, self.schedule, self.groups), self.model.training
+        was_training = self.model.training
+        denoiser = Denoiser(self.model, self.schedule, self.groups)  # puts the model into evaluation mode
         latents = [self._sample(denoiser, place) for place in range(len(self.samples))]
         self.model.train(was_training)
         if not self.groups.is_first or not latents:
