@@ -43,7 +43,7 @@ $(COMPILED): $(STAMP)
 demo: $(COMPILED)  ## the whole road on one small machine: videos to a pretrained tiny model, an MP4 and a report
 	$(BIN)/python tools/demo.py $(ARGS)
 
-ablations: $(COMPILED)  ## the paper's ablations, tiny, on the demo's clips: figure 10 from runs of 15 minutes
+ablations: $(COMPILED)  ## the paper's ablations, tiny, on the demo's clips: figure 10 from 21 short runs
 	$(BIN)/python examples/ablations/run.py $(ARGS)
 
 # Lint first: it takes seconds, and its complaints are read best in the tools' own words.

@@ -1,6 +1,6 @@
 """Train every ablation of the paper tiny, three seeds each, on the demo's clips; draw figure 10, report the order.
 
-python examples/ablations/run.py [--only mmdit1]     after `make demo`: 15 minutes on one core; goes on where it was
+python examples/ablations/run.py [--only mmdit1]     after `make demo`; goes on where it was
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def test_one_sample_of_the_published_size():
     assert training_flops(config, layout) == pytest.approx(1.0e15, rel=0.02)
 
 
-@pytest.mark.parametrize("sizes", [((13, 32, 48),) * 5, ((13, 60, 90),) * 4, ((21, 96, 170),)])
+@pytest.mark.parametrize("sizes", [((13, 32, 48),) * 5, ((13, 60, 90),) * 4])
 def test_a_layer_of_the_5b_model_equals_what_torch_counts(sizes, groups):
     config = CogVideoXConfig(preset="cogvideox_5b", num_layers=1, sample_height=96, sample_width=170)
     layout = build_layout([place_sample(i, *size, 226, config.patch) for i, size in enumerate(sizes)], config.patch)
