@@ -96,7 +96,7 @@ def test_an_error_between_collectives_waits_for_their_end(tmp_path):
     from megacogvx.checkpoint.writing import _keeping
 
     problems: list[Exception] = []
-    write = TensorWrite(request(tmp_path, torch.ones(1)), tmp_path, background=False, problems=problems)
+    write = TensorWrite(request(tmp_path, torch.tensor([1])), tmp_path, background=False, problems=problems)
     write.wait()
     write.finish()
     _keeping(fails, problems)(0, 0, 0)
