@@ -1,7 +1,7 @@
 """Every random number, from (seed, what, step, sample id ...) and never from a rank's running generator.
 
 A draw is made on the CPU and moved, so a GPU sees the same numbers; ranks, workers and restarts can't change it
-(idea 2 of the design: the result does not depend on the layout).
+(the result does not depend on the layout).
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ class CheckpointDirectory:
         Raises:
             CheckpointError: `begin` wasn't called, or a file isn't among the entries.
         """
-        final, partial = self.path(step), self._begun.pop(step, None)
+        final, partial = self.path(step), self._begun.get(step)
         if partial is None or not partial.is_dir() or set(files_of(partial)) != set(entries):
             raise CheckpointError(
                 f"{partial or final} does not hold the {len(entries)} files that were written for step {step}"
@@ -123,6 +123,7 @@ class CheckpointDirectory:
         if final.exists():
             os.replace(final, replaced)
         os.replace(partial, final)
+        del self._begun[step]
         sync_folder(self.folder)
         shutil.rmtree(replaced, ignore_errors=True)
         write_durably(self.folder / TRACKER, f"{step}\n")

@@ -99,7 +99,8 @@ def write_streamed(
     """
     partial = directory.begin(step)
     state = {PREFIX + name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in tensors.items()}
-    writer = FileSystemWriter(partial, thread_count=WRITER_THREADS, sync_files=False)
+    # A file for each tensor: torch's writer keeps every tensor of a file until the file is closed.
+    writer = FileSystemWriter(partial, single_file_per_rank=False, thread_count=WRITER_THREADS, sync_files=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:

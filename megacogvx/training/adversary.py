@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megacogvx.errors import DataError
 from megacogvx.models.vae.discriminator import Discriminator, adaptive_weight, discriminator_hinge, generator_hinge
 from megacogvx.models.vae.losses import VAELossConfig
 from megacogvx.parallel.data_parallel import (
@@ -28,10 +27,11 @@ from megacogvx.parallel.frame_parallel import FrameShard
 from megacogvx.parallel.groups import ParallelGroups
 from megacogvx.parallel.optimizer import Optimizer
 from megacogvx.parallel.sharded_state import sharded_state_dict
+from megacogvx.training.guard import BadStepError
 from megacogvx.training.step import LossFunction
 
 PREFIX = "discriminator."  # of its tensors' names in a checkpoint
-GENERATOR_TERMS = ("gan", "gan_scale")  # what the VAE's step adds to the log
+GENERATOR_TERMS = ("gan", "gan_scale", "loss_without_gan")  # what the VAE's step adds to the log
 TERMS = ("discriminator", "logits_real", "logits_fake")  # and the discriminator's
 
 
@@ -102,7 +102,7 @@ class Adversary:
         """Train the discriminator on the clips of VAE step `step`; return numbers for the log, {} before its start.
 
         Raises:
-            DataError: its gradient is not finite; the step was not taken.
+            BadStepError: its gradient is not finite; the step was not taken.
         """
         if not self.is_on(step):
             return {}
@@ -111,8 +111,10 @@ class Adversary:
         seen, self.seen = self.seen, []
         metrics = forward_backward(self._forward, seen, self.model, self.groups, num_microbatches=len(seen))
         taken, norm = self.optimizer.step()
+        if not taken and self.optimizer.lowers_loss_scale:
+            return {"discriminator_skipped": 1}  # fp16: it overflowed, and the scale is lower now
         if not taken:
-            raise DataError(
+            raise BadStepError(
                 f"the discriminator's gradient of step {step} is not finite (norm {norm}); its step was not taken. "
                 "Lower discriminator_optimizer.learning_rate or look at the clips of this step"
             )

@@ -1,7 +1,7 @@
 """The root configs of the two trainings, and every rule that ties two of their sections together.
 
 A section stands beside the component that it configures; this module only joins them and checks what they have to
-agree on, before any process group exists (idea 5 of the design).
+agree on, before any process group exists.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class GuardConfig(Section):
     Attributes:
         on_bad_step: a step that stays bad when it is done again is left out ("skip": its samples count as seen, the
             weights stay) or ends the run ("stop").
-        max_skips: this many left out within 100 steps end the run all the same.
+        max_skips: more than this many left out within 100 steps end the run all the same.
         spike_factor: a loss above this many times the median of the last `spike_window` is a spike; None: none is.
         gradient_spike_factor: the same for the gradient's norm before clipping.
         spike_window: steps.
@@ -71,6 +71,11 @@ class Measured:
     suspects: Callable[[], list[int]]
     overflow: bool = False
     loss_scale: float = 1.0
+
+    @property
+    def loss(self) -> float | None:
+        """What is watched; without a GAN term, which has either sign and begins in the middle of a run."""
+        return self.numbers.get("loss_without_gan", self.numbers.get("loss"))
 
 
 @dataclass(frozen=True)
@@ -127,9 +132,8 @@ class Guard:
 
     def problem(self, measured: Measured) -> str | None:
         """Return what is wrong with loss or gradient, or None."""
-        loss = measured.numbers.get("loss")
         pairs = (
-            ("loss", loss, "losses", self.config.spike_factor),
+            ("loss", measured.loss, "losses", self.config.spike_factor),
             ("gradient norm", measured.grad_norm, "norms", self.config.gradient_spike_factor),
         )
         for name, value, history, factor in pairs:
@@ -143,7 +147,7 @@ class Guard:
         return None
 
     def _remember(self, measured: Measured) -> None:
-        for name, value in (("losses", measured.numbers.get("loss")), ("norms", measured.grad_norm)):
+        for name, value in (("losses", measured.loss), ("norms", measured.grad_norm)):
             if value is not None:
                 self.state[name] = [*self.state[name], value][-self.config.spike_window :]
 

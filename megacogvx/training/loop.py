@@ -154,7 +154,7 @@ def train(run: Run) -> bool:
             profiler.step()
             if stopping:
                 break
-        saver.finish()
+        saver.close()
     if state.step < settings.steps:
         who = run.stop.received or "a signal to another rank"
         logger.warning("stopped by %s at step %d of %d", who, state.step, settings.steps)

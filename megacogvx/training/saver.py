@@ -71,9 +71,30 @@ class Saver:
             self._count_failure(pending.step, error)
             return
         if self.groups.is_first:
+            self._prune()
+
+    def close(self) -> None:
+        """Complete the pending save; the run ends with it.
+
+        Raises:
+            CheckpointError: the run's last save failed: there is no checkpoint of its last step.
+        """
+        self.finish()
+        if self._failed:
+            raise CheckpointError(
+                f"the last save of the run failed (see the log above); the newest checkpoint in "
+                f"{self.directory.folder} is an earlier one. Make room and start the run again: it goes on from there"
+            )
+
+    def _prune(self) -> None:
+        """Delete old checkpoints; rank 0. One that can't be deleted stays: the other ranks know nothing of it."""
+        try:
             gone = self.directory.prune(self.config.keep_last, self.config.keep_every)
-            if gone:
-                logger.info("deleted the checkpoints of steps %s", ", ".join(map(str, gone)))
+        except OSError as error:
+            logger.warning("an old checkpoint could not be deleted: %s", error)
+            return
+        if gone:
+            logger.info("deleted the checkpoints of steps %s", ", ".join(map(str, gone)))
 
     def _count_failure(self, step: int, error: CheckpointError) -> None:
         self._failed += 1

@@ -110,7 +110,7 @@ class VAEStep:
             gan = gan_mean * clips * gan_share
             scale = adversary.scale(losses.reconstruction * weight, gan, last_weight, clips * self.groups.data[1])
             total = total + self.losses.config.gan_weight * scale * gan
-            sums += [gan.detach(), scale * weight]
+            sums += [gan.detach(), scale * weight, (losses.total * weight).detach()]
         stacked = torch.stack([total.detach(), *sums, torch.full_like(total.detach(), weight)])
         count = torch.tensor(clips if self.groups.context[0] == 0 else 0, dtype=torch.int32, device=video_BCTHW.device)
         return total, count, {"sums": stacked}
@@ -118,5 +118,5 @@ class VAEStep:
     def read_log_sums(self, sums: torch.Tensor) -> dict[str, float]:
         """Turn the sums of all ranks into means over the clips of the step, by the names of the terms."""
         *totals, clips = sums.tolist()
-        names = ("loss", *self.losses.term_names, *GENERATOR_TERMS)[: len(totals)]  # the last two from the GAN's start
+        names = ("loss", *self.losses.term_names, *GENERATOR_TERMS)[: len(totals)]  # the last three: a GAN's
         return {name: total / clips for name, total in zip(names, totals, strict=True)}

@@ -122,3 +122,13 @@ def test_a_guard_that_was_saved_and_read_judges_like_one_that_went_on(losses, st
     second = Guard(config, json.loads(json.dumps(first.state)))
     actual += [judge(second, step, loss) for step, loss in enumerate(losses) if step >= stop]
     assert actual == expected and second.state == whole.state
+
+
+def test_a_gan_term_that_begins_is_no_spike():
+    guard = Guard(GuardConfig(spike_factor=2.0), {})
+    for step in range(20):
+        assert guard.judge(step, lambda: Measured({"loss": 0.2}, 1.0, list)).take
+    against = Measured({"loss": -40.0, "loss_without_gan": 0.2}, 1.0, list)
+    assert guard.judge(20, lambda: against).event is None
+    spike = Measured({"loss": 0.2, "loss_without_gan": 9.0}, 1.0, list)
+    assert "loss is 9" in guard.judge(21, lambda: spike).event["problem"]

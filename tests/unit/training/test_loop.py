@@ -72,6 +72,9 @@ class FakeSaver:
     def finish(self):
         self.finished = True
 
+    def close(self):
+        self.finish()
+
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):

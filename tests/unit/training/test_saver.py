@@ -37,7 +37,9 @@ def saver(monkeypatch):
             return Pending(step, step in fails)
 
         monkeypatch.setattr(module, "start_save", start_save)
-        directory = SimpleNamespace(prune=lambda last, every: events.append(f"prune {last} {every}") or [])
+        directory = SimpleNamespace(
+            folder="runs", prune=lambda last, every: events.append(f"prune {last} {every}") or []
+        )
         return Saver(directory, CheckpointConfig(**settings), SimpleNamespace(is_first=True)), events
 
     return build
@@ -79,3 +81,16 @@ def test_no_failure_is_allowed_when_asked(saver):
     save(one, 10)
     with pytest.raises(CheckpointError, match="disk full"):
         one.finish()
+
+
+def test_a_run_whose_last_save_failed_does_not_end_well(saver):
+    run, _ = saver(fails=(2,), failed_saves=3)
+    save(run, 1)
+    save(run, 2)
+    with pytest.raises(CheckpointError, match="the last save of the run failed"):
+        run.close()
+    well, events = saver(fails=(1,), failed_saves=3)
+    save(well, 1)
+    save(well, 2)
+    well.close()
+    assert "finish 2" in events
