@@ -201,8 +201,10 @@ def gan_reference(model, discriminator, video, noise, clips):
     hinge.backward()
     torch_step(discriminator)
     loss = total + GAN["gan_weight"] * scale * gan
-    names = ("loss", "l1", "kl", "gan", "gan_scale", "discriminator", "logits_real", "logits_fake")
-    numbers = (loss, terms["l1"], terms["kl"], gan, scale, hinge, real.mean(), fake.mean())
+    names = (
+        "loss", "l1", "kl", "gan", "gan_scale", "loss_without_gan", "discriminator", "logits_real", "logits_fake"
+    )  # fmt: skip
+    numbers = (loss, terms["l1"], terms["kl"], gan, scale, total, hinge, real.mean(), fake.mean())
     return {name: number.detach() for name, number in zip(names, numbers, strict=True)}
 
 
