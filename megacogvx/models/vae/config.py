@@ -140,6 +140,28 @@ class VAEConfig(PresetSection):
                 f"it needs 1 or {period}k + 1 frames; the nearest that work: {below}, {below + period}"
             )
 
+    def comes_back(self, frames: int) -> bool:
+        """Say whether a clip of so many frames is decoded to as many: 1, and 2 r k or 2 r k + 1 (r the compression)."""
+        return self.decoded_frames(self.latent_frames(frames)) == frames
+
+    def padded_size(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """Return the smallest (T, H, W) that holds this one and comes back in its own size."""
+        ratio = self.spatial_compression_ratio
+        while not self.comes_back(frames):
+            frames += 1
+        return frames, -(-height // ratio) * ratio, -(-width // ratio) * ratio
+
+    def check_comes_back(self, shape: tuple[int, ...]) -> None:
+        """Raise `DataError` unless a video of this shape (B, C, T, H, W) is decoded to as many frames and pixels."""
+        self.check_video(shape)
+        if not self.comes_back(shape[2]):
+            below = next(frames for frames in range(shape[2], 0, -1) if self.comes_back(frames))
+            raise DataError(
+                f"a clip of {shape[2]} frames would come back with "
+                f"{self.decoded_frames(self.latent_frames(shape[2]))}; the nearest that work: {below}, "
+                f"{self.padded_size(*shape[2:])[0]}; or ask for padding"
+            )
+
     def check_latents(self, shape: tuple[int, ...]) -> None:
         """Raise `DataError` unless latents of this shape (B, C, T, H, W) can be decoded."""
         _check_axes(shape, "latents", self.latent_channels, "vae.latent_channels")

@@ -7,6 +7,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from megacogvx.errors import ConfigError, DataError
@@ -83,7 +84,7 @@ class CogVideoXVAE(nn.Module):
             `[B, 2 C, T', H', W']`: means, then log variances (`gaussian.split`).
 
         Raises:
-            DataError: the video's shape doesn't fit.
+            DataError: the video's shape doesn't fit, or a value is NaN or infinite (it would spread over the norms).
             ConfigError: chunks or tiles of this size don't stand for whole latent cells, or both chunks and a shard
                 are given.
         """
@@ -104,11 +105,35 @@ class CogVideoXVAE(nn.Module):
             `[B, 3, T, H, W]`, about [-1, 1], not clamped.
 
         Raises:
-            DataError: the latents' shape doesn't fit.
+            DataError: the latents' shape doesn't fit, or a value is NaN or infinite.
             ConfigError: as for `encode`.
         """
         self.config.check_latents(latents_BCTHW.shape)
         return self._code(self.decoder, latents_BCTHW, coding, shard, decode=True)
+
+    def reconstruct(self, video_BCTHW: torch.Tensor, coding: Coding = WHOLE, pad: bool = False) -> torch.Tensor:
+        """Encode a clip and decode the means.
+
+        Args:
+            video_BCTHW: `[B, 3, T, H, W]` in [-1, 1].
+            coding: how much is coded at once, in both directions.
+            pad: repeat the last frame, row and column up to a size that works, and cut the result back.
+
+        Returns:
+            `[B, 3, T, H, W]`, of the video's own size.
+
+        Raises:
+            DataError: the video's size doesn't come back, and `pad` isn't asked for; or its channels don't fit.
+            ConfigError: as for `encode`.
+        """
+        if not pad:
+            self.config.check_comes_back(video_BCTHW.shape)
+        frames, height, width = video_BCTHW.shape[2:]
+        larger = self.config.padded_size(frames, height, width)
+        edges = (0, larger[2] - width, 0, larger[1] - height, 0, larger[0] - frames)
+        padded_BCTHW = F.pad(video_BCTHW, edges, mode="replicate") if any(edges) else video_BCTHW
+        pixels_BCTHW = self.decode(gaussian.mode(self.encode(padded_BCTHW, coding)), coding)
+        return pixels_BCTHW[:, :, :frames, :height, :width]
 
     def encode_chunk(self, video_BCTHW: torch.Tensor, halos: Halos | None) -> tuple[torch.Tensor, Halos | None]:
         """Encode the next chunk of a clip.
@@ -130,6 +155,7 @@ class CogVideoXVAE(nn.Module):
     def _code(
         self, coder: nn.Module, x_BCTHW: torch.Tensor, coding: Coding, shard: FrameShard | None, decode: bool
     ) -> torch.Tensor:
+        _check_finite(x_BCTHW, "latents" if decode else "video")
         chunk = coding.chunk(self.config.temporal_compression_ratio, decode)
 
         def code(tile_BCTHW: torch.Tensor) -> torch.Tensor:
@@ -177,6 +203,12 @@ def _by_chunks(
         halos = after or []
         parts.append(part)
     return torch.cat(parts, dim=2)
+
+
+def _check_finite(x_BCTHW: torch.Tensor, name: str) -> None:
+    if not bool(x_BCTHW.isfinite().all()):
+        bad = int((~x_BCTHW.isfinite()).sum())
+        raise DataError(f"{bad} of {x_BCTHW.numel()} values of the {name} {list(x_BCTHW.shape)} are NaN or infinite")
 
 
 def _each_frame(coder: nn.Module, x_BCTHW: torch.Tensor) -> torch.Tensor:

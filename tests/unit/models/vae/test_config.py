@@ -93,6 +93,15 @@ def test_clips_that_fit(ratio, frames):
     assert config.decoded_frames(config.latent_frames(frames)) == frames
 
 
+def test_only_whole_periods_come_back():
+    coming = [frames for frames in range(1, 34) if VAEConfig().comes_back(frames)]
+    assert coming == [1, 8, 9, 16, 17, 24, 25, 32, 33]
+    assert VAEConfig().padded_size(10, 61, 64) == (16, 64, 64)
+    assert VAEConfig().padded_size(17, 64, 8) == (17, 64, 8)
+    with pytest.raises(DataError, match="2 frames would come back with 1; the nearest that work: 1, 8"):
+        VAEConfig().check_comes_back((1, 3, 2, 64, 64))
+
+
 def test_latents_of_other_channels_are_data_errors():
     VAEConfig().check_latents((1, 16, 3, 5, 7))
     with pytest.raises(DataError, match=r"32 channels, but vae.latent_channels=16"):

@@ -108,6 +108,20 @@ def test_the_past_never_sees_the_future_but_through_norm_statistics():
         assert torch.equal(pixels_a[:, :, :9], pixels_b[:, :, :9])
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_values_that_are_no_numbers_are_data_errors(bad):
+    model, video = _model(), _video(9)
+    video[0, 1, 4, 3, 2] = bad
+    with pytest.raises(DataError, match=r"1 of 6912 values of the video \[1, 3, 9, 16, 16\] are NaN or infinite"):
+        model.encode(video, CHUNKED)
+    with pytest.raises(DataError, match="of the video"):
+        model(video)
+    latents = torch.zeros(1, 2, 3, 2, 2)
+    latents[0, :, 1, 1, 0] = bad
+    with pytest.raises(DataError, match="2 of 24 values of the latents"):
+        model.decode(latents)
+
+
 @pytest.mark.parametrize("value", [-1.0, 0.0, 1.0])
 def test_constant_video_gives_finite_outputs_and_gradients(value):
     model = _model()
