@@ -72,6 +72,11 @@ def check_coder(groups, frames, decode, **settings):
     name = f"{'decode' if decode else 'encode'} {frames} frames over {group.size()} ranks:"
     assert_close(actual, out_shard.cut(expected), OUTPUT_BOUND, name)
 
+    with torch.no_grad():  # another way through the convolutions and norms: in place, the exchange before it
+        before = mine.clone()
+        assert_close(code(model, mine, shard, decode), out_shard.cut(expected), OUTPUT_BOUND, f"{name} without a graph")
+        assert torch.equal(mine, before), f"{name} the input was overwritten"
+
     weights = draws.normal(tuple(expected.shape), 0, "loss").to(device)
     (expected * weights).sum().backward()
     (actual * out_shard.cut(weights)).sum().backward()

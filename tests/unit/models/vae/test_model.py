@@ -96,7 +96,7 @@ def test_the_past_never_sees_the_future_but_through_norm_statistics():
     changed = video.clone()
     changed[:, :, 9:] = -changed[:, :, 9:]
 
-    def still(x, weight, bias, groups, eps, activation=False, group=None):
+    def still(x, weight, bias, groups, eps, activation=False, group=None, overwrite=False):
         return torch.nn.functional.silu(0.3 * x) if activation else 0.3 * x
 
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
