@@ -146,11 +146,11 @@ class CogVideoXVAE(nn.Module):
         Returns:
             moments_B2CTHW and the halos for the next chunk (None for a whole clip).
         """
-        return self._run(self.encoder, video_BCTHW, halos)
+        return self._run(self.encoder, video_BCTHW, None if halos is None else list(halos))
 
     def decode_chunk(self, latents_BCTHW: torch.Tensor, halos: Halos | None) -> tuple[torch.Tensor, Halos | None]:
         """Decode the next chunk of a clip; `halos` as in `encode_chunk`."""
-        return self._run(self.decoder, latents_BCTHW, halos)
+        return self._run(self.decoder, latents_BCTHW, None if halos is None else list(halos))
 
     def _code(
         self, coder: nn.Module, x_BCTHW: torch.Tensor, coding: Coding, shard: FrameShard | None, decode: bool

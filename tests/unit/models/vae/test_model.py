@@ -143,6 +143,26 @@ def test_a_2d_model_codes_every_frame_by_itself():
         assert model(video).video_BCTHW.shape == video.shape
 
 
+@pytest.mark.parametrize("preset", ["baseline_2d", "variant_a", "variant_b", "variant_c", "variant_d", "variant_e"])
+def test_every_variant_of_table_1_codes_and_trains(preset):
+    """In narrow: the widths are no part of the variants."""
+    stages = len(build_config(VAEConfig, {"preset": preset}).block_out_channels)
+    narrow = {"block_out_channels": [2] * stages, "layers_per_block": 1, "norm_num_groups": 1}
+    model = CogVideoXVAE(build_config(VAEConfig, {"preset": preset, **narrow}))
+    initialize_weights(model, seed=0)
+    config = model.config
+    video = _video(17, 2 * config.spatial_compression_ratio)
+    channels, frames, height, width = config.latent_shape(17, *video.shape[3:])
+    result = model(video)
+    assert result.moments_B2CTHW.shape == (1, 2 * channels, frames, height, width)
+    assert (height, width) == (2, 2) and frames == 16 // config.temporal_compression_ratio + 1
+    assert result.video_BCTHW.shape == video.shape
+    VAELoss(VAELossConfig())(video, *result).total.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+    assert float(model.encoder.conv_in.weight.grad.abs().max()) > 0
+
+
 def test_bfloat16_runs_and_stays_close():
     model, video = _model(), _video(9)
     with torch.no_grad():
