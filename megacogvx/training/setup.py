@@ -36,6 +36,7 @@ from megacogvx.models.transformer.flops import cost_coefficients, training_flops
 from megacogvx.models.transformer.initialize import initialize_weights
 from megacogvx.models.transformer.model import CogVideoXTransformer, transformer_core
 from megacogvx.models.transformer.rope import place_on_rope_grid
+from megacogvx.models.vae.config import VAEConfig
 from megacogvx.models.vae.discriminator import initialize_discriminator
 from megacogvx.models.vae.initialize import initialize_weights as initialize_vae
 from megacogvx.models.vae.losses import VAELoss
@@ -271,7 +272,24 @@ def _open_run(config: Section, training: TrainingConfig, section: str) -> tuple[
                 f"training.start_from={training.start_from} has no section {section!r} (it has "
                 f"{', '.join(start.resolved)}); is it a checkpoint of another kind of model?"
             )
+        if section == "vae":
+            _check_same_vae(start, resolved[section])
     return checkpoints, resolved
+
+
+def _check_same_vae(start: Checkpoint, vae: dict[str, Any]) -> None:
+    """Raise `CheckpointError` where a VAE would start from another variant; the scale of its latents may differ."""
+    before = dump_config(start.section("vae", VAEConfig))
+    changed = [
+        f"vae.{key}: {before.get(key)} there, {value} here"
+        for key, value in vae.items()
+        if key not in ("preset", "scaling_factor") and before.get(key) != value
+    ]
+    if changed:
+        raise CheckpointError(
+            f"training.start_from={start.path} holds another variant of the VAE: {'; '.join(changed)}; set these keys "
+            "as there"
+        )
 
 
 def _train_ready(
