@@ -20,6 +20,7 @@ from megacogvx.data.transforms import to_pixels
 from megacogvx.data.video import written_beside
 from megacogvx.diffusion.schedule import NoiseSchedule
 from megacogvx.errors import ConfigError
+from megacogvx.inference.coding import add_coding_arguments, coding_of
 from megacogvx.inference.denoise import Denoiser, SamplingSettings
 from megacogvx.inference.load import TransformerCheckpoint, VAECheckpoint, load_transformer, load_vae
 from megacogvx.inference.video_file import write_mp4, write_png_frames
@@ -99,11 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the scale over the steps; legacy: as in the released samplers")  # fmt: skip
     add("--negative-prompt", help='what to steer away from; "" is the empty prompt (default: as the weights expect it)')
     add("--seed", type=int, default=0, help="of all noise (default: 0)")
-    add(
-        "--latents-per-chunk",
-        type=int,
-        help="latent frames decoded together: less memory, visible seams (default: all)",
-    )
+    add_coding_arguments(parser)
     add("--png", action="store_true", help="write each frame as a PNG as well")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on a GPU, fp32 on a CPU")
     add("--tensor-parallel-size", type=int, default=1, help="ranks that share the linear layers (default: 1)")
@@ -168,7 +165,7 @@ def generate(
     for place, latents_TCHW in progress(latents.items(), "decode", len(latents)):
         z_BCTHW = (latents_TCHW / transformer.scaling_factor).transpose(0, 1)[None].to(dtype)
         with torch.no_grad():
-            video_CTHW = decoder.decode(z_BCTHW, arguments.latents_per_chunk)[0]
+            video_CTHW = decoder.decode(z_BCTHW, coding_of(arguments))[0]
         facts = {
             "prompt": mine[place], "negative_prompt": arguments.negative_prompt, "place": place, **asdict(size),
             "fps": arguments.fps, **asdict(settings), "precision": "bf16" if dtype == torch.bfloat16 else "fp32",

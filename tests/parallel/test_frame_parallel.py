@@ -410,6 +410,7 @@ def test_held_out_psnr_and_pictures_are_those_of_the_whole_clip(groups, folder):
 
 @on_ranks(2, {"context_parallel_size": 2})
 def test_what_cannot_be_split_is_named(groups):
+    from megacogvx.models.vae.tiling import CHUNKED
     from megacogvx.parallel.frame_parallel import shard_latents, shard_pixels
 
     with pytest.raises(DataError, match=r"16 frames .*4k \+ 1 .*frames that works: 17; .*for 13 frames: 4"):
@@ -420,7 +421,7 @@ def test_what_cannot_be_split_is_named(groups):
     with pytest.raises(DataError, match=rf"17 frames were given .*give {shard.count}"):
         model.encode(make_video(17), shard=shard)
     with pytest.raises(ConfigError, match="exclude each other"):
-        model.encode(shard.cut(make_video(17)), frames_per_chunk=8, shard=shard)
+        model.encode(shard.cut(make_video(17)), CHUNKED, shard=shard)
     odd = shard_pixels(13, RATIO, groups.context_group)
     with pytest.raises(DataError, match="training clip of 13 frames"):
         model(odd.cut(make_video(13)), shard=odd)

@@ -16,6 +16,7 @@ from megacogvx.diffusion.schedule import NoiseSchedule
 from megacogvx.inference.denoise import Denoiser, SamplingSettings
 from megacogvx.inference.load import TransformerCheckpoint, load_transformer, load_vae
 from megacogvx.models.text_encoder import TextEncoder
+from megacogvx.models.vae.tiling import CHUNKED
 from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.groups import initialize, shutdown
 from megacogvx.testing.drawn_checkpoint import FRAMES, HEIGHT, TEXT_LENGTH, TEXT_WIDTH, WIDTH, tiny_parts, tiny_settings
@@ -53,7 +54,7 @@ def our_video(folder, text_LE, null_LE, sampler, groups):
     channels, frames, height, width = vae.config.latent_shape(FRAMES, HEIGHT, WIDTH)
     latents_TCHW = denoiser.sample(text_LE, null_LE, (frames, channels, height, width), settings)
     with torch.no_grad():
-        video = vae.decode((latents_TCHW / found.scaling_factor).transpose(0, 1)[None], latents_per_chunk=2)[0]
+        video = vae.decode((latents_TCHW / found.scaling_factor).transpose(0, 1)[None], CHUNKED)[0]
     return (video.transpose(0, 1) / 2 + 0.5).clamp(0, 1)
 
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from pydantic import Field, model_validator
 
 from megacogvx.config import PresetSection
-from megacogvx.errors import ConfigError, DataError
+from megacogvx.errors import DataError
 
 # Table 1 gives compression and latent channels; the released code gives the widths of `cogvideox`, which the others
 # share (with a fifth stage where 16 x 16 asks for one). The scale of freshly trained latents has to be measured: 1.0.
@@ -139,22 +139,6 @@ class VAEConfig(PresetSection):
                 f"a training clip of {frames} frames cannot be compressed {self.temporal_compression_ratio} times; "
                 f"it needs 1 or {period}k + 1 frames; the nearest that work: {below}, {below + period}"
             )
-
-    def check_chunk(self, frames_per_chunk: int | None = None, latents_per_chunk: int | None = None) -> None:
-        """Raise `ConfigError` unless every chunk after the first gives what its frames stand for.
-
-        A chunk is coded like a clip, and in an odd count the first frame stands alone: right for the first chunk only.
-        """
-        ratio = self.temporal_compression_ratio
-        for name, size, unit in (
-            ("frames_per_chunk", frames_per_chunk, ratio),
-            ("latents_per_chunk", latents_per_chunk, 1 if ratio == 1 else 2),
-        ):
-            if size is not None and (size < 1 or size % unit):
-                raise ConfigError(
-                    f"{name}={size} doesn't fit temporal_compression_ratio={ratio}; sizes that work: {unit}, "
-                    f"{2 * unit}, {3 * unit} and so on"
-                )
 
     def check_latents(self, shape: tuple[int, ...]) -> None:
         """Raise `DataError` unless latents of this shape (B, C, T, H, W) can be decoded."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from megacogvx.models.vae.config import VAEConfig
 from megacogvx.models.vae.decoder import Decoder
 from megacogvx.models.vae.encoder import Encoder
 from megacogvx.models.vae.frames import FrameSpan, HaloStream, chunks
+from megacogvx.models.vae.tiling import WHOLE, Coding, by_tiles
 from megacogvx.parallel.frame_parallel import FrameShard
 
 Halos = list[torch.Tensor]
@@ -29,8 +31,9 @@ class Reconstruction(NamedTuple):
 class CogVideoXVAE(nn.Module):
     """The 3D causal variational autoencoder.
 
-    Norm statistics run over the frames that are coded together, so a clip coded in chunks differs from the whole one
-    (by tens of percent beyond one chunk). Train on whole clips; the released pipelines infer by chunks of 8 frames.
+    Norm statistics run over what is coded together, so a clip coded in chunks or tiles (`tiling.Coding`) differs from
+    the whole one (by tens of percent beyond one chunk). Train on whole clips; the released pipelines infer by chunks
+    of 8 frames.
 
     A whole clip may lie on several ranks: each gives its frames and a `FrameShard` (`parallel.frame_parallel`) that
     says which they are, gets its frames of the result, and all take part in every call and in its backward pass. The
@@ -67,14 +70,13 @@ class CogVideoXVAE(nn.Module):
         return Reconstruction(self.decode(latents, shard=latent_shard), moments)
 
     def encode(
-        self, video_BCTHW: torch.Tensor, frames_per_chunk: int | None = None, shard: FrameShard | None = None
+        self, video_BCTHW: torch.Tensor, coding: Coding = WHOLE, shard: FrameShard | None = None
     ) -> torch.Tensor:
         """Encode pixels to moments.
 
         Args:
             video_BCTHW: `[B, 3, T, H, W]` in [-1, 1], H and W multiples of the spatial compression.
-            frames_per_chunk: None codes the clip as one; 8 is what the released pipelines do (a remainder goes into
-                the first chunk).
+            coding: how much is encoded at once; `CHUNKED` and `TILED` are what the released pipelines do.
             shard: this rank's pixel frames (`shard_pixels`); None: the whole clip is here.
 
         Returns:
@@ -82,24 +84,20 @@ class CogVideoXVAE(nn.Module):
 
         Raises:
             DataError: the video's shape doesn't fit.
-            ConfigError: chunks of this size don't stand for whole latent frames, or both chunks and a shard are given.
+            ConfigError: chunks or tiles of this size don't stand for whole latent cells, or both chunks and a shard
+                are given.
         """
         self.config.check_video(video_BCTHW.shape)
-        if shard is not None:
-            return self._run_shard(self.encoder, video_BCTHW, shard, frames_per_chunk)
-        if frames_per_chunk is None:
-            return self.encode_chunk(video_BCTHW, None)[0]
-        self.config.check_chunk(frames_per_chunk=frames_per_chunk)
-        return _by_chunks(self.encode_chunk, video_BCTHW, frames_per_chunk)
+        return self._code(self.encoder, video_BCTHW, coding, shard, decode=False)
 
     def decode(
-        self, latents_BCTHW: torch.Tensor, latents_per_chunk: int | None = None, shard: FrameShard | None = None
+        self, latents_BCTHW: torch.Tensor, coding: Coding = WHOLE, shard: FrameShard | None = None
     ) -> torch.Tensor:
         """Decode latents (not scaled by `scaling_factor`) to pixels.
 
         Args:
             latents_BCTHW: `[B, C, T', H', W']`.
-            latents_per_chunk: None codes the clip as one; 2 is what the released pipelines do.
+            coding: how much is decoded at once.
             shard: this rank's latent frames (`shard_latents`); None: the whole clip is here.
 
         Returns:
@@ -107,15 +105,10 @@ class CogVideoXVAE(nn.Module):
 
         Raises:
             DataError: the latents' shape doesn't fit.
-            ConfigError: `latents_per_chunk` is odd, or both chunks and a shard are given.
+            ConfigError: as for `encode`.
         """
         self.config.check_latents(latents_BCTHW.shape)
-        if shard is not None:
-            return self._run_shard(self.decoder, latents_BCTHW, shard, latents_per_chunk)
-        if latents_per_chunk is None:
-            return self.decode_chunk(latents_BCTHW, None)[0]
-        self.config.check_chunk(latents_per_chunk=latents_per_chunk)
-        return _by_chunks(self.decode_chunk, latents_BCTHW, latents_per_chunk)
+        return self._code(self.decoder, latents_BCTHW, coding, shard, decode=True)
 
     def encode_chunk(self, video_BCTHW: torch.Tensor, halos: Halos | None) -> tuple[torch.Tensor, Halos | None]:
         """Encode the next chunk of a clip.
@@ -133,6 +126,25 @@ class CogVideoXVAE(nn.Module):
     def decode_chunk(self, latents_BCTHW: torch.Tensor, halos: Halos | None) -> tuple[torch.Tensor, Halos | None]:
         """Decode the next chunk of a clip; `halos` as in `encode_chunk`."""
         return self._run(self.decoder, latents_BCTHW, halos)
+
+    def _code(
+        self, coder: nn.Module, x_BCTHW: torch.Tensor, coding: Coding, shard: FrameShard | None, decode: bool
+    ) -> torch.Tensor:
+        chunk = coding.chunk(self.config.temporal_compression_ratio, decode)
+
+        def code(tile_BCTHW: torch.Tensor) -> torch.Tensor:
+            if shard is not None:
+                return self._run_shard(coder, tile_BCTHW, shard, chunk)
+            if chunk is None:
+                return self._run(coder, tile_BCTHW, None)[0]
+            return _by_chunks(partial(self._run, coder), tile_BCTHW, chunk)
+
+        if coding.tile is None:
+            return code(x_BCTHW)
+        rows, columns = coding.tile.cuts(self.config.spatial_compression_ratio, decode)
+        if x_BCTHW.shape[3] <= rows.size and x_BCTHW.shape[4] <= columns.size:
+            return code(x_BCTHW)
+        return by_tiles(code, x_BCTHW, rows, columns)
 
     def _run(self, coder: nn.Module, x_BCTHW: torch.Tensor, halos: Halos | None) -> tuple[torch.Tensor, Halos | None]:
         if self.config.temporal_kernel_size == 1:

@@ -93,23 +93,6 @@ def test_clips_that_fit(ratio, frames):
     assert config.decoded_frames(config.latent_frames(frames)) == frames
 
 
-@pytest.mark.parametrize(
-    ("ratio", "chunk", "message"),
-    [
-        (4, {"frames_per_chunk": 6}, "frames_per_chunk=6.*temporal_compression_ratio=4.*work: 4, 8, 12"),
-        (4, {"frames_per_chunk": 0}, "frames_per_chunk=0"),
-        (4, {"latents_per_chunk": 1}, "latents_per_chunk=1.*work: 2, 4, 6"),
-        (8, {"latents_per_chunk": 3}, "latents_per_chunk=3"),
-        (1, {"latents_per_chunk": -1}, "latents_per_chunk=-1"),
-    ],
-)
-def test_chunks_that_lose_frames_are_config_errors(ratio, chunk, message):
-    config = build_config(VAEConfig, {"temporal_compression_ratio": ratio})
-    config.check_chunk(frames_per_chunk=2 * ratio, latents_per_chunk=2)
-    with pytest.raises(ConfigError, match=message):
-        config.check_chunk(**chunk)
-
-
 def test_latents_of_other_channels_are_data_errors():
     VAEConfig().check_latents((1, 16, 3, 5, 7))
     with pytest.raises(DataError, match=r"32 channels, but vae.latent_channels=16"):

@@ -4,7 +4,16 @@ import torch
 from megacogvx import draws
 from megacogvx.config import build_config
 from megacogvx.errors import ConfigError, DataError
-from megacogvx.models.vae import CogVideoXVAE, VAEConfig, VAELoss, VAELossConfig, gaussian, initialize_weights
+from megacogvx.models.vae import (
+    CHUNKED,
+    Coding,
+    CogVideoXVAE,
+    VAEConfig,
+    VAELoss,
+    VAELossConfig,
+    gaussian,
+    initialize_weights,
+)
 from megacogvx.testing.tolerance import assert_close
 
 SMALL = {"block_out_channels": [4, 4, 8], "layers_per_block": 1, "norm_num_groups": 2, "latent_channels": 2}
@@ -50,22 +59,22 @@ def test_wrong_shapes_are_data_errors():
 
 def test_chunks_that_lose_frames_are_config_errors():
     model = _model()
-    with pytest.raises(ConfigError, match="frames_per_chunk=6"):
-        model.encode(_video(17), frames_per_chunk=6)
+    with pytest.raises(ConfigError, match="latents_per_chunk=0"):
+        model.encode(_video(17), Coding(0))
     with pytest.raises(ConfigError, match="latents_per_chunk=1"):
-        model.decode(torch.zeros(1, 2, 5, 4, 4), latents_per_chunk=1)
+        model.decode(torch.zeros(1, 2, 5, 4, 4), Coding(1))
 
 
 def test_a_clip_of_one_chunk_is_the_whole_clip():
     model, video = _model(), _video(9)
     moments = model.encode(video)
-    assert torch.equal(model.encode(video, frames_per_chunk=8), moments)
+    assert torch.equal(model.encode(video, CHUNKED), moments)
 
 
 def test_chunks_by_hand_equal_chunks_at_once_and_leave_nothing_in_the_model():
     model, video = _model(), _video(25)
     with torch.no_grad():
-        expected = model.encode(video, frames_per_chunk=8)
+        expected = model.encode(video, CHUNKED)
         parts, halos = [], []
         for start, stop in ((0, 9), (9, 17), (17, 25)):
             model.encode(_video(9))  # another clip in between
@@ -76,7 +85,7 @@ def test_chunks_by_hand_equal_chunks_at_once_and_leave_nothing_in_the_model():
         first, halos = model.decode_chunk(latents[:, :, :3], [])
         second, halos = model.decode_chunk(latents[:, :, 3:5], halos)
         third, _ = model.decode_chunk(latents[:, :, 5:], halos)
-        whole = model.decode(latents, latents_per_chunk=2)
+        whole = model.decode(latents, CHUNKED)
         assert torch.equal(torch.cat([first, second, third], dim=2), whole)
     assert whole.shape == video.shape
 
@@ -116,7 +125,7 @@ def test_a_2d_model_codes_every_frame_by_itself():
         moments = model.encode(video)
         for t in range(5):
             assert_close(moments[:, :, t : t + 1], model.encode(video[:, :, t : t + 1]), 1e-6)
-        assert_close(model.encode(video, frames_per_chunk=2), moments, 1e-6)
+        assert_close(model.encode(video, CHUNKED), moments, 1e-6)
         assert model(video).video_BCTHW.shape == video.shape
 
 
