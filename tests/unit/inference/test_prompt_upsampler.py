@@ -126,7 +126,7 @@ def test_what_may_pass_is_asked_again(serve):
 
 def test_a_refusal_is_not_asked_again(serve):
     server = serve((401, b"no such key"))
-    with pytest.raises(EndpointError, match="refuses: HTTP 401 .*no such key"):
+    with pytest.raises(EndpointError, match=r"refuses: HTTP 401 .*no such key"):
         PromptUpsampler(server.endpoint(retries=2)).text("a dog")
     assert len(server.requests) == 1
 
@@ -178,7 +178,7 @@ def test_an_endpoint_that_is_down_is_named(serve):
 
 @pytest.mark.parametrize("answer", [b"<html>", b'{"choices": []}', b"[]", completion(None), completion("  ")])
 def test_an_answer_of_another_kind_is_named(serve, answer):
-    with pytest.raises(EndpointError, match="doesn't answer with chat completions|in place of a text|answered nothing"):
+    with pytest.raises(EndpointError, match=r"doesn't answer with chat|in place of a text|answered nothing"):
         PromptUpsampler(serve((200, answer)).endpoint()).text("a dog")
 
 
