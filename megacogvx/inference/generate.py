@@ -92,7 +92,9 @@ def generate(plan: Plan, groups: ParallelGroups, upsampler: Callable[[], PromptU
     unsampled = [work for work in mine if not work.is_sampled]
     texts = encode_texts(plan, unsampled, groups.device, dtype) if unsampled else {}
     conditions = encode_conditions(plan, unsampled, groups, dtype)
-    latents = sample(plan, unsampled, texts, conditions, outputs, groups, dtype)
+    latents: dict[str, torch.Tensor] = {}
+    if any(not work.is_sampled for work in everything):
+        latents = sample(plan, unsampled, texts, conditions, outputs, groups, dtype)
     decode(plan, mine, latents, outputs, groups, dtype)
     barrier(groups)
     if groups.is_first:
@@ -176,14 +178,15 @@ def sample(
     groups: ParallelGroups,
     dtype: torch.dtype,
 ) -> dict[str, torch.Tensor]:
-    """Sample the latents of videos, and keep each on disk as soon as it is there; a replica's ranks do it together.
+    """Sample the latents of videos, and keep each on disk as soon as it is there.
+
+    All ranks call it together, for they load the transformer together; one whose replica has nothing to do as well.
 
     Returns:
         By job, latents `[T, C, H, W]` fp32 on the CPU.
     """
-    if not todo:
-        return {}
-    transformer, latents = plan.transformer, {}
+    transformer = plan.transformer
+    latents: dict[str, torch.Tensor] = {}
     if copies := repeated_frames(plan.latent_shape[0], transformer.config.patch_size_t):
         logger.info("model.patch_size_t=%d: %d more latent frames are sampled in front and dropped",
                     transformer.config.patch_size_t, copies)  # fmt: skip
