@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_world_size(parallel, launch_environment().world_size)
     groups = initialize(parallel, arguments.seed)
     try:
-        generate(plan, groups, lambda: upsampler_of(arguments))
+        generate(plan, groups, lambda: upsampler_of(arguments, groups.device))
     finally:
         shutdown()
 

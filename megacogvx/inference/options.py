@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
+
 from megacogvx.errors import ConfigError
 from megacogvx.inference.coding import add_coding_arguments
 from megacogvx.inference.prompt_upsampler import KEY_VARIABLE, Endpoint, LocalModel, PromptUpsampler
@@ -52,7 +54,8 @@ def _add_requests(group: argparse._ArgumentGroup) -> None:
 def _add_sampling(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--steps", type=int, default=50, help="sampling steps (default: 50)")
-    add("--sampler", choices=("ddim", "dpm"), default="ddim", help="ddim: deterministic; dpm: stochastic, second order")
+    add("--sampler", choices=("ddim", "dpm"),
+        help="ddim: deterministic; dpm: stochastic, second order (default: as the weights expect)")  # fmt: skip
     add("--guidance-scale", type=float, default=6.0, help="classifier-free guidance; 1 turns it off (default: 6)")
     add("--guidance", choices=("constant", "monotone", "legacy"), default="constant",
         help="the scale over the steps; monotone: from 1 to 1 + scale; legacy: oscillating, as the released samplers' "
@@ -123,12 +126,14 @@ def upsampler_name(arguments: argparse.Namespace) -> str | None:
     return None if arguments.upsampler_folder is None else str(arguments.upsampler_folder)
 
 
-def upsampler_of(arguments: argparse.Namespace) -> PromptUpsampler:
-    """Return what writes prompts out; a local model is loaded here.
+def upsampler_of(arguments: argparse.Namespace, device: torch.device) -> PromptUpsampler:
+    """Return what writes prompts out; a local model is loaded here, onto `device`.
 
     Raises:
         ConfigError: the options contradict each other, or the local model can't be loaded.
     """
     folder = arguments.upsampler_folder
-    writer = LocalModel(folder) if folder is not None else endpoint_of(arguments)
-    return PromptUpsampler(writer, arguments.upsampler_failure)
+    if folder is None:
+        return PromptUpsampler(endpoint_of(arguments), arguments.upsampler_failure)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return PromptUpsampler(LocalModel(folder, device, dtype), arguments.upsampler_failure)

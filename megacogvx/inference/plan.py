@@ -245,12 +245,13 @@ def video_size(arguments: argparse.Namespace, transformer: TransformerCheckpoint
 
 def sampling_settings(arguments: argparse.Namespace, conventions: Conventions | None = None) -> SamplingSettings:
     """Return the settings of the sampling loop that the options ask for, and those that the weights do."""
+    conventions = conventions or Conventions()
     return SamplingSettings(
         num_steps=arguments.steps,
-        sampler=arguments.sampler,
+        sampler=arguments.sampler or conventions.sampler,
         guidance=arguments.guidance,
         guidance_scale=arguments.guidance_scale,
         seed=arguments.seed,
-        repeated_frames=(conventions or Conventions()).repeated_frames,
+        repeated_frames=conventions.repeated_frames,
         strength=arguments.strength,
     )

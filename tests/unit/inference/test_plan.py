@@ -75,13 +75,14 @@ def write(run, sections):
 def plan(tmp_path):
     """Write a transformer's, a VAE's and a text encoder's configs, and plan a call with these options."""
 
-    def make(*options, model=None, latent_channels=4, text_width=24, ranks=1):
+    def make(*options, model=None, latent_channels=4, text_width=24, ranks=1, conventions=None):
         sizes = {"in_channels": 4, "out_channels": 4, "text_embed_dim": 24, "sample_height": 8, "sample_width": 12,
                  "sample_frames": 17}  # fmt: skip
         encoder = {"text_kind": "padded", "text_length": 16, "text_width": 24, "latent_channels": 4,
                    "latent_scale_factor": 0.6, "vae_fingerprint": "a", "text_encoder_fingerprint": "b"}  # fmt: skip
         model = CogVideoXConfig(preset="tiny", **{**sizes, **(model or {})})
-        write(tmp_path / "run", {"model": dump_config(model), "diffusion": {}, "encoder": encoder})
+        sections = {"model": dump_config(model), "diffusion": {}, "encoder": encoder, "conventions": conventions or {}}
+        write(tmp_path / "run", sections)
         write(tmp_path / "vae", {"vae": dump_config(VAEConfig(preset="tiny", latent_channels=latent_channels))})
         text = tmp_path / "text"
         text.mkdir(exist_ok=True)
@@ -124,6 +125,14 @@ def test_options_become_a_plan(plan):
     assert (made.fps, made.contact_sheet, made.png, made.upsampler) == (8.0, True, False, None)
     assert (made.size, made.latent_shape) == (VideoSize(17, 64, 96), (5, 4, 8, 12))
     assert made.steps_of(job) == 25
+
+
+def test_what_the_weights_expect_is_the_default(plan):
+    (job,) = plan(*PROMPT, conventions={"sampler": "dpm", "repeated_frames": "predicted"}).jobs
+    assert (job.settings.sampler, job.settings.repeated_frames) == ("dpm", "predicted")
+    (job,) = plan(*PROMPT, "--sampler", "ddim", conventions={"sampler": "dpm"}).jobs
+    assert (job.settings.sampler, job.settings.repeated_frames) == ("ddim", "copied")
+    assert plan(*PROMPT).jobs[0].settings.sampler == "ddim"
 
 
 def test_steps_of_a_video_are_those_that_its_strength_leaves(plan, tmp_path):

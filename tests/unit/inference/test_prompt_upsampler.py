@@ -14,7 +14,7 @@ from PIL import Image
 
 from megacogvx.errors import ConfigError, EndpointError
 from megacogvx.inference import prompt_upsampler
-from megacogvx.inference.prompt_upsampler import KEY_VARIABLE, PICTURE_SIDE, Endpoint, PromptUpsampler
+from megacogvx.inference.prompt_upsampler import KEY_VARIABLE, PICTURE_SIDE, Endpoint, LocalModel, PromptUpsampler
 
 
 def completion(text):
@@ -208,3 +208,52 @@ def test_without_a_model_prompts_are_unchanged():
 def test_an_address_that_is_none_is_refused_at_once(url):
     with pytest.raises(ConfigError, match="must be an address such as http://localhost:8000/v1"):
         Endpoint(url, "writer")
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    """A tiny random language model in transformers' files, and a tokenizer of whole words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("local")
+    words = ["<unk>", "</s>", "Caption", "Idea", ":", *(f"word{number}" for number in range(59))]
+    tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>").save_pretrained(folder)
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=64, eos_token_id=1, **sizes)).save_pretrained(folder)
+    return folder
+
+
+def greedy(model, text, count):
+    """The likeliest words after a text, one at a time."""
+    ids = model._processor(text, return_tensors="pt")["input_ids"]
+    start = ids.shape[1]
+    for _ in range(count):
+        ids = torch.cat([ids, model._model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    return model._processor.decode(ids[0, start:])
+
+
+def test_a_local_model_answers_without_repeating_what_it_was_asked(local, monkeypatch):
+    monkeypatch.setattr(prompt_upsampler, "MOST_TOKENS", 4)
+    model = LocalModel(local)
+    answer = model.write("word1 word2", "word7")
+    assert answer == greedy(model, "word1 word2\n\nIdea: word7\n\nCaption:", 4)
+    assert answer != model.write("word1 word2", "word8 word9")
+    model._processor.chat_template = "{% for m in messages %}word3 {{ m['content'] }}{% endfor %}"
+    assert model.write("word1 word2", "word7") == greedy(model, "word3 word1 word2 word7", 4)
+
+
+def test_a_local_model_without_vision_says_so(local):
+    with pytest.raises(ConfigError, match="sees no pictures; name a vision model"):
+        LocalModel(local).write("a", "b", [torch.zeros(8, 8, 3, dtype=torch.uint8)])
+
+
+def test_a_folder_without_a_local_model_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"has no config.json; a local language model is a folder"):
+        LocalModel(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ConfigError, match="can't be loaded"):
+        LocalModel(tmp_path)
