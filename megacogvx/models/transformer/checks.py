@@ -63,7 +63,7 @@ def table_problem(config: CogVideoXConfig, sample: PackSample) -> str:
     if sample.grid[0] <= frames and sample.grid[1:] == (height, width):
         return ""
     return (
-        f"{' x '.join(map(str, sample.grid))} tokens (t, h, w), but the learned position table of this model is made "
+        f"{sample.grid} tokens (t, h, w), but the learned position table of this model is made "
         f"for at most {frames} x {height} x {width}; resize the video to {config.sample_height} x "
         f"{config.sample_width} latent cells, or use a model without model.use_learned_positional_embeddings"
     )

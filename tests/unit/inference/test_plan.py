@@ -155,7 +155,7 @@ def test_steps_of_a_video_are_those_that_its_strength_leaves(plan, tmp_path):
         (("--image-noise", -1), {}, "--image-noise -1.0 must not be negative"),
         (("--height", 80), {}, r"--frames 17 --height 80 --width 96: 5 x 6 tokens \(h, w\) are more than the rope"),
         (("--height", 32), {"model": {**I2V, "use_learned_positional_embeddings": True}},
-         r"5 x 2 x 6 tokens \(t, h, w\), but the learned position table of this model is made for at most 5 x 4 x 6"),
+         r"\(5, 2, 6\) tokens \(t, h, w\), but the learned position table of this model is made for at most 5 x 4 x 6"),
         ((), {"latent_channels": 8}, r"latent_channels=8, the transformer .* makes model.out_channels=4"),
         ((), {"model": {"in_channels": 6}}, r"model.in_channels=6 for model.out_channels=4 .* or twice as many"),
         ((), {"text_width": 32}, r"has width 32, the model was trained with model.text_embed_dim=24"),
