@@ -23,3 +23,7 @@ class CheckpointError(MegacogvxError):
 
 class LaunchError(MegacogvxError):
     """The program was started with too few processes, or without what its layout needs."""
+
+
+class EndpointError(MegacogvxError):
+    """A service that was named, such as the language model that writes prompts out, doesn't answer as it should."""
