@@ -34,7 +34,7 @@ from megacogvx.parallel.optimizer import Optimizer
 from megacogvx.parallel.sharded_state import sharded_state_dict
 
 STATE = "state.json"
-# By global parameter, the one format of optimizer states that can change the tensor-parallel size.
+# Optimizer states by global parameter, as core writes them in this format; `parallel/sharded_optimizer.py` does.
 FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 # megatron-core reads through a function of torch that has been renamed.
@@ -47,8 +47,8 @@ logger = get_logger(__name__)
 class Kept(Protocol):
     """Something that learns beside the model and is kept with it, such as a discriminator or averaged weights."""
 
-    def sharded_state_dict(self, metadata: dict[str, Any], *, is_loading: bool = False) -> dict[str, Any]:
-        """Return its sharded tensors, under names of their own; `metadata` is megatron-core's choice of format."""
+    def sharded_state_dict(self) -> dict[str, Any]:
+        """Return its sharded tensors, under names of their own; loading writes into them."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what `sharded_state_dict` described."""
@@ -273,7 +273,7 @@ def _plan_tensors(
     path: Path, model: nn.Module, optimizer: Optimizer | None, beside: Mapping[str, Kept],
     groups: ParallelGroups, background: bool,
 ) -> TensorWrite:  # fmt: skip
-    state = _state(model, optimizer, beside, groups, is_loading=False)
+    state = _state(model, optimizer, beside, groups)
     return plan_write(state, path, groups, FORMAT, background=background)
 
 
@@ -286,34 +286,29 @@ def _finish_tensors(path: Path, write: TensorWrite, groups: ParallelGroups) -> N
 def _load_tensors(
     path: Path, model: nn.Module, optimizer: Optimizer | None, beside: Mapping[str, Kept], groups: ParallelGroups
 ) -> None:
-    state = _state(model, optimizer, beside, groups, is_loading=True)
+    state = _state(model, optimizer, beside, groups)
     _check_tensors(path, state, groups)
     reader = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), groups.data_context_group)
     use_safe_reader()
     loaded = dist_checkpointing.load(state, str(path), reader, SafeCommonStrategy())
     unwrap(model).load_state_dict({name.removeprefix("model."): value for name, value in loaded["model"].items()})
     if optimizer is not None:
-        optimizer.load_state_dict(loaded["optimizer"])
+        optimizer.load_state_dict(loaded["optimizer"], sharded_state_dict(unwrap(model), groups, prefix="model."))
     for name, kept in beside.items():
         kept.load_state_dict(loaded[name])
 
 
 def _state(
-    model: nn.Module,
-    optimizer: Optimizer | None,
-    beside: Mapping[str, Kept],
-    groups: ParallelGroups,
-    *,
-    is_loading: bool,
+    model: nn.Module, optimizer: Optimizer | None, beside: Mapping[str, Kept], groups: ParallelGroups
 ) -> dict[str, Any]:
     """Return the sharded tensors of everything that is kept, under the names of one process."""
     model_state = sharded_state_dict(unwrap(model), groups, prefix="model.")
     state: dict[str, Any] = {"model": model_state}
     if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(model_state, FORMAT, is_loading=is_loading)
+        state["optimizer"] = optimizer.sharded_state_dict(model_state)
     assert not state.keys() & beside.keys(), sorted(beside)
     for name, kept in beside.items():
-        state[name] = kept.sharded_state_dict(FORMAT, is_loading=is_loading)
+        state[name] = kept.sharded_state_dict()
     return state
 
 
