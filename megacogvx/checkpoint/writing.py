@@ -27,8 +27,9 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from megacogvx.checkpoint.directory import seal
+from megacogvx.checkpoint.run_state import tensors_of
 from megacogvx.errors import CheckpointError
-from megacogvx.parallel.groups import ParallelGroups
+from megacogvx.parallel.groups import ParallelGroups, any_rank
 
 Entries = dict[str, dict[str, Any]]  # of the manifest, as plain values
 
@@ -37,9 +38,39 @@ WRITER_THREADS = 1  # files that each rank writes at a time
 BACKEND, VERSION = "torch_dist", 1  # of megatron-core's format
 
 
+class SavePlans:
+    """Who writes which tensor at which place, remembered from save to save; every rank of a run keeps one.
+
+    megatron-core plans a save in exchanges between all ranks, whose size grows with tensors and ranks. While every
+    rank's tensors keep their names and shapes, the plan of the second save holds for all later ones.
+    """
+
+    def __init__(self) -> None:
+        self._writer: FullyParallelSaveStrategyWrapper | None = None
+        self._planned: list[Any] = []
+
+    def writer(
+        self, state: dict[str, Any], groups: ParallelGroups, problems: list[Exception]
+    ) -> tuple[FullyParallelSaveStrategyWrapper, bool]:
+        """Return megatron-core's writer for these tensors, and whether it has written their like before."""
+        asked = [
+            (tensor.key, tensor.global_offset, tensor.local_shape, tensor.global_shape, tensor.dtype, tensor.replica_id)
+            for tensor in tensors_of(state)
+        ]
+        is_new = any_rank(self._writer is None or asked != self._planned, groups)
+        if is_new:
+            shards = _ShardWriter(problems)
+            self._writer = FullyParallelSaveStrategyWrapper(shards, groups.data_context_group, True)
+            self._planned = asked
+        assert self._writer is not None
+        self._writer.base_strategy.problems = problems
+        return self._writer, not is_new
+
+
 def plan_write(
-    state: dict[str, Any], folder: Path, groups: ParallelGroups, content: dict[str, Any], *, background: bool
-) -> TensorWrite:
+    state: dict[str, Any], folder: Path, groups: ParallelGroups, content: dict[str, Any], plans: SavePlans, *,
+    background: bool,
+) -> TensorWrite:  # fmt: skip
     """Decide with the other ranks who writes what, and begin; every rank calls it.
 
     Args:
@@ -47,6 +78,7 @@ def plan_write(
         folder: where to write, empty of tensors.
         groups: process groups; equal shards are shared out over data and context ranks.
         content: megatron-core's description of the state.
+        plans: of the run's earlier saves.
         background: write in a child from now on; else in `TensorWrite.wait`.
 
     Raises:
@@ -55,8 +87,8 @@ def plan_write(
     problems: list[Exception] = []
     _use_plain_queue()
     _keep_common_errors(problems)
-    writer = FullyParallelSaveStrategyWrapper(_ShardWriter(problems), groups.data_context_group, True)
-    options: dict[str, Any] = {}
+    writer, is_known = plans.writer(state, groups, problems)
+    options: dict[str, Any] = {"validate_access_integrity": not is_known}
     if "async_strategy" in inspect.signature(serialization.save).parameters:
         options["async_strategy"] = "mcore"  # from 0.19 on the default is another package's
     request = serialization.save(
@@ -144,11 +176,11 @@ class _ShardWriter(TorchDistSaveShardedStrategy):
     """megatron-core's writer of shards; an error of `.metadata`, on rank 0, is kept."""
 
     def __init__(self, problems: list[Exception]) -> None:
-        super().__init__(BACKEND, VERSION, thread_count=WRITER_THREADS)
-        self._problems = problems
+        super().__init__(BACKEND, VERSION, thread_count=WRITER_THREADS, cached_metadata=True)
+        self.problems = problems
 
     def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any) -> AsyncRequest:
-        writer.finish = _keeping(writer.finish, self._problems)
+        writer.finish = _keeping(writer.finish, self.problems)
         return super()._get_save_and_finalize_callbacks(writer, planned)
 
 

@@ -225,7 +225,6 @@ class Optimizer:
         for group, settings in zip(self.inner.param_groups, self._settings, strict=True):
             group.update(settings)
 
-
     @property
     def _alone(self) -> DistributedOptimizer:
         """megatron-core's optimizer inside the chain, of which it is the only one: dense weights of one dtype."""

@@ -70,9 +70,7 @@ def sharded_states(optimizer: DistributedOptimizer, model_state: dict[str, Any])
     return found
 
 
-def load_states(
-    optimizer: DistributedOptimizer, model_state: dict[str, Any], loaded: dict[str, torch.Tensor]
-) -> None:
+def load_states(optimizer: DistributedOptimizer, model_state: dict[str, Any], loaded: dict[str, torch.Tensor]) -> None:
     """Put what was loaded by the names of `sharded_states` into the optimizer."""
     ours = sharded_states(optimizer, model_state)
     assert ours.keys() == loaded.keys(), sorted(ours.keys() ^ loaded.keys())[:4]
@@ -103,9 +101,7 @@ def _tensors_of(optimizer: DistributedOptimizer, parameter: torch.nn.Parameter) 
     return {name: tensor.detach() for name, tensor in tensors.items() if name != "step"}  # of the group, not of it
 
 
-def _boxes_of(
-    flat: torch.Tensor, start: int, stop: int, sharded: ShardedTensor, name: str
-) -> Iterator[ShardedTensor]:
+def _boxes_of(flat: torch.Tensor, start: int, stop: int, sharded: ShardedTensor, name: str) -> Iterator[ShardedTensor]:
     assert flat.numel() == stop - start and not sharded.prepend_axis_num, sharded
     place = 0
     for offset, shape in boxes(start, stop, tuple(sharded.local_shape)):

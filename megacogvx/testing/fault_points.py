@@ -277,7 +277,7 @@ def _before(point: str, act: Callable[..., None]) -> None:
     elif point == "optimizer":
         wrap(fused_adam.FusedAdam, "step", after=True)  # this rank's share is new, the others don't have it yet
     elif point == "save":
-        wrap(distributed, "_plan_tensors")
+        wrap(distributed, "plan_write")
     else:
         assert point == "backward", point
         loss = TransformerStep.loss

@@ -18,9 +18,7 @@ def test_boxes_are_the_range_in_order_and_few(shape, data):
     stop = data.draw(st.integers(start, prod(shape)))
     whole = torch.arange(prod(shape)).view(shape)
     found = list(boxes(start, stop, shape))
-    parts = [
-        whole[tuple(slice(at, at + size) for at, size in zip(offset, box, strict=True))] for offset, box in found
-    ]
+    parts = [whole[tuple(slice(at, at + size) for at, size in zip(offset, box, strict=True))] for offset, box in found]
     assert [number for part in parts for number in part.reshape(-1).tolist()] == list(range(start, stop))
     assert [tuple(part.shape) for part in parts] == [box for _, box in found]
     assert len(found) <= max(1, 2 * len(shape) - 1)

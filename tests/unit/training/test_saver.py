@@ -30,7 +30,7 @@ def saver(monkeypatch):
             events.append(f"finish {self.step}")
 
     def build(fails=(), early=(), **settings):
-        def start_save(directory, step, model, optimizer, extra, groups, *, texts, beside, background):
+        def start_save(directory, step, model, optimizer, extra, groups, *, texts, beside, background, plans):
             if step in early:
                 raise CheckpointError("disk full")
             events.append(f"start {step}{'' if background else ' now'}")
