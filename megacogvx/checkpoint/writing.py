@@ -15,6 +15,7 @@ import inspect
 import multiprocessing
 import queue
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -181,7 +182,10 @@ class _ShardWriter(TorchDistSaveShardedStrategy):
 
     def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any) -> AsyncRequest:
         writer.finish = _keeping(writer.finish, self.problems)
-        return super()._get_save_and_finalize_callbacks(writer, planned)
+        request = super()._get_save_and_finalize_callbacks(writer, planned)
+        if request.async_fn is None:
+            return request
+        return request._replace(async_fn=partial(_write_shards, request.async_fn.args[0]))
 
 
 class _CommonWriter(TorchCommonSaveStrategy):
@@ -193,6 +197,23 @@ class _CommonWriter(TorchCommonSaveStrategy):
 
     def save_common(self, *arguments: Any, **options: Any) -> None:
         _keeping(super().save_common, self._problems)(*arguments, **options)
+
+
+def _write_shards(transforms: list[Any], rank: int, buckets: list[Any], results: queue.Queue[Any]) -> None:
+    """Write the files of one rank in this very process.
+
+    megatron-core's own function starts one more process for each file, and waits for ever for one that was killed.
+    """
+    written = {}
+    for number, bucket in enumerate(buckets):
+        answers: queue.Queue[Any] = queue.Queue()
+        begun: queue.Queue[Any] = queue.Queue()
+        begun.put(number)
+        filesystem_async.FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, answers, begun, True)
+        _, written[number] = answers.get_nowait()
+        if isinstance(written[number], Exception):
+            raise written[number]
+    results.put(written)
 
 
 def _keep_common_errors(problems: list[Exception]) -> None:

@@ -30,12 +30,12 @@ def kill_at(point: str, step: int) -> None:
 
 def kill_at_call(name: str, number: int, step: int) -> None:
     """End this process by SIGKILL before call `number` of `os.<name>`, counted from the save after step `step` on."""
-    here = {"step": -1, "calls": 0}
-    _follow_steps(here)
+    here = {"saved": 0, "calls": 0}
+    _follow_saves(here)
     real = getattr(os, name)
 
     def counted(*arguments: Any, **options: Any) -> Any:
-        if here["step"] >= step and "checkpoints" in str(arguments[0] if name != "fsync" else _path_of(arguments[0])):
+        if here["saved"] > step and "checkpoints" in str(arguments[0] if name != "fsync" else _path_of(arguments[0])):
             if here["calls"] == number:
                 os.kill(os.getpid(), signal.SIGKILL)
             here["calls"] += 1
@@ -158,27 +158,34 @@ def slow(seconds: float) -> None:
     _before("forward", lambda *_, **__: time.sleep(seconds))
 
 
-def limit_files(size: int, step: int) -> None:
-    """Let no file of this process, nor of the writer that it forks, grow beyond `size` bytes during `step`."""
-    here = {"step": -1}
+def limit_files(size: int, step: int, *, in_save: bool = False) -> None:
+    """Let no file of this process, nor of the writer that it forks, grow beyond `size` bytes during `step`.
 
-    def change(now: int) -> None:
-        at = resource.RLIM_INFINITY if now != step else size
+    Args:
+        size: bytes.
+        step: of the run.
+        in_save: only from the start of the save after the step on, when the one before is complete.
+    """
+
+    def limit(at: int) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (at, resource.RLIM_INFINITY))
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    _follow_steps(here, change)
+    limited = {True: size, False: resource.RLIM_INFINITY}
+    _follow_steps({"step": -1}, lambda now: limit(limited[now == step and not in_save]))
+    if in_save:
+        _follow_saves({"saved": 0}, lambda saved: limit(limited[saved == step + 1]))
 
 
 def fail_call(name: str, step: int, number: int, error: int) -> None:
     """Let call `number` of `os.<name>` on a checkpoint after `step`, by this very process, fail (5 is EIO)."""
-    here = {"step": -1, "calls": 0, "process": os.getpid()}
-    _follow_steps(here)
+    here = {"saved": 0, "calls": 0, "process": os.getpid()}
+    _follow_saves(here)
     real = getattr(os, name)
 
     def failing(*arguments: Any, **options: Any) -> Any:
         where = arguments[0] if name != "fsync" else _path_of(arguments[0])
-        if here["step"] >= step and "checkpoints" in str(where) and os.getpid() == here["process"]:
+        if here["saved"] > step and "checkpoints" in str(where) and os.getpid() == here["process"]:
             here["calls"] += 1
             if here["calls"] == number + 1:
                 raise OSError(error, os.strerror(error))
@@ -251,6 +258,24 @@ def _follow_steps(here: dict[str, int], then: Callable[[int], None] | None = Non
     Optimizer.schedule = followed  # type: ignore[method-assign]
 
 
+def _follow_saves(here: dict[str, int], then: Callable[[int], None] | None = None) -> None:
+    """Keep `here["saved"]` at the step of the save that was begun last, as its folder calls it; then call `then`.
+
+    A save in the background is completed some steps later: what a step's number tells of it depends on the machine.
+    """
+    from megacogvx.training import saver
+
+    start = saver.start_save
+
+    def followed(directory: Any, step: int, *arguments: Any, **options: Any) -> Any:
+        here["saved"] = step
+        if then is not None:
+            then(step)
+        return start(directory, step, *arguments, **options)
+
+    _put(saver, "start_save", followed)
+
+
 def _before(point: str, act: Callable[..., None]) -> None:
     """Let `act` run just before a point of the step: forward, backward, reduce, optimizer or save."""
     from megacogvx.checkpoint import distributed
@@ -294,12 +319,12 @@ def _in_writer(step: int, act: Callable[[], None]) -> None:
     """Let `act` run in the child that writes the first checkpoint after `step`, before it writes."""
     from megacogvx.checkpoint import writing
 
-    here = {"step": -1}
-    _follow_steps(here)
+    here = {"saved": 0}
+    _follow_saves(here)
     training, real = os.getpid(), writing._write
 
     def wrapped(*arguments: Any) -> Any:
-        if here["step"] >= step and os.getpid() != training:
+        if here["saved"] > step and os.getpid() != training:
             act()
         return real(*arguments)
 

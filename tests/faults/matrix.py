@@ -16,13 +16,16 @@ import shutil
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from megacogvx.testing.faults import Ended, Fault, Training, identical, samples_lost_and_repeated
-from megacogvx.training.tracking import git_state
 
 LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "dp1": (1, {}),
@@ -94,14 +97,30 @@ class Session:
 
     def _drop_what_other_code_made(self) -> None:
         """References hold for the code that made them."""
-        made_by, now = self.folder / "made_by.json", json.dumps(git_state(Path(__file__).parent))
-        if not made_by.exists() or made_by.read_text() != now:
+        made_by = self.folder / "made_by"
+        if not made_by.exists() or made_by.read_text() != code():
             for name in ("references", "dataset", "held_out"):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
-            made_by.write_text(now)
+            made_by.write_text(code())
+
+    def slowest_step(self, layout: str) -> float:
+        """Return the seconds of the uninterrupted run's slowest step, on this machine."""
+        return max(row["seconds"] for row in self.reference(layout).rows())
 
     def _dataset(self) -> Path:
         return Training(self.folder).dataset
+
+
+@cache
+def code() -> str:
+    """Return a checksum of all code that a case runs: results and references of other code don't count."""
+    root, digest = Path(__file__).parents[2], xxhash.xxh3_64()
+    files = [Path(__file__), Path(__file__).with_name("matrix_files.py")]
+    for folder in ("megacogvx", "kernels/megacogvx_kernels"):
+        files += [file for file in sorted((root / folder).rglob("*")) if file.suffix in (".py", ".so")]
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def check(ended: Ended) -> Ended:
@@ -237,14 +256,14 @@ def _spike(fault: Fault, kind: str) -> Callable[[Session, Path], Outcome]:
 
 def row_8() -> Iterator[Case]:
     """A rank that stops, sleeps, keeps Python's lock or leaves a collective out; found, named, ended."""
-    limit = 4.0
     for how in ("stop", "sleep", "lock", "skip"):
-        yield Case(8, how, _hung(how, limit))
+        yield Case(8, how, _hung(how))
 
 
-def _hung(how: str, limit: float) -> Callable[[Session, Path], Outcome]:
+def _hung(how: str) -> Callable[[Session, Path], Outcome]:
     def run(session: Session, folder: Path) -> Outcome:
         training = session.training(folder, "dp2")
+        limit = max(4.0, 8 * session.slowest_step("dp2"))  # seconds; a step that is only slow must not reach it
         ended = training.start(
             Fault("hang", 1, {"how": how, "step": 3}), changes={"guard": {"stuck_seconds": limit}}
         )  # fmt: skip
@@ -268,7 +287,8 @@ def row_9() -> Iterator[Case]:
     def run(session: Session, folder: Path) -> Outcome:
         training = session.training(folder, "dp2")
         training.changes = {"training": {"steps": 20, "save_every": 20}, "guard": {"slow_factor": 2.0}}
-        ended = check(training.start(Fault("slow", 1, {"seconds": 0.5})))
+        seconds = max(0.5, 4 * session.slowest_step("dp2"))
+        ended = check(training.start(Fault("slow", 1, {"seconds": seconds})))
         named = [line for line in ended.output[0].splitlines() if "is slow at step" in line]
         assert named and all("rank 1 is slow" in line for line in named), ended.output[0]
         return Outcome(recovered=1, note=named[0].split("WARNING ")[-1])
@@ -331,8 +351,15 @@ def cases() -> list[Case]:
     files = module_from_spec(spec)
     spec.loader.exec_module(files)
     found = [case for row in (*rows, *files.ROWS) for case in row()]
-    # The long ones last: a call that is stopped early has seen something of every row.
-    return sorted(found, key=lambda case: (any(word in case.name for word in LONG), case.row))
+    # The first of each row, the second of each, ..., the long ones last: a call that is stopped early has seen
+    # something of every row.
+    places = Counter[int]()
+    order = {}
+    for case in found:
+        order[case.row, case.name] = (any(word in case.name for word in LONG), places[case.row], case.row)
+        places[case.row] += 1
+    assert len(order) == len(found), "two cases of the same name"
+    return sorted(found, key=lambda case: order[case.row, case.name])
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -365,7 +392,8 @@ def main() -> int:
     wanted = [case for case in cases() if not arguments.rows or case.row in arguments.rows]
     if arguments.again:
         results = [result for result in results if arguments.rows and result["row"] not in arguments.rows]
-    results = [result for result in results if not result["error"]]  # what failed is tried again
+    # What failed is tried again, and what other code has done counts no more.
+    results = [result for result in results if not result["error"] and result["code"] == code()]
     file.write_text("".join(json.dumps(result) + "\n" for result in results))
     done, end, session = {(result["row"], result["name"]) for result in results}, time.monotonic(), None
     end += arguments.minutes * 60
@@ -400,7 +428,14 @@ def _run(case: Case, session: Session) -> dict[str, Any]:
     print(
         f"{case.row:>3}  {case.name:<44} {seconds:6.1f} s  {'FAILED: ' + error if error else outcome.note}", flush=True
     )
-    return {"row": case.row, "name": case.name, "seconds": seconds, "error": error, "outcome": asdict(outcome)}
+    return {
+        "row": case.row,
+        "name": case.name,
+        "code": code(),
+        "seconds": seconds,
+        "error": error,
+        "outcome": asdict(outcome),
+    }
 
 
 if __name__ == "__main__":
