@@ -90,7 +90,7 @@ def start_save(
 
     Args:
         directory, step, model, optimizer, extra, groups, texts, beside: as for `save`.
-        background: the tensors are written by a child of each rank; what changes them afterwards isn't seen by it.
+        background: copies of the tensors are written by a thread of each rank; what changes afterwards isn't written.
         plans: of the run's earlier saves, which spare this one its exchanges between the ranks.
 
     Raises:

@@ -1,9 +1,10 @@
-"""megatron-core's writer of one rank's tensors, in this process or in a child beside the training.
+"""megatron-core's writer of one rank's tensors: at once, or in a thread beside the training.
 
 megatron-core plans the save together with the other ranks and gives back a request: a function that writes this
-rank's files, and what has to be done when all ranks have written. The child is a fork: it sees the tensors as they
-were at that moment while the training changes its own copy, so the training waits for the plan and, with a GPU, for
-the copy to the host.
+rank's files, and what has to be done when all ranks have written. A thread writes copies of the tensors, so the
+training waits for the plan and the copy alone. A forked child would need no copy of what lies on the host, but from
+the fork on the training pays for each page that it changes, which took ten times as long as the copy; and a child
+keeps the sockets of a rank that was killed open, so that its peers notice late.
 
 Rank 0 writes two small files of megatron-core's between collectives. An error there would leave the other ranks
 waiting for it; it is kept until the collectives are done.
@@ -12,14 +13,14 @@ waiting for it; it is kept until the collectives are done.
 from __future__ import annotations
 
 import inspect
-import multiprocessing
 import queue
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Container
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
@@ -80,7 +81,7 @@ def plan_write(
         groups: process groups; equal shards are shared out over data and context ranks.
         content: megatron-core's description of the state.
         plans: of the run's earlier saves.
-        background: write in a child from now on; else in `TensorWrite.wait`.
+        background: write copies of the tensors from now on; else the tensors, in `TensorWrite.wait`.
 
     Raises:
         CheckpointError: this rank could not write its small file; the others don't know of it.
@@ -96,7 +97,8 @@ def plan_write(
         state, str(folder), writer, content_metadata=content, async_sharded_save=True, **options
     )
     _raise_first(problems, folder)
-    return TensorWrite(request, folder, background=background, problems=problems)
+    live = {_storage(tensor.data) for tensor in tensors_of(state)} if background else set()
+    return TensorWrite(request, folder, background=background, problems=problems, live=live)
 
 
 class TensorWrite:
@@ -105,25 +107,29 @@ class TensorWrite:
     Args:
         request: from `dist_checkpointing.save(..., async_sharded_save=True)`.
         folder: where it writes.
-        background: in a child; else in `wait`.
+        background: in a thread; else in `wait`.
         problems: where errors between collectives are kept.
+        live: addresses of the memory that the training goes on to change.
     """
 
     def __init__(
-        self, request: AsyncRequest, folder: Path, *, background: bool, problems: list[Exception] | None = None
-    ) -> None:
+        self, request: AsyncRequest, folder: Path, *, background: bool, problems: list[Exception] | None = None,
+        live: Container[int] = (),
+    ) -> None:  # fmt: skip
         self._request, self._folder = request, folder
         self._problems = [] if problems is None else problems
         self._arguments = list(request.async_fn_args)
-        self._child: Any = None
+        self._thread: threading.Thread | None = None
+        self._written: tuple[Any, Entries, str | None] = (None, {}, "it was not written")
         if request.async_fn is not None:
-            self._arguments[1] = request.preload_fn()  # the copy to the host
+            self._arguments[1] = _apart(request.preload_fn(), live)  # the copy to the host, or on it
             if background:
-                self._start()
+                self._thread = threading.Thread(target=self._write_now, name="checkpoint-writer", daemon=True)
+                self._thread.start()
 
     def is_done(self) -> bool:
-        """Return whether this rank's child has finished, well or not; True where nothing runs."""
-        return self._child is None or bool(self._receiver.poll())
+        """Return whether this rank's thread has finished, well or not; True where nothing runs."""
+        return self._thread is None or not self._thread.is_alive()
 
     def wait(self) -> Entries:
         """Wait for the files; return their entries for the manifest. They are on disk.
@@ -133,10 +139,11 @@ class TensorWrite:
         """
         if self._request.async_fn is None:
             return {}
-        if self._child is None:
-            results, entries, problem = _write(self._request.async_fn, self._arguments, self._folder)
+        if self._thread is None:
+            self._write_now()
         else:
-            results, entries, problem = self._receive()
+            self._thread.join()
+        results, entries, problem = self._written
         if problem:
             raise CheckpointError(problem)
         self._results().put(results)
@@ -151,23 +158,10 @@ class TensorWrite:
         self._request.finalize_fns[0]()  # the second writes metadata.json, without a thought for the other ranks
         _raise_first(self._problems, self._folder)
 
-    def _start(self) -> None:
-        context = multiprocessing.get_context("fork")
-        self._receiver, sender = context.Pipe(duplex=False)
-        self._child = context.Process(
-            target=_write_and_tell, args=(sender, self._request.async_fn, self._arguments, self._folder), name="writer"
-        )
-        self._child.start()
-        sender.close()  # so that a child that dies is seen as the pipe's end
-
-    def _receive(self) -> tuple[Any, Entries, str | None]:
-        try:
-            return self._receiver.recv()
-        except EOFError:
-            self._child.join()
-            return None, {}, f"the process that wrote {self._folder} ended with status {self._child.exitcode}"
-        finally:
-            self._child.join()
+    def _write_now(self) -> None:
+        assert self._request.async_fn is not None
+        self._written = _write(self._request.async_fn, self._arguments, self._folder)
+        self._arguments[1] = []  # the copies
 
     def _results(self) -> queue.Queue[Any]:
         return self._arguments[2]
@@ -238,11 +232,29 @@ def _raise_first(problems: list[Exception], folder: Path) -> None:
         raise CheckpointError(f"{folder} can't be written: {type(problems[0]).__name__}: {problems[0]}")
 
 
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _apart(buckets: list[Any], live: Container[int]) -> list[Any]:
+    """Return megatron-core's (path, name, (objects, [(item, tensor), ...])) with copies of the tensors that are live.
+
+    Those that lay on a GPU, or were parts of others, it has copied already.
+    """
+    return [
+        (path, name, (objects, [(item, _copied(tensor, live)) for item, tensor in tensors]))
+        for path, name, (objects, tensors) in buckets
+    ]
+
+
+def _copied(tensor: torch.Tensor, live: Container[int]) -> torch.Tensor:
+    return tensor.clone() if _storage(tensor) in live else tensor
+
+
 def _use_plain_queue() -> None:
     """Let megatron-core hand its writer's results through a queue of this process.
 
-    Its own lies in another process, which takes seconds to start and outlives a training that is killed; here results
-    travel through the child's pipe.
+    Its own lies in another process, which takes seconds to start and outlives a training that is killed.
     """
     assert hasattr(filesystem_async, "_results_queue"), "megatron-core's writer hands results over in another way"
     filesystem_async._results_queue = queue.Queue()
@@ -258,8 +270,3 @@ def _write(function: Callable[..., None], arguments: list[Any], folder: Path) ->
         return results, {name: vars(seal(folder, name)) for _, name, _ in arguments[1]}, None
     except Exception as error:
         return None, {}, f"{folder} can't be written: {type(error).__name__}: {error}"
-
-
-def _write_and_tell(sender: Connection, function: Callable[..., None], arguments: list[Any], folder: Path) -> None:
-    sender.send(_write(function, arguments, folder))
-    sender.close()

@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -44,20 +45,33 @@ def kill_at_call(name: str, number: int, step: int) -> None:
     setattr(os, name, counted)
 
 
-def kill_writer(step: int) -> None:
-    """End the child that writes the checkpoint after `step`, by SIGKILL, before its first byte."""
-    _in_writer(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
+def fail_writer(step: int) -> None:
+    """Let the thread that writes the checkpoint after `step` fail before its first byte."""
+
+    def fail() -> None:
+        raise RuntimeError("the writer fails")
+
+    _in_writer(step, fail)
 
 
-def kill_beside_writer(step: int) -> None:
-    """End this process by SIGKILL while its child still writes the checkpoint after `step`."""
-    training = os.getpid()
+def kill_in_writer(step: int) -> None:
+    """End this process by SIGKILL while the training goes on and its thread writes the checkpoint after `step`."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    def kill_and_go_on() -> None:
-        os.kill(training, signal.SIGKILL)
-        time.sleep(0.2)
+    write_item = filesystem_async._write_item
 
-    _in_writer(step, kill_and_go_on)
+    def kill_after_some() -> None:
+        left = [20]  # tensors
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            left[0] -= 1
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return write_item(*arguments, **options)
+
+        _put(filesystem_async, "_write_item", counted)
+
+    _in_writer(step, kill_after_some)
 
 
 def spoil(what: str, value: float, step: int, times: int = 1) -> None:
@@ -159,12 +173,12 @@ def slow(seconds: float) -> None:
 
 
 def limit_files(size: int, step: int, *, in_save: bool = False) -> None:
-    """Let no file of this process, nor of the writer that it forks, grow beyond `size` bytes during `step`.
+    """Let no file of this process grow beyond `size` bytes during `step`.
 
     Args:
         size: bytes.
         step: of the run.
-        in_save: only from the start of the save after the step on, when the one before is complete.
+        in_save: from the start of the save after the step on, when the one before is complete, until the next begins.
     """
 
     def limit(at: int) -> None:
@@ -172,9 +186,10 @@ def limit_files(size: int, step: int, *, in_save: bool = False) -> None:
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limited = {True: size, False: resource.RLIM_INFINITY}
-    _follow_steps({"step": -1}, lambda now: limit(limited[now == step and not in_save]))
     if in_save:
         _follow_saves({"saved": 0}, lambda saved: limit(limited[saved == step + 1]))
+    else:
+        _follow_steps({"step": -1}, lambda now: limit(limited[now == step]))
 
 
 def fail_call(name: str, step: int, number: int, error: int) -> None:
@@ -236,7 +251,7 @@ def jump_clock(seconds: float, step: int) -> None:
 FAULTS: dict[str, Callable[..., None]] = {
     function.__name__: function
     for function in (
-        kill_at, kill_at_call, kill_writer, kill_beside_writer, spoil, hang, slow, limit_files, fail_call, signal_self,
+        kill_at, kill_at_call, fail_writer, kill_in_writer, spoil, hang, slow, limit_files, fail_call, signal_self,
         fail_reading, jump_clock,
     )
 }  # fmt: skip
@@ -316,19 +331,20 @@ def _before(point: str, act: Callable[..., None]) -> None:
 
 
 def _in_writer(step: int, act: Callable[[], None]) -> None:
-    """Let `act` run in the child that writes the first checkpoint after `step`, before it writes."""
+    """Let `act` run in the thread that writes the first checkpoint after `step`, before it writes."""
     from megacogvx.checkpoint import writing
 
     here = {"saved": 0}
     _follow_saves(here)
-    training, real = os.getpid(), writing._write
+    real = writing._write_shards
 
     def wrapped(*arguments: Any) -> Any:
-        if here["saved"] > step and os.getpid() != training:
+        if here["saved"] > step and threading.current_thread() is not threading.main_thread():
+            here["saved"] = -1
             act()
         return real(*arguments)
 
-    _put(writing, "_write", wrapped)
+    _put(writing, "_write_shards", wrapped)
 
 
 def _put(owner: Any, name: str, value: Any) -> None:

@@ -120,6 +120,7 @@ class Training:
         *faults: Fault,
         changes: Mapping[str, Mapping[str, Any]] | None = None,
         meanwhile: Callable[[list[ForkServerProcess]], None] | None = None,
+        grace: float = PEER_SECONDS,
     ) -> Ended:
         """Start all ranks and wait until they have ended.
 
@@ -127,6 +128,7 @@ class Training:
             faults: what is planted.
             changes: settings of this start alone.
             meanwhile: called with the processes once they run.
+            grace: seconds that are left to the other ranks when one has failed.
         """
         output = self.folder / "output"
         shutil.rmtree(output, ignore_errors=True)
@@ -141,7 +143,7 @@ class Training:
             processes[-1].start()
         if meanwhile is not None:
             meanwhile(processes)
-        statuses = _wait(processes, [output, self.run])
+        statuses = _wait(processes, [output, self.run], grace)
         texts = [(output / str(rank)).read_text(errors="replace") for rank in range(self.ranks)]
         return Ended(statuses, time.monotonic() - began, texts)
 
@@ -226,7 +228,7 @@ def _consumed(training: Training) -> dict[int, list[int]]:
     return {step: sorted(sample for ids in places.values() for sample in ids) for step, places in last.items()}
 
 
-def _wait(processes: Sequence[ForkServerProcess], written: Sequence[Path]) -> list[int | None]:
+def _wait(processes: Sequence[ForkServerProcess], written: Sequence[Path], grace: float) -> list[int | None]:
     """Wait for all ranks, as long as anything is written; those left when one has failed get some seconds more.
 
     On a busy machine everything takes longer, but something goes on.
@@ -238,7 +240,7 @@ def _wait(processes: Sequence[ForkServerProcess], written: Sequence[Path]) -> li
         if all(code is not None for code in codes):
             break
         if any(code not in (None, 0) for code in codes) and not failed:  # as a launcher would
-            failed, end = True, time.monotonic() + PEER_SECONDS
+            failed, end = True, time.monotonic() + grace
         if not failed and seen != (seen := _size_of(written)):
             end = time.monotonic() + SILENT_SECONDS
         time.sleep(0.05)
