@@ -48,4 +48,4 @@ def read_together(items: Iterable[Item], groups: ParallelGroups) -> Iterator[Ite
         item = None
         with agreed(groups, "reading the data of a step"):
             item = next(source)
-        yield item  # type: ignore[misc]
+        yield item
