@@ -27,6 +27,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch.distributed.checkpoint.metadata import Metadata
 
 from megacogvx.checkpoint.directory import seal
 from megacogvx.checkpoint.run_state import tensors_of
@@ -175,7 +176,7 @@ class _ShardWriter(TorchDistSaveShardedStrategy):
         self.problems = problems
 
     def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any) -> AsyncRequest:
-        writer.finish = _keeping(writer.finish, self.problems)
+        writer.finish = _keeping(partial(_finish, writer.finish), self.problems)
         request = super()._get_save_and_finalize_callbacks(writer, planned)
         if request.async_fn is None:
             return request
@@ -191,6 +192,12 @@ class _CommonWriter(TorchCommonSaveStrategy):
 
     def save_common(self, *arguments: Any, **options: Any) -> None:
         _keeping(super().save_common, self._problems)(*arguments, **options)
+
+
+def _finish(finish: Callable[..., None], metadata: Metadata, results: Any) -> None:
+    """Write `.metadata` without megatron-core's memory of how it was planned, on all ranks."""
+    vars(metadata).pop("all_local_plans", None)
+    finish(metadata, results)
 
 
 def _write_shards(transforms: list[Any], rank: int, buckets: list[Any], results: queue.Queue[Any]) -> None:

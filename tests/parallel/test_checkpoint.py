@@ -145,6 +145,26 @@ def test_states_in_several_buckets_come_back_and_reshard(groups, folder):
         assert_same(full_weights(moved, other), after, 1e-5)
 
 
+@on_ranks(2, {}, TP2)
+def test_each_save_of_a_run_loads_though_the_later_ones_are_not_planned_again(groups, folder):
+    """From the third on the ranks exchange nothing to plan; another model in between is planned anew."""
+    from megacogvx.checkpoint.distributed import load, start_save
+    from megacogvx.checkpoint.writing import SavePlans
+
+    wrapped, optimizer = make(groups)
+    directory, plans, weights, taken = folder_of(folder), SavePlans(), {}, [(optimizer,)] * 4 + [(None,), (optimizer,)]
+    for step, (kept,) in enumerate(taken):
+        take_step(wrapped, optimizer, step, groups)
+        pending = start_save(directory, step, wrapped, kept, {"at": step}, groups, background=True, plans=plans)
+        weights[step] = full_weights(wrapped, groups)
+        take_step(wrapped, optimizer, step, groups)  # while it is written
+        pending.finish()
+    for step, (kept,) in enumerate(taken):
+        other, fresh = make(groups, seed=1)
+        assert load(directory.path(step), other, fresh if kept else None, groups) == {"at": step}
+        assert_same(full_weights(other, groups), weights[step], 0.0)
+
+
 def continue_alone(path):
     """Load `path` on one process, take the third step, save again and leave the weights as a file."""
     from megacogvx.checkpoint.distributed import load, save
