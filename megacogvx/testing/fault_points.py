@@ -172,13 +172,30 @@ def slow(seconds: float) -> None:
     _before("forward", lambda *_, **__: time.sleep(seconds))
 
 
-def limit_files(size: int, step: int, *, in_save: bool = False) -> None:
-    """Let no file of this process grow beyond `size` bytes during `step`.
+def fill_log(step: int) -> None:
+    """Let the disk be full for metrics.jsonl when it takes the row of `step`: for that moment it is /dev/full."""
+    from megacogvx.training.metrics import MetricsFile
 
-    Args:
-        size: bytes.
-        step: of the run.
-        in_save: from the start of the save after the step on, when the one before is complete, until the next begins.
+    add = MetricsFile.add
+
+    def full(self: MetricsFile, row: dict[str, Any]) -> None:
+        if row["step"] != step or not self.writes or self.path.name != "metrics.jsonl":
+            return add(self, row)
+        kept = self.path.with_suffix(".kept")
+        os.rename(self.path, kept)
+        self.path.symlink_to("/dev/full")
+        try:
+            return add(self, row)
+        finally:
+            os.rename(kept, self.path)
+
+    MetricsFile.add = full  # type: ignore[method-assign]
+
+
+def limit_files(size: int, step: int) -> None:
+    """Let no file of this process grow beyond `size` bytes from the save after `step` on until the next one begins.
+
+    The save before is complete by then.
     """
 
     def limit(at: int) -> None:
@@ -186,10 +203,7 @@ def limit_files(size: int, step: int, *, in_save: bool = False) -> None:
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limited = {True: size, False: resource.RLIM_INFINITY}
-    if in_save:
-        _follow_saves({"saved": 0}, lambda saved: limit(limited[saved == step + 1]))
-    else:
-        _follow_steps({"step": -1}, lambda now: limit(limited[now == step]))
+    _follow_saves({"saved": 0}, lambda saved: limit(limited[saved == step + 1]))
 
 
 def fail_call(name: str, step: int, number: int, error: int) -> None:
@@ -252,7 +266,7 @@ FAULTS: dict[str, Callable[..., None]] = {
     function.__name__: function
     for function in (
         kill_at, kill_at_call, fail_writer, kill_in_writer, spoil, hang, slow, limit_files, fail_call, signal_self,
-        fail_reading, jump_clock,
+        fail_reading, jump_clock, fill_log,
     )
 }  # fmt: skip
 

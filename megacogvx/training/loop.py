@@ -159,6 +159,7 @@ def train(run: Run) -> bool:
             stopping = run.stop.agreed(groups)
             if stopping or _is_due(step, settings.save_every, settings.steps):
                 save_checkpoint(run, saver)
+                stopping = run.stop.agreed(groups)  # a signal that came during a save needs no other one
             saver.poll()
             profiler.step()
             if stopping:

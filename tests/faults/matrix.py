@@ -291,7 +291,7 @@ def row_9() -> Iterator[Case]:
 
     def run(session: Session, folder: Path) -> Outcome:
         training = session.training(folder, "dp2")
-        training.changes = {"training": {"steps": 20, "save_every": 20}, "guard": {"slow_factor": 2.0}}
+        training.changes = {"training": {"steps": 12, "save_every": 12}, "guard": {"slow_factor": 2.0}}
         seconds = max(0.5, 4 * session.step_seconds("dp2")[0])
         ended = check(training.start(Fault("slow", 1, {"seconds": seconds})))
         named = [line for line in ended.output[0].splitlines() if "is slow at step" in line]

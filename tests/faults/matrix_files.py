@@ -244,7 +244,7 @@ def _kill_writers(folder: Path) -> Any:
 
 def row_6() -> Iterator[Any]:
     """A disk that takes no more: the last checkpoint stays, and the run goes on or ends, by policy."""
-    full = Fault("limit_files", None, {"size": 20_000, "step": 3, "in_save": True})
+    full = Fault("limit_files", None, {"size": 20_000, "step": 3})
     goes_on = matrix.recovery("dp2", full, holds=_failed_save_went_on)
     yield Case(6, "a save fails, the run goes on", goes_on)
     stops = {"checkpoint": {"failed_saves": 0}}
@@ -263,7 +263,7 @@ def _failed_save(ended: Ended, training: Training) -> bool:
 
 def _full_log(session: Any, folder: Path) -> Any:
     training = session.training(folder, "dp2")
-    ended = training.start(Fault("limit_files", 0, {"size": 700, "step": 2}))
+    ended = training.start(Fault("fill_log", 0, {"step": 2}))
     assert ended.statuses == [2, 2], (ended.statuses, ended.output)  # the other rank doesn't wait for the first
     assert all("metrics.jsonl" in output for output in ended.output), ended.output
     matrix.check(training.start())
@@ -316,7 +316,9 @@ def _changed(change: Callable[[Path], Any]) -> Callable[[Any, Path], Any]:
     def run(session: Any, folder: Path) -> Any:
         training = session.training(folder, "dp2")
         original = training.dataset
-        matrix.check(training.start(changes={"training": {"steps": 4}}))
+        # Stopped, not ended: the last step of a run is one on which it validates.
+        stopped = training.start(Fault("signal_self", 0, {"names": ["SIGTERM"], "step": 3}))
+        assert stopped.statuses == [75, 75] and training.steps() == [2, 4], (stopped.statuses, stopped.output)
         training.dataset = folder / "changed"  # the held-out one stays
         shutil.copytree(original, training.dataset)
         change(training.dataset)

@@ -229,6 +229,18 @@ def test_a_signal_when_a_save_is_due_leaves_one_checkpoint(run):
     assert stopped.saved == [3]
 
 
+def test_a_signal_during_a_save_needs_no_other_one(run, monkeypatch):
+    stopped = run()
+
+    def saves_and_is_signalled(self, step, *rest):
+        self.saved.append(step)
+        stopped.stop._receive(signal.SIGUSR1, None)
+
+    monkeypatch.setattr(FakeSaver, "save", saves_and_is_signalled)
+    assert not loop.train(stopped)
+    assert stopped.saved == [3] and stopped.state.step == 3
+
+
 def test_the_run_folder_tells_how_the_run_was_started(run):
     loop.train(run())
     resumed = run(start=5)
