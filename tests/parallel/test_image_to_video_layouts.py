@@ -1,4 +1,4 @@
-"""Image to video on every axis, restarted on another: losses and averaged weights are those of one layout throughout."""
+"""Image to video on every axis, restarted on another: losses and averaged weights are those of one layout."""
 
 from __future__ import annotations
 
