@@ -57,7 +57,7 @@ from megacogvx.training.loop import Run, StepInput
 from megacogvx.training.metrics import MetricsFile
 from megacogvx.training.start_from import find_start, start_from
 from megacogvx.training.state import TrainState
-from megacogvx.training.text_condition import TextRows, text_rows
+from megacogvx.training.text_condition import text_rows
 from megacogvx.training.validation import HeldOutClips
 from megacogvx.training.validation_loss import ValidationLoss, held_out_packs
 from megacogvx.training.validation_videos import ValidationVideos
@@ -203,7 +203,7 @@ def _validation(
     packs = [replace(pack, layout=place_on_rope_grid(pack.layout, config.model)) for pack in packs]
     if texts is not None and texts.ids:  # they are encoded once
         packs = [replace(pack, text=[texts.rows(text) for text in pack.text]) for pack in packs]
-        texts = TextRows(texts.width)
+        texts = replace(texts, ids=False, encoder=None)
     images = maker.images
     if images is not None:
         images = replace(images, config=images.config.model_copy(update={"dropout": 0.0}))
@@ -218,7 +218,7 @@ def _validation(
     sampling = SamplingSettings(settings.video_steps, guidance_scale=settings.guidance_scale, seed=maker.seed)
     videos = ValidationVideos(
         packs, settings.videos, ddp.module, maker.schedule, maker.scaling_factor, settings.vae, sampling,
-        config.training.run_folder / "validation", groups, average,
+        config.training.run_folder / "validation", groups, average, texts,
     )  # fmt: skip
     return loss.measure, videos.make
 
