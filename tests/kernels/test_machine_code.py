@@ -6,7 +6,6 @@ files are compiled for one of them.
 
 import pytest
 
-
 SLOW = pytest.mark.slow  # `make kernels` reads all three
 
 

@@ -32,9 +32,8 @@ def _first_loss_of_one_process(groups, folder):
     config, solo = config_of(groups, folder, "none", 1), alone(groups)
     corpus = Corpus(config.data)
     plan = PackPlan(corpus.columns, config.data, 3, config.model.patch, cost_coefficients(config.model))
-    model = CogVideoXTransformer(
-        config.model, transformer_core(config.model, config.parallel, solo, torch.float32), solo
-    )
+    core = transformer_core(config.model, config.parallel, solo, torch.float32)
+    model = CogVideoXTransformer(config.model, core, solo).to(solo.device)
     initialize_weights(model, 3)
     with PackLoader(corpus, plan, with_images=True) as loader:
         packs = next(loader)
