@@ -23,7 +23,7 @@ from torch import nn
 from megacogvx.checkpoint import directory as folders
 from megacogvx.checkpoint.directory import CheckpointDirectory, FileEntry
 from megacogvx.checkpoint.reading import SafeCommonStrategy, use_safe_reader
-from megacogvx.checkpoint.run_state import Kept, check_tensors, run_state, take_state
+from megacogvx.checkpoint.run_state import MODEL, Kept, check_tensors, run_state, take_state
 from megacogvx.checkpoint.together import share, together, verify_together
 from megacogvx.checkpoint.writing import BACKEND, VERSION, SavePlans, TensorWrite, plan_write
 from megacogvx.errors import CheckpointError
@@ -160,6 +160,7 @@ def load(
     groups: ParallelGroups,
     *,
     beside: Mapping[str, Kept] | None = None,
+    weights: str = MODEL,
 ) -> dict[str, Any]:
     """Load a checkpoint into `model` and `optimizer`, whatever layout wrote it; every rank calls it.
 
@@ -170,6 +171,7 @@ def load(
             `reload_weights()` afterwards.
         groups: process groups.
         beside: what else is loaded, by the names that `save` was given; what isn't named is left alone.
+        weights: the set of weights that the model gets: its own, or one that was kept beside them, such as "ema".
 
     Returns:
         what `save` got as `extra`.
@@ -182,7 +184,7 @@ def load(
     problems = verify_together(path, groups)
     if problems:
         raise CheckpointError(f"{'; '.join(problems)}; take another checkpoint")
-    return _load_verified(path, model, optimizer, groups, beside or {})
+    return _load_verified(path, model, optimizer, groups, beside or {}, weights)
 
 
 def load_newest(
@@ -251,19 +253,21 @@ def _finish_tensors(path: Path, write: TensorWrite, groups: ParallelGroups) -> N
 
 
 def _load_verified(
-    path: Path, model: nn.Module, optimizer: Optimizer | None, groups: ParallelGroups, beside: Mapping[str, Kept]
-) -> dict[str, Any]:
+    path: Path, model: nn.Module, optimizer: Optimizer | None, groups: ParallelGroups, beside: Mapping[str, Kept],
+    weights: str = MODEL,
+) -> dict[str, Any]:  # fmt: skip
     extra: dict[str, Any] = together(groups, lambda: json.loads((path / STATE).read_text()))
-    together(groups, lambda: _load_tensors(path, model, optimizer, beside, groups))
+    together(groups, lambda: _load_tensors(path, model, optimizer, beside, groups, weights))
     return extra
 
 
 def _load_tensors(
-    path: Path, model: nn.Module, optimizer: Optimizer | None, beside: Mapping[str, Kept], groups: ParallelGroups
-) -> None:
-    state = run_state(model, optimizer, beside, groups)
-    check_tensors(path, state, groups)
+    path: Path, model: nn.Module, optimizer: Optimizer | None, beside: Mapping[str, Kept], groups: ParallelGroups,
+    weights: str,
+) -> None:  # fmt: skip
+    state = run_state(model, optimizer, beside, groups, weights)
+    check_tensors(path, state, groups, weights)
     reader = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), groups.data_context_group)
     use_safe_reader()
     loaded = dist_checkpointing.load(state, str(path), reader, SafeCommonStrategy())
-    take_state(loaded, model, optimizer, beside, groups)
+    take_state(loaded, model, optimizer, beside, groups, weights)

@@ -17,7 +17,7 @@ from megacogvx.parallel.groups import ParallelGroups, gather_json
 from megacogvx.parallel.optimizer import Optimizer
 from megacogvx.parallel.sharded_state import sharded_state_dict
 
-MODEL = "model."  # before the names of the model's weights
+MODEL = "model"  # what the weights that the optimizer steps are called; their names begin with it
 
 
 class Kept(Protocol):
@@ -31,11 +31,17 @@ class Kept(Protocol):
 
 
 def run_state(
-    model: nn.Module, optimizer: Optimizer | None, beside: Mapping[str, Kept], groups: ParallelGroups
-) -> dict[str, Any]:
-    """Return the sharded tensors of everything that is kept; they are views of what the rank holds."""
-    model_state = sharded_state_dict(unwrap(model), groups, prefix=MODEL)
-    state: dict[str, Any] = {"model": model_state}
+    model: nn.Module, optimizer: Optimizer | None, beside: Mapping[str, Kept], groups: ParallelGroups,
+    weights: str = MODEL,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the sharded tensors of everything that is kept; they are views of what the rank holds.
+
+    Args:
+        model, optimizer, beside, groups: as for `distributed.save`.
+        weights: the set of weights that is the model's: its own, or one that was kept beside them, such as "ema".
+    """
+    model_state = sharded_state_dict(unwrap(model), groups, prefix=f"{weights}.")
+    state: dict[str, Any] = {MODEL: model_state}
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(model_state)
     assert not state.keys() & beside.keys(), sorted(beside)
@@ -44,17 +50,18 @@ def run_state(
 
 def take_state(
     loaded: dict[str, Any], model: nn.Module, optimizer: Optimizer | None, beside: Mapping[str, Kept],
-    groups: ParallelGroups,
+    groups: ParallelGroups, weights: str = MODEL,
 ) -> None:  # fmt: skip
     """Put what was loaded by `run_state`'s names where it belongs."""
-    unwrap(model).load_state_dict({name.removeprefix(MODEL): value for name, value in loaded["model"].items()})
+    prefix = f"{weights}."
+    unwrap(model).load_state_dict({name.removeprefix(prefix): value for name, value in loaded[MODEL].items()})
     if optimizer is not None:
-        optimizer.load_state_dict(loaded["optimizer"], sharded_state_dict(unwrap(model), groups, prefix=MODEL))
+        optimizer.load_state_dict(loaded["optimizer"], sharded_state_dict(unwrap(model), groups, prefix=prefix))
     for name, kept in beside.items():
         kept.load_state_dict(loaded[name])
 
 
-def check_tensors(path: Path, state: dict[str, Any], groups: ParallelGroups) -> None:
+def check_tensors(path: Path, state: dict[str, Any], groups: ParallelGroups, weights: str = MODEL) -> None:
     """Check that the checkpoint holds every tensor that `state` asks for, in the same global shape.
 
     Raises:
@@ -76,7 +83,7 @@ def check_tensors(path: Path, state: dict[str, Any], groups: ParallelGroups) -> 
     problems += [
         f"{key} is {there[key]} in the checkpoint and not there in the model"
         for key in sorted(there)
-        if key.startswith(MODEL) and key not in everybody
+        if key.startswith(f"{weights}.") and key not in everybody
     ]
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""

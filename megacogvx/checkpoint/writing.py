@@ -13,6 +13,7 @@ waiting for it; it is kept until the collectives are done.
 from __future__ import annotations
 
 import inspect
+import logging
 import queue
 import threading
 from collections.abc import Callable, Container
@@ -33,6 +34,9 @@ from megacogvx.checkpoint.directory import seal
 from megacogvx.checkpoint.run_state import tensors_of
 from megacogvx.errors import CheckpointError
 from megacogvx.parallel.groups import ParallelGroups, any_rank
+
+# It takes our small files, which lie there before the tensors, for an old checkpoint.
+logging.getLogger(serialization.__name__).addFilter(lambda record: "Overwriting old" not in record.getMessage())
 
 Entries = dict[str, dict[str, Any]]  # of the manifest, as plain values
 

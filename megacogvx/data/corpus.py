@@ -219,14 +219,16 @@ class Corpus:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def sample(self, index: int, frames: range | None = None) -> Record:
+    def sample(self, index: int, frames: range | None = None, first_frame: bool = False) -> Record:
         """Return the record of corpus index `index`, or the latent frames `frames` of it.
+
+        Its first frame's pixels come with it where `first_frame` asks for them.
 
         Raises:
             DataError: the sample is damaged; names shard and sample.
         """
         dataset, number = self.locate(index)
-        return dataset.sample(number, frames)
+        return dataset.sample(number, frames, first_frame)
 
     def place(self, index: int, patch: Triple) -> PackSample:
         """Return the sample's entry of a pack's table, from the index alone."""

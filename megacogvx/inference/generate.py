@@ -116,7 +116,7 @@ def encode_texts(
     def encode(text: str) -> torch.Tensor:
         if text not in known:
             embeddings_BLE, lengths_B = encoder.encode([text])
-            length = info.text_length if info.text_kind == "padded" else int(lengths_B[0])
+            length = info.text_length if info.pads_text else int(lengths_B[0])
             known[text] = embeddings_BLE[0, :length].cpu()
         return known[text]
 
@@ -190,7 +190,8 @@ def sample(
     if copies := repeated_frames(plan.latent_shape[0], transformer.config.patch_size_t):
         logger.info("model.patch_size_t=%d: %d more latent frames are sampled in front and dropped",
                     transformer.config.patch_size_t, copies)  # fmt: skip
-    denoiser = Denoiser(load_transformer(transformer.path, groups, dtype), NoiseSchedule(transformer.diffusion), groups)
+    model = load_transformer(transformer.path, groups, dtype, plan.weights)
+    denoiser = Denoiser(model, NoiseSchedule(transformer.diffusion), groups)
     bar = progress(range(sum(plan.steps_of(work.job) for work in todo)), f"sample {len(todo)} videos")
     for work in todo:
         began, job = time.perf_counter(), work.job

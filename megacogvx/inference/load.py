@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from megacogvx.checkpoint.distributed import load
+from megacogvx.checkpoint.distributed import MODEL, load
 from megacogvx.checkpoint.find import Checkpoint, find_checkpoint
 from megacogvx.checkpoint.whole import load_whole
 from megacogvx.conversion import diffusers
@@ -28,6 +28,8 @@ from megacogvx.models.vae.model import CogVideoXVAE
 from megacogvx.models.weights import check_finite
 from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.groups import ParallelGroups
+
+LIVE, EMA = "live", "ema"  # the weights that the optimizer steps, and their moving average
 
 logger = get_logger(__name__)
 
@@ -75,6 +77,11 @@ class TransformerCheckpoint(Checkpoint):
         """Whether this is an image-to-video model."""
         return self.config.in_channels == 2 * self.config.out_channels
 
+    def check_weights(self, weights: str) -> None:
+        """Raise `ConfigError` when "ema" is asked for and this checkpoint keeps no averages."""
+        if weights == EMA and not self.resolved.get("ema", {}).get("decay"):
+            raise ConfigError(f"{self.path} keeps no averaged weights (ema.decay was 0); take the live ones")
+
     def check_vae(self, vae: VAECheckpoint) -> None:
         """Raise `ConfigError` when this VAE can't decode what the transformer makes, or nothing could be made."""
         if vae.config.latent_channels != self.config.out_channels:
@@ -107,32 +114,37 @@ class VAECheckpoint(Checkpoint):
         return cls(found.directory, found.step, found.resolved, found.section("vae", VAEConfig))
 
 
-def load_transformer(path: Path, groups: ParallelGroups, dtype: torch.dtype) -> CogVideoXTransformer:
+def load_transformer(
+    path: Path, groups: ParallelGroups, dtype: torch.dtype, weights: str = LIVE
+) -> CogVideoXTransformer:
     """Load a transformer for inference; all ranks call it together.
 
     Args:
         path: run folder or checkpoint.
         groups: the layout to load it on; any that its heads divide by.
         dtype: of the weights.
+        weights: "live", those that the optimizer steps, or "ema", their average, if the run kept one (`ema.decay`).
 
     Returns:
         The model on `groups.device`, in evaluation mode, without gradients.
 
     Raises:
         CheckpointError: `path` holds no complete checkpoint of a transformer, or it is damaged.
-        ConfigError: the heads don't divide by the layout.
+        ConfigError: the heads don't divide by the layout, or the checkpoint keeps no average.
         DataError: a weight is NaN or infinite.
     """
     checkpoint = TransformerCheckpoint.find(path)
+    checkpoint.check_weights(weights)
     parallel = ParallelConfig(
         tensor_parallel_size=groups.tensor[1], context_parallel_size=groups.context[1], ring_size=groups.ring[1]
     )
     model = CogVideoXTransformer(
         checkpoint.config, transformer_core(checkpoint.config, parallel, groups, dtype), groups
     ).to(groups.device)
-    load(checkpoint.path, model, None, groups)
+    load(checkpoint.path, model, None, groups, weights=EMA if weights == EMA else MODEL)
     check_finite(model, str(checkpoint.path))
-    logger.info("transformer of step %d from %s", checkpoint.step, checkpoint.path)
+    kind = ", averaged weights" if weights == EMA else ""
+    logger.info("transformer of step %d from %s%s", checkpoint.step, checkpoint.path, kind)
     return model.eval().requires_grad_(False)
 
 

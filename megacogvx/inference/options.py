@@ -9,6 +9,7 @@ import torch
 
 from megacogvx.errors import ConfigError
 from megacogvx.inference.coding import add_coding_arguments
+from megacogvx.inference.load import EMA, LIVE
 from megacogvx.inference.prompt_upsampler import KEY_VARIABLE, Endpoint, LocalModel, PromptUpsampler
 
 
@@ -26,6 +27,7 @@ def _add_models(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--checkpoint", type=Path, required=True,
         help="run folder of a transformer (newest checkpoint) or a checkpoint, trained or converted")  # fmt: skip
+    add("--weights", choices=(LIVE, EMA), default=LIVE, help="ema: the moving average, if the run kept one")
     add("--vae", type=Path, required=True, help="run folder or checkpoint of the VAE that encoded its dataset")
     add("--text-encoder", type=Path, required=True, help="folder with tokenizer/ and text_encoder/ (T5)")
 

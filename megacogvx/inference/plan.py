@@ -13,7 +13,7 @@ from megacogvx.errors import ConfigError
 from megacogvx.inference.coding import coding_of
 from megacogvx.inference.conditions import check_start
 from megacogvx.inference.denoise import SamplingSettings
-from megacogvx.inference.load import TransformerCheckpoint, VAECheckpoint
+from megacogvx.inference.load import LIVE, TransformerCheckpoint, VAECheckpoint
 from megacogvx.inference.requests import Job, read_jobs
 from megacogvx.models.text_encoder import width_of
 from megacogvx.models.transformer.checks import size_problem
@@ -79,6 +79,7 @@ class Plan:
         size: of all of them.
         fps: frames per second of the files, and at which a video to start from is read.
         transformer, vae, text_encoder: the models.
+        weights: which of the transformer's, "live" or "ema".
         coding: how much the VAE codes at once.
         vae_over_ranks: whether the ranks of a replica share the frames of each video in the VAE; otherwise each of
             them codes whole videos of its own.
@@ -98,6 +99,7 @@ class Plan:
     vae: VAECheckpoint
     text_encoder: Path
     coding: Coding
+    weights: str = LIVE
     vae_over_ranks: bool = False
     image_noise: float = 0.0
     upsampler: str | None = None
@@ -148,7 +150,7 @@ def plan_of(arguments: argparse.Namespace, parallel: ParallelConfig, upsampler: 
     )
     plan = Plan(
         jobs=tuple(jobs), size=video_size(arguments, transformer, vae), fps=arguments.fps, transformer=transformer,
-        vae=vae, text_encoder=arguments.text_encoder, coding=coding_of(arguments),
+        vae=vae, text_encoder=arguments.text_encoder, coding=coding_of(arguments), weights=arguments.weights,
         vae_over_ranks=arguments.vae_over_ranks, image_noise=arguments.image_noise, upsampler=upsampler,
         video_use=arguments.video_as, precision=arguments.precision, output=arguments.output, png=arguments.png,
         contact_sheet=arguments.contact_sheet, overwrite=arguments.overwrite,
@@ -167,6 +169,7 @@ def check_models(plan: Plan) -> None:
         ConfigError, DataError: they don't.
     """
     plan.size.check(plan.vae.config, plan.transformer.config.patch_size)
+    plan.transformer.check_weights(plan.weights)
     plan.transformer.check_vae(plan.vae)
     frames, _, height, width = plan.latent_shape
     if problem := size_problem(plan.transformer.config, frames, height, width):

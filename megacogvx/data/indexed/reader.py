@@ -18,10 +18,15 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 import torch
 
+from megacogvx.data.indexed.fields import field_dtype
 from megacogvx.data.indexed.layout import (
-    BF16_BYTES,
     BIN_HEADER,
     BIN_MAGIC,
+    IMAGE_CHANNELS,
+    IMAGE_COLUMNS,
+    IMAGE_HEADER,
+    IMAGE_MAGIC,
+    IMAGE_RECORD_MAGIC,
     RECORD_HEADER,
     RECORD_MAGIC,
     EncoderInfo,
@@ -48,16 +53,18 @@ class Record:
     """One sample as stored.
 
     Attributes:
-        latents: posterior moments bf16 `[T, h, w, 2C]`, or the frames that were asked for.
-        text: text embedding bf16 `[L, E]`.
+        latents: posterior moments `[T, h, w, 2C]`, or the frames that were asked for; of `encoder.latent_dtype`.
+        text: text embedding `[L, E]`, or token ids `[L]`; of `encoder.text_dtype`.
         sample_id: 64-bit key.
         metadata_json: the metadata as stored; `metadata` parses them.
+        first_frame: pixels uint8 `[H, W, 3]`; None if the sample has none, or they weren't asked for.
     """
 
     latents: torch.Tensor
     text: torch.Tensor
     sample_id: int
     metadata_json: bytes
+    first_frame: torch.Tensor | None = None
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -88,13 +95,15 @@ class Shard:
         self._check_header()
         self.access = access
         self._mapping: mmap.mmap | None = None
-        self._values: torch.Tensor | None = None
+        self._values: dict[torch.dtype, torch.Tensor] = {}  # the mapping as values of a dtype
         self._file: BinaryIO | None = None
         self._columns = [self.index.columns[name] for name in READ_COLUMNS]
+        encoder = self.index.encoder
+        self._dtypes = field_dtype(encoder.latent_dtype), field_dtype(encoder.text_dtype)
         self._seen = np.zeros(len(self.index), bool)
 
-    def record(self, row: int, frames: range | None = None) -> Record:
-        """Return record `row`, or the latent frames `frames` of it.
+    def record(self, row: int, frames: range | None = None, first_frame: bool = False) -> Record:
+        """Return record `row`, or the latent frames `frames` of it; with its first frame's pixels if asked for.
 
         Raises:
             DataError: the file is shorter than it was, or bytes differ from their checksum.
@@ -107,17 +116,27 @@ class Shard:
         assert frames.step == 1 and 0 <= frames.start < frames.stop <= count, (frames, count)
         encoder = self.index.encoder
         shape = (len(frames), height, width, 2 * encoder.latent_channels)
-        frame_bytes = height * width * shape[3] * BF16_BYTES
-        text_shape = (length, encoder.text_width)
+        frame_bytes = height * width * encoder.frame_cell_bytes
+        text_shape = (length, *encoder.text_shape)
         if check and self.access == "mmap":
             self._check_size()
         start = record + RECORD_HEADER.size + frames.start * frame_bytes
-        latents, text = self._tensor(start, shape), self._tensor(text_at, text_shape)
+        latents, text = self._tensor(start, shape, self._dtypes[0]), self._tensor(text_at, text_shape, self._dtypes[1])
         note = self._bytes(note_at, note_length)
+        image = self._first_frame(row) if first_frame else None
         if check:
             self._check(row, frames, latents, text, note)
-            self._seen[row] |= len(frames) == count
-        return Record(latents, text, sample_id, note)
+            if image is not None and digest(_view(image)) != int(self.index.columns["image_hash"][row]):
+                raise DataError(self._damaged(row, "the first frame"))
+            self._seen[row] |= len(frames) == count and (first_frame or not encoder.first_frame)
+        return Record(latents, text, sample_id, note, image)
+
+    def _first_frame(self, row: int) -> torch.Tensor | None:
+        """Return the pixels uint8 `[H, W, 3]` of a record, if it has any."""
+        if not self.index.encoder.first_frame:
+            return None
+        start, height, width, _ = (int(self.index.columns[name][row]) for name in IMAGE_COLUMNS)
+        return self._tensor(start, (height, width, IMAGE_CHANNELS), torch.uint8) if start else None
 
     def check_record_header(self, row: int) -> None:
         """Check that the record's own header agrees with the index.
@@ -129,42 +148,56 @@ class Shard:
         start, where = int(columns["record"][row]), self._where(row)
         self._check_size()
         header = self._bytes(start, RECORD_HEADER.size)
-        _, frames, height, width, channels, *rest, note_hash, number = unseal(
-            RECORD_HEADER, header, RECORD_MAGIC, where
-        )
+        has_image = self.index.encoder.first_frame and columns["image_offset"][row] > 0
+        magic = IMAGE_RECORD_MAGIC if has_image else RECORD_MAGIC
+        _, frames, height, width, channels, *rest, note_hash, number = unseal(RECORD_HEADER, header, magic, where)
         names = ("frames", "height", "width", "text_length", "sample_id", "text_offset", "text_hash", "metadata_length")
         expected = [int(columns[name][row]) for name in names]
         expected_channels = 2 * self.index.encoder.latent_channels
         good_note = note_hash in (0, int(columns["metadata_hash"][row]) % 2**32)
         if [frames, height, width, *rest, number] != [*expected, row] or channels != expected_channels or not good_note:
             raise DataError(f"{where}: the record's header disagrees with the index")
+        if has_image:
+            self._check_image_header(row, where)
+
+    def _check_image_header(self, row: int, where: str) -> None:
+        start = int(self.index.columns["image_offset"][row])
+        header = self._bytes(start - IMAGE_HEADER.size, IMAGE_HEADER.size)
+        _, *found = unseal(IMAGE_HEADER, header, IMAGE_MAGIC, f"{where}: first frame")
+        height, width, pixels, number = (
+            int(self.index.columns[name][row]) for name in ("image_height", "image_width", "image_hash", "sample_id")
+        )
+        if found != [height, width, IMAGE_CHANNELS, number, pixels]:
+            raise DataError(f"{where}: the header of its first frame disagrees with the index")
 
     def _check_header(self) -> None:
         with self.path.open("rb") as file:
             header = file.read(BIN_HEADER.size)
-        _, major, minor, _, uuid, channels, width = unseal(BIN_HEADER, header, BIN_MAGIC, str(self.path))
+        _, major, minor, _, uuid, *fields = unseal(BIN_HEADER, header, BIN_MAGIC, str(self.path))
         check_version(major, minor, str(self.path))
         if uuid != self.index.uuid:
             raise DataError(
                 f"{self.path} has uuid {uuid.hex()}, the .idx beside it {self.index.uuid.hex()}: they are of two shards"
             )
-        if (channels, width) != (2 * self.index.encoder.latent_channels, self.index.encoder.text_width):
+        if tuple(fields) != self.index.encoder.bin_header_values:
             raise DataError(
-                f"{self.path} holds {channels} channels and texts of width {width}, its index says otherwise"
+                f"{self.path} holds (channels, text width, dtype codes) {fields}, its index says otherwise: "
+                f"{list(self.index.encoder.bin_header_values)}"
             )
 
-    def _tensor(self, start: int, shape: tuple[int, ...]) -> torch.Tensor:
-        """Return bf16 values of the .bin: a view of the mapping, or read into memory of their own."""
+    def _tensor(self, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Return values of the .bin: a view of the mapping, or read into memory of their own."""
         count = math.prod(shape)
         if not count:
-            return torch.empty(shape, dtype=torch.bfloat16)
+            return torch.empty(shape, dtype=dtype)
         if self.access == "pread":
-            return torch.frombuffer(self._read(start, count * BF16_BYTES), dtype=torch.bfloat16).view(shape)
-        if self._values is None:
-            usable = self.index.bin_bytes // BF16_BYTES
-            self._values = torch.frombuffer(self._mapped(), dtype=torch.bfloat16, count=usable)
-        start //= BF16_BYTES  # records, and so latents and texts, are aligned to 64 bytes
-        return self._values[start : start + count].view(shape)
+            return torch.frombuffer(self._read(start, count * dtype.itemsize), dtype=dtype).view(shape)
+        values = self._values.get(dtype)
+        if values is None:
+            usable = self.index.bin_bytes // dtype.itemsize
+            values = self._values[dtype] = torch.frombuffer(self._mapped(), dtype=dtype, count=usable)
+        start //= dtype.itemsize  # fields are aligned to 64 bytes
+        return values[start : start + count].view(shape)
 
     def _bytes(self, start: int, length: int) -> bytes:
         return self._mapped()[start : start + length] if self.access == "mmap" else bytes(self._read(start, length))
@@ -262,14 +295,22 @@ class IndexedDataset:
         """What made the records."""
         return self.manifest.encoder
 
-    def sample(self, number: int, frames: range | None = None) -> Record:
+    def sample(self, number: int, frames: range | None = None, first_frame: bool = False) -> Record:
         """Return sample `number`; `frames` limits the latents to these latent frames (and to their bytes on disk).
+
+        The pixels of the first frame are read only where `first_frame` asks for them.
 
         Raises:
             DataError: the sample is damaged; names its shard and id.
         """
         shard, row = self.locate(number)
-        return shard.record(row, frames)
+        return shard.record(row, frames, first_frame)
+
+    def has_first_frame(self) -> np.ndarray:
+        """Return which samples hold their first frame: bool `[n]`."""
+        if not self.encoder.first_frame:
+            return np.zeros(len(self), bool)
+        return self._column("image_offset", np.uint64) > 0
 
     def side_column(self, name: str) -> np.ndarray:
         """Return the newest generation of a side column: float32 `[n]`, NaN where a sample has no value.
