@@ -7,7 +7,7 @@ import argparse
 from megacogvx.models.vae.tiling import CHUNKED, MODES, TILED, Coding
 
 
-def add_coding_arguments(parser: argparse.ArgumentParser) -> None:
+def add_coding_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """Add `--vae-mode`, `--vae-chunk` and `--vae-tile`."""
     add, tile = parser.add_argument, TILED.tile
     assert tile is not None

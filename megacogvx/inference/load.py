@@ -70,18 +70,23 @@ class TransformerCheckpoint(Checkpoint):
         """What the VAE's latents were multiplied by in training."""
         return self.diffusion.scaling_factor or self.encoder.latent_scale_factor
 
+    @property
+    def expects_image(self) -> bool:
+        """Whether this is an image-to-video model."""
+        return self.config.in_channels == 2 * self.config.out_channels
+
     def check_vae(self, vae: VAECheckpoint) -> None:
-        """Raise `ConfigError` when this VAE can't decode what the transformer makes."""
+        """Raise `ConfigError` when this VAE can't decode what the transformer makes, or nothing could be made."""
         if vae.config.latent_channels != self.config.out_channels:
             raise ConfigError(
                 f"the VAE {vae.path} has latent_channels={vae.config.latent_channels}, the transformer {self.path} "
                 f"makes model.out_channels={self.config.out_channels}; use the VAE that encoded its dataset"
             )
-        if self.config.in_channels != self.config.out_channels:
+        if self.config.in_channels not in (self.config.out_channels, 2 * self.config.out_channels):
             raise ConfigError(
                 f"the transformer {self.path} has model.in_channels={self.config.in_channels} for "
-                f"{self.config.out_channels} channels of noise: it expects an image as well, and only text to video "
-                "is generated here"
+                f"model.out_channels={self.config.out_channels} of noise; what works is the same number, or twice as "
+                "many for image to video"
             )
 
 
