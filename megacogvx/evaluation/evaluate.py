@@ -215,14 +215,17 @@ def averages(scores: Sequence[Scores]) -> Scores:
         values = {getattr(score, name) for score in scores}
         return int(values.pop()) if len(values) == 1 else 0
 
-    def moved(name: str) -> float | None:
+    def mean(name: str) -> float | None:
         values = [getattr(score, name) for score in scores if getattr(score, name) is not None]
         return fmean(values) if values else None
 
     return Scores(
         f"mean of {len(scores)}", same("frames"), same("height"), same("width"),
-        *(fmean(getattr(score, name) for score in scores) for name in ("psnr", "ssim", "perceptual")),
-        moved("flickering"), moved("flickering_reconstruction"),
+        psnr=fmean(score.psnr for score in scores),
+        ssim=fmean(score.ssim for score in scores),
+        perceptual=fmean(score.perceptual for score in scores),
+        flickering=mean("flickering"),
+        flickering_reconstruction=mean("flickering_reconstruction"),
     )  # fmt: skip
 
 

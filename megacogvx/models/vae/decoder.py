@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
+from typing import cast
 
 import torch
 from torch import nn
@@ -49,7 +51,7 @@ class Decoder(nn.Module):
         x_BCTHW = self.conv_in(latents_BCTHW, frames)
         for block in self.middle:
             x_BCTHW = block(x_BCTHW, frames, latents_BCTHW)
-        for stage in self.stages:  # blocks called from here, as in the encoder
+        for stage in cast(Iterable[DecoderStage], self.stages):  # as in the encoder
             for block in stage.blocks:
                 x_BCTHW = block(x_BCTHW, frames, latents_BCTHW)
             if stage.upsample is not None:

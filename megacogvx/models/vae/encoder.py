@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
+from typing import cast
 
 import torch
 from torch import nn
@@ -48,7 +50,8 @@ class Encoder(nn.Module):
     def forward(self, video_BCTHW: torch.Tensor, frames: FrameSpan) -> torch.Tensor:
         """Return the moments of a clip, or of one chunk of it."""
         x_BCTHW = self.conv_in(video_BCTHW, frames)
-        for stage in self.stages:  # blocks called from here: a stage's own forward would hold its input to its end
+        # Blocks are called from here: a stage's own forward would hold its input to its end.
+        for stage in cast(Iterable[EncoderStage], self.stages):
             for block in stage.blocks:
                 x_BCTHW = block(x_BCTHW, frames)
             if stage.downsample is not None:
