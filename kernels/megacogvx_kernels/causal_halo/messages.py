@@ -22,7 +22,7 @@ class Messages:
         self.in_flight: list[torch.Tensor] = []  # keeps the tensors of the messages alive
 
     def post(self, send: torch.Tensor | None, to: int, receive: torch.Tensor | None) -> None:
-        """Send to the neighbour at `to` (-1 or 1) and receive from the other one, both contiguous; None is no message."""
+        """Send to the neighbour at `to` (-1 or 1), receive from the other one; both contiguous, None is no message."""
         rank = self.group.rank()
         wanted = [(dist.irecv, receive, rank - to), (dist.isend, send, rank + to)]
         ops = [dist.P2POp(call, x, group=self.group, group_peer=peer) for call, x, peer in wanted if x is not None]

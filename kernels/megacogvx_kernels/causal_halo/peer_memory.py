@@ -105,7 +105,7 @@ class PeerMemory:
         self.in_flight: list[torch.Tensor] = []  # other streams use them until `finish`
 
     def post(self, send: torch.Tensor | None, to: int, receive: torch.Tensor | None) -> None:
-        """Send to the neighbour at `to` (-1 or 1) and receive from the other one, both contiguous; None is no message."""
+        """Send to the neighbour at `to` (-1 or 1), receive from the other one; both contiguous, None is no message."""
         self.in_flight += [x for x in (send, receive) if x is not None]
         if send is not None:
             self.mailbox.send(send, to)
