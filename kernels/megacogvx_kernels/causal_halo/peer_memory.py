@@ -143,7 +143,7 @@ def _make(group: dist.ProcessGroup, capacity: int, device: torch.device) -> Mail
     try:
         mailbox, problem = Mailbox(group, capacity, device), ""
     except (RuntimeError, NotImplementedError) as error:
-        mailbox, problem = None, str(error).splitlines()[0]
+        mailbox, problem = None, f"{type(error).__name__} {error}"
     problems = [each for each in _gather(problem, group, device) if each]
     if problems:
         _log.warning("causal_halo over %d ranks: messages, since peer memory failed: %s", group.size(), problems[0])
