@@ -18,7 +18,7 @@ PEERS = {  # name -> what it computes
     "Transformer Engine LayerNorm": "the norm of adaln_modulate, without modulation",
     "apex FusedLayerNorm": "the norm of adaln_modulate, without modulation",
     "flash-attn rotary": "the rotation of qk_norm_rope (q and k), without norm",
-    "Transformer Engine rotary": "the rotation of qk_norm_rope (q and k), without norm; pairs are halves, not neighbours",
+    "Transformer Engine rotary": "the rotation of qk_norm_rope (q and k), without norm; pairs halves of a head",
 }
 
 
@@ -39,7 +39,7 @@ def measure(name: str, tokens: int, heads: int, scale: Scale, bandwidth: float) 
     moved = sum(x.numel() * x.element_size() for x in inputs)
     least = (2.0 * moved, (2.0 if "rotary" in name else 3.0) * moved)
     found = both_ways({"ms": way}, inputs, (), least, bandwidth, scale)
-    return {f"{name} {direction}": each for direction, each in found.items()}
+    return {f"{name} {direction}": {**each, "remark": PEERS[name]} for direction, each in found.items()}
 
 
 def _liger(width: int, parameters: list[torch.Tensor], scale: Scale) -> Call:

@@ -1,4 +1,4 @@
-"""The ops on tokens: `qk_norm_rope`, `adaln_modulate` and `gated_residual_adaln`, beside eager torch and torch.compile."""
+"""The ops on tokens, `qk_norm_rope`, `adaln_modulate`, `gated_residual_adaln`, beside eager torch and torch.compile."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def measure(op: str, tokens: int, heads: int, scale: Scale, bandwidth: float, wa
     return {f"{op} {way}": found[way] for way in WAYS}
 
 
-_PACKAGES = {op: adaln for op in OPS} | {"qk_norm_rope": qk_norm_rope}
+_PACKAGES = dict.fromkeys(OPS, adaln) | {"qk_norm_rope": qk_norm_rope}
 Prepared = tuple[Call, Callable[..., Any], Tensors, Tensors, tuple[float, float]]
 
 
