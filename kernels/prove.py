@@ -31,9 +31,9 @@ sys.path.insert(0, str(PROJECT / "kernels"))
 import toolchain  # noqa: E402  (beside this file, not installed)
 
 PROOF = PROJECT / "build" / "proof"
-NO_PROOF = "tests/kernels/test_benchmarks.py"  # of what measures the kernels
-PYTEST = [sys.executable, "-m", "pytest", "tests/kernels", f"--ignore={NO_PROOF}", "-q", "-p", "no:cacheprovider"]
-PYTEST += ["--timeout", "1800"]
+ABOUT_PROGRAMS = ("tests/kernels/test_benchmarks.py", "tests/kernels/test_prove.py")  # not about kernels
+PYTEST = [sys.executable, "-m", "pytest", "tests/kernels", "-q", "-p", "no:cacheprovider", "--timeout", "1800"]
+PYTEST += [f"--ignore={file}" for file in ABOUT_PROGRAMS]
 FIXED_CASES = "the_kernel_packs or need_no_particular or several_blocks or text_is_bit_equal"  # of the SIMT shim
 TAIL = 40  # lines of a failed piece's output that are shown
 
@@ -94,9 +94,9 @@ def state() -> str:
     digest = hashlib.sha256(toolchain.fingerprint().encode() + sys.version.encode())
     folders = ("kernels/megacogvx_kernels", "tests/kernels", "megacogvx/testing")
     files = [file for folder in folders for file in (PROJECT / folder).rglob("*.py")]
-    for file in sorted([*files, *(PROJECT / "kernels").glob("*.*")]):
-        if file.suffix in (".py", ".json") and file != PROJECT / NO_PROOF:
-            digest.update(file.read_bytes())
+    files += [PROJECT / "kernels" / name for name in ("machine_code.py", "budgets.json")]
+    for file in sorted(set(files) - {PROJECT / name for name in ABOUT_PROGRAMS}):
+        digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
 

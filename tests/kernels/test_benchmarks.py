@@ -58,18 +58,19 @@ def test_every_size_has_its_row(run_all):
 def test_a_dry_run_of_some_cases_measures_them_and_goes_on(run_all, monkeypatch, tmp_path, capsys):
     """Forward and backward of an op, group norm and the virtual ranks: the code that runs on a card, on tiny sizes."""
     readme = run_all.kept.README.read_text()
-    names = ("check", "75 tokens x 2 heads", "group_norm_moments: 8", "virtual")
+    names = ("check", "qk_norm_rope: 75 tokens x 2 heads", "group_norm_moments: 8")
     plan = run_all.plan
 
     def some(*arguments):
-        return [case for case in plan(*arguments) if any(name in case.name for name in names)]
+        chosen = [case for case in plan(*arguments) if not case.name.endswith("compiled")]  # that takes seconds
+        return [case for case in chosen if case.name.startswith(names) or "virtual" in case.name]
 
     monkeypatch.setattr(run_all, "plan", some)
     assert _run(run_all, monkeypatch, "--dry-run", "--out", tmp_path) == 0
     results = _results(tmp_path)
     assert all("error" not in how for how in results["done"].values()), results["done"]
     rope = results["rows"]["qk_norm_rope backward: 75 tokens x 2 heads"]
-    assert {"ms", "eager", "compiled", "share"} <= set(rope)
+    assert {"ms", "eager", "share"} <= set(rope)
     assert any("virtual ranks" in name and row["ms"] > 0 for name, row in results["rows"].items())
     capsys.readouterr()
     assert _run(run_all, monkeypatch, "--dry-run", "--out", tmp_path) == 0

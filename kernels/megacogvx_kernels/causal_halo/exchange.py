@@ -59,10 +59,10 @@ class HaloExchange:
         self._post(send=self._outgoing() if self.can_send else None, to=1, receive=None if self.is_first else self.halo)
 
     def _end(self) -> torch.Tensor:
-        self.transport.finish()
+        self._finish()
         if not self.can_send:
             self._post(send=self._outgoing(), to=1, receive=None)
-            self.transport.finish()
+            self._finish()
         halo = self.halo
         del self.halo, self.tail
         return halo
@@ -75,13 +75,13 @@ class HaloExchange:
             self._post(send=outgoing, to=-1, receive=self.tail_gradient)
             return
         self._post(send=None, to=-1, receive=self.tail_gradient)
-        self.transport.finish()
+        self._finish()
         if self.tail_gradient is not None:  # its first frames belong to ranks further ahead
             self.halo_gradient[:, :, self.own :] += self.tail_gradient[:, :, : self.size - self.own]
         self._post(send=outgoing, to=-1, receive=None)
 
     def _end_backward(self, shape: torch.Size) -> torch.Tensor:
-        self.transport.finish()
+        self._finish()
         gradient = torch.zeros_like(self.halo_gradient[:, :, :1].expand(shape), memory_format=self.layout)
         if self.tail_gradient is not None:
             add_to_last_frames(gradient, self.tail_gradient[:, :, self.size - self.own :])
@@ -102,6 +102,10 @@ class HaloExchange:
         """Send to the neighbour at `to` (-1 or 1) and receive from the other one; None is no message."""
         send, receive = (None if x is None else as_sent(x, self.layout) for x in (send, receive))
         self.transport.post(send, to, receive)
+
+    def _finish(self) -> None:
+        """Wait for what was posted."""
+        self.transport.finish()
 
 
 def transport_of(message: torch.Tensor, group: dist.ProcessGroup) -> Messages | PeerMemory:
