@@ -1,5 +1,6 @@
 """kernels/benchmarks: one failure costs one row, a second call goes on, and what isn't measured is said to be so."""
 
+import dataclasses
 import importlib
 import itertools
 import json
@@ -203,6 +204,19 @@ def test_without_a_gpu_the_script_says_so(run_all, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="measures on a GPU"):
         _run(run_all, monkeypatch)
+
+
+@pytest.mark.gpu
+def test_every_case_runs_on_a_card(run_all):
+    """The dry run's sizes with the card's kernels: checks, streams of the virtual ranks, two processes, attention."""
+    scale = dataclasses.replace(run_all.DRY, device="cuda", compiler="inductor")
+    for case in run_all.plan(scale, 1e12):
+        try:
+            found = case.measure()
+        except ImportError:
+            continue  # a peer
+        for op, figures in (found or {}).items():
+            assert not figures.get("notes"), (case.name, op, figures)
 
 
 @pytest.mark.slow
