@@ -99,14 +99,14 @@ class VirtualMemory:
         """Return a piece of a rank's buffer."""
         return self.buffers[rank][first : first + sizes[0]]
 
-    def put_signal(self, dst_rank: int, channel: int) -> None:
+    def put_signal(self, dst_rank: int, channel: int, timeout_ms: int) -> None:
         """Record where the current stream is."""
         event = torch.cuda.Event() if self.buffers[self.rank].is_cuda else None
         if event:
             event.record()
         self.signals[dst_rank, channel, self.rank] = event
 
-    def wait_signal(self, src_rank: int, channel: int) -> None:
+    def wait_signal(self, src_rank: int, channel: int, timeout_ms: int) -> None:
         """Let the current stream wait for the other rank's."""
         event = self.signals.pop((self.rank, channel, src_rank))
         if event:

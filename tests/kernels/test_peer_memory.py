@@ -46,10 +46,10 @@ class Files:
         assert dtype == torch.uint8
         return self.buffers[rank][storage_offset : storage_offset + sizes[0]]
 
-    def put_signal(self, dst_rank, channel):
+    def put_signal(self, dst_rank, channel, timeout_ms):
         self._change(self.signals[dst_rank], self.group.size() * channel + self.rank, 0, 1)
 
-    def wait_signal(self, src_rank, channel):
+    def wait_signal(self, src_rank, channel, timeout_ms):
         self._change(self.signals[self.rank], self.group.size() * channel + src_rank, 1, 0)
 
     def _map(self, rank, kind, size):
@@ -178,8 +178,8 @@ def test_the_calls_are_those_of_torch():
         assert callable(getattr(memory, name))
     for name, arguments in {
         "get_buffer": ("rank: ", "sizes: ", "dtype: ", "storage_offset: "),
-        "put_signal": ("dst_rank: ", "channel: "),
-        "wait_signal": ("src_rank: ", "channel: "),
+        "put_signal": ("dst_rank: ", "channel: ", "timeout_ms: "),
+        "wait_signal": ("src_rank: ", "channel: ", "timeout_ms: "),
     }.items():
         said = getattr(handle, name).__doc__
         places = [said.find(argument) for argument in arguments]

@@ -29,6 +29,7 @@ SLOTS, DIRECTIONS = 2, 2
 CHANNELS = 2 * SLOTS * DIRECTIONS  # "full" and "was read" of each slot
 SIGNAL_BYTES = 4
 SMALLEST = 2**20  # bytes of a slot
+TIMEOUT_MS = 10 * 60 * 1000  # then a neighbour counts as gone, and the waiting kernel ends this process with an error
 TEXT_BYTES = 256  # of what ranks tell each other before they have a mailbox
 BOOT = Path("/proc/sys/kernel/random/boot_id")  # tells machines of one name apart
 
@@ -64,20 +65,20 @@ class Mailbox:
         _follow(self.outward)
         with torch.cuda.stream(self.outward):
             if count >= SLOTS:
-                self.handle.wait_signal(self.rank + to, CHANNELS // 2 + slot)
+                self.handle.wait_signal(self.rank + to, CHANNELS // 2 + slot, TIMEOUT_MS)
             raw = _bytes_of(message)
             self.handle.get_buffer(self.rank + to, (raw.numel(),), torch.uint8, first).copy_(raw)
-            self.handle.put_signal(self.rank + to, slot)
+            self.handle.put_signal(self.rank + to, slot, TIMEOUT_MS)
 
     def receive(self, message: torch.Tensor, to: int) -> None:
         """Read a contiguous message of the neighbour opposite to `to` out of this rank's memory."""
         _, slot, first = self._next(self.received, to)
         _follow(self.inward)
         with torch.cuda.stream(self.inward):
-            self.handle.wait_signal(self.rank - to, slot)
+            self.handle.wait_signal(self.rank - to, slot, TIMEOUT_MS)
             raw = _bytes_of(message)
             raw.copy_(self.memory[first : first + raw.numel()])
-            self.handle.put_signal(self.rank - to, CHANNELS // 2 + slot)
+            self.handle.put_signal(self.rank - to, CHANNELS // 2 + slot, TIMEOUT_MS)
 
     def finish(self) -> None:
         """Let the current stream wait for what was sent and received."""
