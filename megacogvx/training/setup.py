@@ -279,7 +279,7 @@ def _train_ready(
     checkpoints: CheckpointDirectory,
 ) -> tuple[DistributedDataParallel, Optimizer, TrainState]:  # fmt: skip
     """Wrap the model, make its optimizer, and load the weights and states that it goes on from."""
-    ddp = wrap(model, core, groups)
+    ddp = wrap(model, core, groups, overlap=config.parallel.overlap_grad_reduce)
     optimizer = _make_optimizer(ddp, config.optimizer, config.training.steps, groups)
     return ddp, optimizer, _load_newest(config, ddp, optimizer, checkpoints, groups, {})
 
