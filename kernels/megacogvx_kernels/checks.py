@@ -96,14 +96,14 @@ def require_vectors(name: str, tensor: torch.Tensor) -> None:
 
 def is_aligned(tensor: torch.Tensor) -> bool:
     """Tell whether it begins where a kernel can read it 16 bytes at a time; of a traced one, by its place alone."""
-    offset: int = tensor.storage_offset() * tensor.element_size()
+    offset = tensor.storage_offset() * tensor.element_size()
     if torch.compiler.is_compiling() or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
-        return offset % ALIGNMENT == 0
+        return bool(offset % ALIGNMENT == 0)
     try:
         address = tensor.data_ptr()
     except RuntimeError:  # one of functorch's
         address = 0
-    return (address or offset) % ALIGNMENT == 0  # meta tensors lie at 0
+    return bool((address or offset) % ALIGNMENT == 0)  # meta tensors lie at 0
 
 
 def packed(tensor: torch.Tensor) -> torch.Tensor:
