@@ -51,17 +51,12 @@ test: lint $(COMPILED)  ## lint, then the default tests
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(ARGS)
 
 # In full what `make test` does in part: three architectures, 2,000 shapes, and 200 of them under AddressSanitizer, which
-# is many times slower; nothing is skipped.
-PROVE_KERNELS := MEGACOGVX_KERNELS_MUST_RUN=1 OMP_NUM_THREADS=1
+# is many times slower; nothing is skipped. ARGS="--minutes 3" begins no further piece after so long; the next call goes on.
 kernels: $(STAMP)  ## build the CUDA kernels and prove them without a GPU; where nvcc is missing, install its wheels
 	@$(BIN)/python kernels/toolchain.py nvcc || { $(BIN)/python -m pip install -qq -r kernels/nvcc.txt && \
 		chmod +x $(VENV)/lib/python3*/site-packages/nvidia/cu13/bin/* $(VENV)/lib/python3*/site-packages/nvidia/cu13/nvvm/bin/*; }
 	MEGACOGVX_KERNELS=cuda $(BIN)/python setup.py -q build_ext --inplace
-	$(BIN)/python kernels/machine_code.py
-	$(PROVE_KERNELS) MEGACOGVX_KERNELS_SHAPES=2000 $(BIN)/python -m pytest tests/kernels --timeout 1800 $(ARGS)
-	$(PROVE_KERNELS) MEGACOGVX_KERNELS_SHAPES=200 ASAN_OPTIONS=detect_leaks=0 \
-		LD_PRELOAD=$$($${CXX:-g++} -print-file-name=libasan.so) $(BIN)/python -m pytest tests/kernels \
-		-k 'the_kernel or the_kernels or several_blocks or text_is_bit_equal' --timeout 1800 $(ARGS)
+	$(BIN)/python kernels/prove.py $(ARGS)
 
 faults: $(STAMP)  ## every fault of the matrix, planted and recovered; at most an hour, goes on where it was stopped
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python tests/faults/matrix.py $(ARGS)

@@ -1,23 +1,29 @@
 """Everything that is measured of the kernels, in one command under 8 minutes on one GPU.
 
-Builds the library if its sources have changed, checks the kernels against their references, measures the card's copy
-bandwidth, then times each op forward and backward against the reference run eagerly and compiled by torch, group norm,
-the halo over virtual ranks, and attention. Results go to kernels/benchmarks/results/<date>_<card>.json and, as the
-table of what was measured, into kernels/README.md.
+Builds the library if its sources have changed, checks the kernels against their references and beyond 2^31 elements,
+measures the card's copy bandwidth, then times each op forward and backward against the reference run eagerly, the halo
+over virtual ranks and between two processes, attention's kernels, other people's kernels where they are installed, and
+last the references under torch.compile. What fails leaves a note in its row. Results are written after every case to
+kernels/benchmarks/results/, or the folder of --out, and go into the table of kernels/README.md; a second call goes on
+where the first one stopped. It needs torch alone.
 
-    python kernels/benchmarks/run_all.py             # measure, and write both
-    python kernels/benchmarks/run_all.py --table     # only write the table again, from the latest results
+    python kernels/benchmarks/run_all.py                    # measure, and write both
+    python kernels/benchmarks/run_all.py --seconds 300      # begin no further case after 5 minutes
+    python kernels/benchmarks/run_all.py --only "qk_norm_rope: 75000" --once      # a few calls of one, for a profiler:
+    ncu --clock-control none --set full -k regex:qk_norm --launch-count 3 python ... --only "..." --once
+    python kernels/benchmarks/run_all.py --table            # only write the table again, from the latest results
+    python kernels/benchmarks/run_all.py --dry-run          # the same code on a CPU, tiny; times mean nothing
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
-from datetime import date
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,128 +31,199 @@ FOLDER = Path(__file__).resolve().parent
 PROJECT = FOLDER.parents[1]
 sys.path[:0] = [str(FOLDER), str(PROJECT / "kernels"), str(PROJECT)]
 
-RESULTS = FOLDER / "results"
-README = PROJECT / "kernels" / "README.md"
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
-SECONDS = 8 * 60  # what is not begun by then is left out, and said to be
-TOKENS, HEADS, WIDTH = (25_000, 75_000, 700_000), (48, 24, 6), 64
-COLUMNS = ("op", "size", "ms", "share of copy bandwidth", "eager ms", "torch.compile ms")
-ROWS = [
-    *((f"qk_norm_rope {way}", f"{tokens} tokens x {heads} heads") for way in ("forward", "backward")
-      for tokens in TOKENS for heads in HEADS),
-    *((f"{op} {way}", f"{tokens} tokens x {heads * WIDTH}") for op in ("adaln_modulate", "gated_residual_adaln")
-      for way in ("forward", "backward") for tokens in TOKENS for heads in HEADS),
-    *((f"group_norm_moments + SiLU {way}", shape) for way in ("forward", "backward")
-      for shape in ("128 x 17 x 240 x 360", "128 x 17 x 240 x 360 channels-last")),
-    ("causal_halo pack", "2 x 128 x 17 x 240 x 360, 2 frames"),
-    ("causal convolution over 4 virtual ranks", "1 x 128 x 16 x 120 x 180, kernel 3"),
-    *((f"attention forward + backward, {how}", pack) for how in ("cuDNN per sample", "flash per sample", "varlen")
-      for pack in ("1 x 17800 tokens", "4 x 18750 tokens", "1 x 75000 tokens")),
-]  # fmt: skip
+import bench_attention  # noqa: E402  (beside this file, not installed)
+import bench_checks  # noqa: E402
+import bench_clips  # noqa: E402
+import bench_peers  # noqa: E402
+import bench_tokens  # noqa: E402
+import results as kept  # noqa: E402
+import timing  # noqa: E402
+from scale import DRY, REAL, Scale  # noqa: E402
+
+import toolchain  # noqa: E402
+
+SECONDS = 470.0  # of 8 minutes
 
 
-def table(results: dict[str, Any] | None) -> str:
-    """Return the Markdown table of what was measured; without results, every row says so."""
-    measured = results["rows"] if results else {}
-    lines = [_headline(results), "", f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
-    for op, size in ROWS:
-        found = measured.get(f"{op}: {size}")
-        cells = _cells(found) if found else ["not measured", "", "", ""]
-        lines.append(f"| {op} | {size} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+@dataclass(frozen=True)
+class Case:
+    """One thing to measure: its name, the size of the rows that it fills, their ops, and the function that does it."""
+
+    name: str
+    size: str
+    ops: tuple[str, ...]
+    measure: Callable[[], dict[str, Any] | None]
 
 
-def write_table(results: dict[str, Any] | None) -> None:
-    """Put the table between its two marks in kernels/README.md."""
-    text = README.read_text()
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    README.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{after}")
+def plan(scale: Scale, bandwidth: float, ways: str = "eager") -> list[Case]:
+    """Return all cases, the most important first: checks, ours and eager torch, other kernels, torch.compile."""
+    checks = {
+        "check: against the references": bench_checks.against_references,
+        "check: more than 2^31 elements": bench_checks.beyond_2_to_the_31,
+    }
+    cases = [Case(name, "", (), partial(check, scale)) for name, check in checks.items()]
+    sizes = [(tokens, heads) for tokens in scale.tokens for heads in scale.heads]
+    cases += [_of_tokens(op, *size, scale, bandwidth, ways) for size in sizes for op in bench_tokens.OPS]
+    cases += _of_clips(scale, bandwidth, ways)
+    for how in bench_attention.KERNELS:
+        for samples, tokens in scale.packs:
+            size, op = bench_attention.size_of(samples, tokens), f"attention forward + backward, {how}"
+            attend = partial(bench_attention.measure, how, samples, tokens, scale)
+            cases.append(Case(f"{op}: {size}", size, (op,), attend))
+    cases += [_of_peer(name, scale, bandwidth) for name in bench_peers.PEERS]
+    return cases if ways == "once" else [*cases, *_compiled(scale, bandwidth)]
 
 
-def latest() -> dict[str, Any] | None:
-    """Return the newest file of results, or None."""
-    files = sorted(RESULTS.glob("*.json"))
-    return json.loads(files[-1].read_text()) if files else None
+def rows(scale: Scale) -> list[tuple[str, str]]:
+    """Return op and size of every row of the table, ordered by op."""
+    found = dict.fromkeys((op, case.size) for case in plan(scale, 1.0) for op in case.ops)
+    places = {op: place for place, op in enumerate(dict.fromkeys(op for op, _ in found))}
+    return sorted(found, key=lambda row: places[row[0]])
+
+
+def _of_tokens(op: str, tokens: int, heads: int, scale: Scale, bandwidth: float, ways: str) -> Case:
+    size = bench_tokens.size_of(op, tokens, heads, scale)
+    ops = tuple(f"{op} {way}" for way in bench_tokens.WAYS)
+    name = f"{op}: {size}" + (" compiled" if ways == "compile" else "")
+    return Case(name, size, ops, partial(bench_tokens.measure, op, tokens, heads, scale, bandwidth, ways))
+
+
+def _of_clips(scale: Scale, bandwidth: float, ways: str) -> list[Case]:
+    clip, shard = (" x ".join(map(str, shape)) for shape in (scale.clip, scale.shard))
+    found = [_of_norm(is_last, scale, bandwidth, ways) for is_last in (False, True)]
+    spread = f"{bench_clips.LAYERS} causal convolutions over {bench_clips.RANKS} virtual ranks"
+    between = "causal_halo between two processes on one card"
+    for op, size, measure in (
+        ("causal_halo pack", f"2 x {clip}, 2 frames", partial(bench_clips.pack, scale, bandwidth)),
+        (spread, f"1 x {shard}, kernel 3", partial(bench_clips.virtual_ranks, scale)),
+        (between, "1 x 128 x 16 x 240 x 360, 2 frames", partial(bench_clips.two_processes, scale)),
+    ):
+        found.append(Case(f"{op}: {size}", size, (op,), measure))
+    return found
+
+
+def _of_norm(is_last: bool, scale: Scale, bandwidth: float, ways: str) -> Case:
+    size = " x ".join(map(str, scale.clip)) + (" channels-last" if is_last else "")
+    ops = tuple(f"group_norm_moments + SiLU {way}" for way in bench_tokens.WAYS)
+    name = f"group_norm_moments: {size}" + (" compiled" if ways == "compile" else "")
+    return Case(name, size, ops, partial(bench_clips.group_norm, is_last, scale, bandwidth, ways))
+
+
+def _of_peer(name: str, scale: Scale, bandwidth: float) -> Case:
+    tokens, heads = scale.compiled[0]
+    size = f"{tokens} tokens x {heads} heads of {scale.head_width}"
+    ops = tuple(f"{name} {way}" for way in bench_tokens.WAYS)
+    return Case(f"{name}: {size}", size, ops, partial(bench_peers.measure, name, tokens, heads, scale, bandwidth))
+
+
+def _compiled(scale: Scale, bandwidth: float) -> list[Case]:
+    found = [_of_tokens(op, *size, scale, bandwidth, "compile") for size in scale.compiled for op in bench_tokens.OPS]
+    norms = [_of_norm(is_last, scale, bandwidth, "compile") for is_last in (False, True)]
+    return [*found[: len(bench_tokens.OPS)], *norms, *found[len(bench_tokens.OPS) :]]
 
 
 def main() -> int:
-    """Measure, and write what was found."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--table", action="store_true", help="only write the table again")
-    if parser.parse_args().table:
-        write_table(latest())
+    """Measure, and write what was found; exit status 3 if cases are left, 4 if the card has to be taken anew."""
+    arguments = _arguments()
+    if arguments.table:
+        kept.write_table(kept.latest(), rows(REAL))
         return 0
+    scale = DRY if arguments.dry_run else REAL
     import torch
 
-    import toolchain
+    if not scale.is_dry and not torch.cuda.is_available():
+        sys.exit("run_all.py measures on a GPU, and torch sees none here; --dry-run walks through it on a CPU")
+    if not scale.is_dry:
+        _build()
+    folder = arguments.out or (Path(tempfile.mkdtemp()) if scale.is_dry else kept.RESULTS)
+    results = kept.resume(kept.circumstances(toolchain.fingerprint()), [folder, kept.RESULTS])
+    if not results["bandwidth"]:
+        results["bandwidth"] = timing.copy_bandwidth(scale)
+    cases = plan(scale, results["bandwidth"], "once" if arguments.once else "eager")
+    chosen = [case for case in cases if arguments.only in case.name]
+    if arguments.once:
+        for case in chosen:
+            print(case.name, case.measure())
+        return 0
+    status = _measure(chosen, results, scale, folder, arguments.seconds, arguments.again)
+    results["said"] = bench_attention.fastest(results["rows"], scale)
+    print(f"results: {kept.save(results, folder)}")
+    if not scale.is_dry and folder == kept.RESULTS:
+        kept.write_table(results, rows(REAL))
+    print(kept.table(results, rows(scale)))
+    return status
 
-    if not torch.cuda.is_available():
-        sys.exit("run_all.py measures on a GPU, and torch sees none here")
-    tools = toolchain.find_tools("cuda")
-    ops = PROJECT / "kernels" / "megacogvx_kernels"
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="begin no further case after so long")
+    parser.add_argument("--out", type=Path, help="folder of the results; then kernels/README.md stays as it is")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--again", action="store_true", help="also cases that have failed before")
+    parser.add_argument("--once", action="store_true", help="ours alone, and nothing is written: under a profiler")
+    parser.add_argument("--table", action="store_true", help="only write the table again")
+    parser.add_argument("--dry-run", action="store_true", help="tiny, on a CPU; times mean nothing")
+    return parser.parse_args()
+
+
+def _build() -> None:
+    tools, ops = toolchain.find_tools("cuda"), PROJECT / "kernels" / "megacogvx_kernels"
     if not toolchain.is_current(ops, tools):
         toolchain.compile_library(tools, ops, PROJECT / "build" / "benchmark")
-    import cases
-    import timing
 
-    cases.check()
-    results = _circumstances(timing.copy_bandwidth())
-    _measure(cases, results)
-    RESULTS.mkdir(exist_ok=True)
-    name = f"{results['date']}_{results['card'].replace(' ', '_')}.json"
-    (RESULTS / name).write_text(json.dumps(results, indent=1) + "\n")
-    write_table(results)
-    print(table(results))
+
+def _measure(cases: list[Case], results: Any, scale: Scale, folder: Path, seconds: float, again: bool) -> int:
+    """Measure what isn't measured yet; a case that fails says so in its rows and doesn't stop the others."""
+    began = time.monotonic()
+    for place, case in enumerate(cases, 1):
+        done = results["done"].get(case.name)
+        if done and not (again and "error" in done):
+            continue
+        elapsed = time.monotonic() - began
+        if elapsed > seconds:
+            print(f"time is up before case {place} of {len(cases)}; the same command goes on from here")
+            return 3
+        print(f"[{elapsed:.0f} of {seconds:.0f} s, {place} of {len(cases)}] {case.name}", flush=True)
+        results["done"][case.name] = how = {"error": "the process ended"}  # unless it comes back
+        kept.save(results, folder)
+        how.update(_guarded(case, results))
+        how["seconds"] = round(time.monotonic() - began - elapsed, 1)
+        if how["error"] == "":
+            del how["error"]
+        kept.save(results, folder)
+        print(f"    {how}", flush=True)
+        if not _is_card_alive(scale):
+            print("the card's context is lost; the same command goes on after this case")
+            return 4
     return 0
 
 
-def _measure(cases: Any, results: dict[str, Any]) -> None:
-    """Fill `results["rows"]`; a case that fails says so in its row and doesn't stop the others."""
-    began = time.monotonic()
-    planned: dict[str, Callable[[], dict[str, float]]] = cases.planned(results["bandwidth"])
-    assert set(planned) == {f"{op}: {size}" for op, size in ROWS}, "cases.py and ROWS must name the same measurements"
-    for name, measure in planned.items():
-        if time.monotonic() - began > SECONDS - 60:
-            results["rows"][name] = {"note": "left out: out of time"}
-            continue
-        try:
-            results["rows"][name] = measure()
-        except Exception as error:  # of any backend, e.g. one that isn't in this torch
-            results["rows"][name] = {"note": f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"}
-        print(name, results["rows"][name], flush=True)
+def _guarded(case: Case, results: Any) -> dict[str, Any]:
+    """Run a case and merge what it found; return the error, or ""."""
+    try:
+        kept.merge(results, case.measure() or {}, case.size)
+    except ImportError as error:
+        problem = f"not installed ({error.name or error})"
+    except Exception as error:  # of any backend
+        problem = timing.in_short(error)
+    else:
+        return {"error": ""}
+    kept.merge(results, {op: {"notes": {"ms": problem}} for op in case.ops}, case.size)
+    return {"error": problem}
 
 
-def _circumstances(bandwidth: float) -> dict[str, Any]:
+def _is_card_alive(scale: Scale) -> bool:
+    """An access outside of memory ends the context: every later call would fail for its sake."""
+    if scale.is_dry:
+        return True
     import torch
 
-    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
-    commit = ["git", "-C", str(PROJECT), "rev-parse", "--short", "HEAD"]
-    driver, revision = (subprocess.run(c, capture_output=True, text=True).stdout.strip() for c in (asked, commit))
-    return {
-        "date": date.today().isoformat(),
-        "card": torch.cuda.get_device_name(0),
-        "driver": driver,
-        "torch": torch.__version__,
-        "commit": revision,
-        "bandwidth": bandwidth,
-        "rows": {},
-    }
-
-
-def _headline(results: dict[str, Any] | None) -> str:
-    if results is None:
-        return "Not measured yet: `python kernels/benchmarks/run_all.py` on a machine with a GPU fills this table."
-    where = f"{results['card']}, driver {results['driver']}, torch {results['torch']}, commit {results['commit']}"
-    return f"{results['date']}: {where}; a copy within its memory moves {results['bandwidth'] / 1e12:.2f} TB/s."
-
-
-def _cells(found: dict[str, Any]) -> list[str]:
-    if "note" in found:
-        return [found["note"], "", "", ""]
-    share = f"{found['share']:.0%}" if found.get("share") else ""
-    others = (f"{found[key]:.3f}" if key in found else "" for key in ("eager", "compiled"))
-    return [f"{found['ms']:.3f}", share, *others]
+    try:
+        timing.release(scale)
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

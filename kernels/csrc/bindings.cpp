@@ -62,6 +62,10 @@ struct QkNormRopeCall {
     args.grid = static_cast<const float*>(grid.data_ptr());
     args.samples = int(table.size(0)), args.tokens = qkv.size(0), args.token_offset = token_offset;
     args.heads = int(qkv.size(1)), args.width = int(width), args.eps = eps, args.rotate = rotate;
+    if (!rotate) return;
+    STD_TORCH_CHECK(
+        axis_t >= 0 && axis_h >= 0 && axis_t % 2 == 0 && axis_h % 2 == 0 && axis_t + axis_h <= width,
+        "axes must be even numbers that sum to K");
     args.axis_t = int(axis_t), args.axis_h = int(axis_h);
     set_frequencies(theta);
   }

@@ -6,9 +6,16 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 ALIGNMENT = 16  # bytes of one access of a kernel
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # What was found out about tensors that every layer of a model is called with; asking a device again would stall it.
 _tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def require_tensor(name: str, tensor: torch.Tensor) -> None:
+    """Raise `TypeError` unless it is a tensor."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
 
 
 def require_shape(name: str, tensor: torch.Tensor, expected: tuple[int | None, ...]) -> None:
@@ -18,8 +25,7 @@ def require_shape(name: str, tensor: torch.Tensor, expected: tuple[int | None, .
         TypeError: it isn't a tensor.
         ValueError: the shape differs.
     """
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+    require_tensor(name, tensor)
     fits = tensor.dim() == len(expected) and all(
         want in (None, size) for size, want in zip(tensor.shape, expected, strict=True)
     )
@@ -29,15 +35,31 @@ def require_shape(name: str, tensor: torch.Tensor, expected: tuple[int | None, .
 
 
 def require_floating(name: str, tensor: torch.Tensor) -> None:
-    """Raise `TypeError` unless `tensor` holds floating point numbers."""
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must be floating point, not {tensor.dtype}")
+    """Raise `TypeError` unless `tensor` is one of the floating point numbers that the ops compute with."""
+    require_tensor(name, tensor)
+    if tensor.dtype not in FLOATS:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
+        raise TypeError(f"{name} must be floating point ({known}), not {tensor.dtype}")
 
 
 def require_integer(name: str, tensor: torch.Tensor) -> None:
     """Raise `TypeError` unless `tensor` holds int32 or int64."""
+    require_tensor(name, tensor)
     if tensor.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be int32 or int64, not {tensor.dtype}")
+
+
+def require_count(name: str, number: int) -> None:
+    """Raise unless it is an integer that isn't negative.
+
+    Raises:
+        TypeError: it is something else (True counts as something else).
+        ValueError: it is negative.
+    """
+    if isinstance(number, bool) or not isinstance(number, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an integer, not {type(number).__name__}")
+    if number < 0:
+        raise ValueError(f"{name}={number} must not be negative")
 
 
 def require_one_device(**tensors: torch.Tensor) -> None:
@@ -65,10 +87,32 @@ def require_vectors(name: str, tensor: torch.Tensor) -> None:
     """
     if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
         raise ValueError(f"{name} has the strides {tensor.stride()}; its last axis must be contiguous")
-    size = tensor.element_size()
-    if (tensor.shape[-1] * size) % ALIGNMENT == 0 and (tensor.storage_offset() * size) % ALIGNMENT:
-        offset = tensor.storage_offset()
-        raise ValueError(f"{name} starts {offset} elements into its storage; it must start at {ALIGNMENT} bytes")
+    if (tensor.shape[-1] * tensor.element_size()) % ALIGNMENT == 0 and not is_aligned(tensor):
+        raise ValueError(
+            f"{name} starts {tensor.storage_offset()} elements into its storage, at no multiple of {ALIGNMENT} bytes; "
+            "it must start at one"
+        )
+
+
+def is_aligned(tensor: torch.Tensor) -> bool:
+    """Tell whether it begins where a kernel can read it 16 bytes at a time; of a traced one, by its place alone."""
+    offset = tensor.storage_offset() * tensor.element_size()
+    if torch.compiler.is_compiling() or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        return bool(offset % ALIGNMENT == 0)
+    try:
+        address = tensor.data_ptr()
+    except RuntimeError:  # one of functorch's
+        address = 0
+    return bool((address or offset) % ALIGNMENT == 0)  # meta tensors lie at 0
+
+
+def packed(tensor: torch.Tensor) -> torch.Tensor:
+    """Return it contiguous and at a multiple of 16 bytes; a copy only where it isn't.
+
+    For what nobody lays out by hand: parameters (a view into a flat buffer may start anywhere) and gradients.
+    """
+    tensor = tensor.contiguous()
+    return tensor if is_aligned(tensor) else tensor.clone()
 
 
 def version_of(tensor: torch.Tensor) -> int:

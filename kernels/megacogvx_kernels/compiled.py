@@ -20,11 +20,16 @@ _log = logging.getLogger("megacogvx.kernels")
 _is_off = False
 
 
+def _facts() -> dict[str, list[str]]:
+    facts: dict[str, list[str]] = json.loads((_FOLDER / "_compiled.json").read_text())
+    return facts
+
+
 @cache
 def available() -> frozenset[str]:
     """Return the device types that have compiled ops: of "cuda" and "cpu"; empty without a library."""
     try:
-        facts = json.loads((_FOLDER / "_compiled.json").read_text())
+        facts = _facts()
         torch.ops.load_library(_FOLDER / "_compiled.so")
     except FileNotFoundError:
         return frozenset()
@@ -45,8 +50,16 @@ def answers(op: str, tensor: torch.Tensor, fits_kernel: bool, on_cpu: bool = Tru
     """
     device = tensor.device.type
     chosen = not _is_off and device in available() and (on_cpu if device == "cpu" else fits_kernel)
+    chosen = chosen and (device == "cpu" or _runs_on(tensor.device))
     _name_once(op, {"cpu": "C++", "cuda": "CUDA"}[device] if chosen else "reference", device)
     return chosen
+
+
+@cache
+def _runs_on(device: torch.device) -> bool:
+    """Tell whether the library holds machine code, or PTX, for this GPU: from the oldest one it was built for on."""
+    oldest = min(int(name.removeprefix("sm_")) for name in _facts()["cuda"])
+    return torch.cuda.get_device_capability(device) >= divmod(oldest, 10)
 
 
 @contextmanager

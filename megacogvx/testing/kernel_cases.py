@@ -1,14 +1,16 @@
-"""Random arguments for the ops of megacogvx_kernels: shapes, tables and layouts that a pack may bring, and odd ones."""
+"""Random arguments for the ops of megacogvx_kernels: shapes, tables and layouts that a pack may bring, and odd ones.
+
+Needs torch alone, as the kernels do, so that kernels/benchmarks runs on a machine that has nothing else.
+"""
 
 from __future__ import annotations
 
 import random
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-
-from megacogvx import draws
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 EPSILON = {torch.float64: 2e-16, torch.float32: 1.2e-7, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -23,6 +25,12 @@ def tolerance(dtype: torch.dtype, sums: int = 1) -> float:
     """
     operations = EPSILON[torch.promote_types(dtype, torch.float32)] * (16 + sums**0.5)
     return operations + (EPSILON[dtype] if dtype in (torch.bfloat16, torch.float16) else 0.0)
+
+
+def normal(shape: tuple[int, ...], seed: int, what: str, place: int = 0) -> torch.Tensor:
+    """Draw a fp32 CPU tensor of `shape` from N(0, 1), a function of the other arguments alone."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {what} {place}".encode()))
+    return torch.randn(shape, generator=generator)
 
 
 def rope_arguments(seed: int, dtype: torch.dtype | None = None, widths: Sequence[int] = ()) -> dict[str, Any]:
@@ -51,8 +59,8 @@ def rope_arguments(seed: int, dtype: torch.dtype | None = None, widths: Sequence
     grid_M6 = torch.tensor([[*(chosen.uniform(-3, 60) for _ in range(3)), 1.0, 0.5, 1.25] for _ in table])
     names = ("q_weight_K", "q_bias_K", "k_weight_K", "k_bias_K")
     return {
-        "qkv_SN3K": _laid_out(chosen, draws.normal((tokens, heads, 3, width), seed, "qkv").to(dtype)),
-        **{name: draws.normal((width,), seed, name).to(dtype) for name in names},
+        "qkv_SN3K": _laid_out(chosen, normal((tokens, heads, 3, width), seed, "qkv").to(dtype)),
+        **{name: normal((width,), seed, name).to(dtype) for name in names},
         "sample_table_M5": torch.tensor(table, dtype=chosen.choice((torch.int32, torch.int64))),
         "rope_grid_M6": grid_M6,
         "token_offset": offset,
@@ -78,7 +86,7 @@ def adaln_arguments(seed: int, dtype: torch.dtype | None = None, widths: Sequenc
     if chosen.random() < 0.7:
         rows.sort(key=lambda row: (row // 2, -row))  # as in a pack: each sample's text, then its video
     other = dtype if dtype == torch.float64 else chosen.choice((dtype, torch.float32))
-    draw = {name: draws.normal(shape, seed, name) for name, shape in (
+    draw = {name: normal(shape, seed, name) for name, shape in (
         ("residual_SD", (tokens, width)), ("branch_SD", (tokens, width)),
         ("gate_modulation_R3D", (num_rows, 3, width)), ("weight_D", (width,)), ("bias_D", (width,)),
         ("modulation_R3D", (num_rows, chosen.choice((2, 3)), width)),
@@ -105,7 +113,7 @@ def run_with_gradients(
     }
     results = function(**{**arguments, **leaves})
     results = list(results) if isinstance(results, tuple) else [results]
-    pulls = [draws.normal(tuple(x.shape), seed, "pull", i).bfloat16().to(x) for i, x in enumerate(results)]
+    pulls = [normal(tuple(x.shape), seed, "pull", i).bfloat16().to(x) for i, x in enumerate(results)]
     found = torch.autograd.grad(results, list(leaves.values()), pulls, allow_unused=True)
     gradients = {name: x for name, x in zip(leaves, found, strict=True) if x is not None}
     return [x.detach() for x in results], gradients

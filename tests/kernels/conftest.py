@@ -42,6 +42,22 @@ def cannot():
     return skip
 
 
+@pytest.fixture
+def shapes(record_property):
+    """Return `take(first, step)`: every so many seeds of this run's random cases; kernels/prove.py adds them up.
+
+    MEGACOGVX_KERNELS_SHAPES says which: "2000" are those from 0, "500:750" a part of them.
+    """
+
+    def take(first=0, step=1):
+        begin, _, end = os.environ.get("MEGACOGVX_KERNELS_SHAPES", "100").rpartition(":")
+        seeds = range(int(begin or 0), int(end))[first::step]
+        record_property("shapes", len(seeds))
+        return seeds
+
+    return take
+
+
 @pytest.fixture(scope="session")
 def simt(toolchain, cannot):
     """`torch.ops.megacogvx_simt`: the .cu files' kernels, run on the CPU; with AddressSanitizer where it is loaded."""

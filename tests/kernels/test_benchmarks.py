@@ -1,59 +1,229 @@
-"""kernels/benchmarks: the table in kernels/README.md is the script's, and says of everything unmeasured that it is."""
+"""kernels/benchmarks: one failure costs one row, a second call goes on, and what isn't measured is said to be so."""
 
+import dataclasses
 import importlib
+import itertools
+import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-PROJECT = Path(__file__).resolve().parents[2]
+BENCHMARKS = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def run_all():
-    sys.path.insert(0, str(PROJECT / "kernels" / "benchmarks"))
+    sys.path.insert(0, str(BENCHMARKS))
     before = list(sys.path)
     yield importlib.import_module("run_all")
     sys.path[:] = [place for place in before if "benchmarks" not in place]
 
 
-@pytest.fixture(scope="module")
-def cases(run_all):
-    return importlib.import_module("cases")
+def _run(run_all, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["run_all.py", *map(str, arguments)])
+    return run_all.main()
+
+
+def _results(folder):
+    (file,) = folder.glob("*.json")
+    return json.loads(file.read_text())
 
 
 def test_the_readme_holds_the_table_of_the_latest_results(run_all):
-    text = run_all.README.read_text()
-    assert text.count(run_all.BEGIN) == text.count(run_all.END) == 1
-    inside = text.partition(run_all.BEGIN)[2].partition(run_all.END)[0]
-    assert inside.strip() == run_all.table(run_all.latest())
+    text = run_all.kept.README.read_text()
+    assert text.count(run_all.kept.BEGIN) == text.count(run_all.kept.END) == 1
+    inside = text.partition(run_all.kept.BEGIN)[2].partition(run_all.kept.END)[0]
+    assert inside.strip() == run_all.kept.table(run_all.kept.latest(), run_all.rows(run_all.REAL))
 
 
-def test_every_row_has_something_that_measures_it(run_all, cases):
-    assert set(cases.planned(1e12)) == {f"{op}: {size}" for op, size in run_all.ROWS}
+def test_every_size_has_its_row(run_all):
+    found = run_all.rows(run_all.REAL)
+    assert len(found) == len(set(found))
+    for op, way, tokens, heads in itertools.product(
+        run_all.bench_tokens.OPS, ("forward", "backward"), (25_000, 75_000, 700_000), (48, 24, 6)
+    ):
+        columns = f"{heads} heads" if op == "qk_norm_rope" else f"{64 * heads}"
+        assert (f"{op} {way}", f"{tokens} tokens x {columns}") in found
+    for how, pack in itertools.product(
+        ("cuDNN per sample", "flash per sample", "varlen"), ("1 x 17800 tokens", "1 x 75000 tokens")
+    ):
+        assert (f"attention forward + backward, {how}", pack) in found
+    tokens, width = run_all.REAL.beyond[0], run_all.REAL.head_width
+    assert tokens * 48 * 3 * width > 2**31
+    assert run_all.REAL.beyond[1] * 3072 > 2**31
+
+
+def test_a_dry_run_of_some_cases_measures_them_and_goes_on(run_all, monkeypatch, tmp_path, capsys):
+    """Forward and backward of an op, group norm and the virtual ranks: the code that runs on a card, on tiny sizes."""
+    readme = run_all.kept.README.read_text()
+    names = ("check", "qk_norm_rope: 75 tokens x 2 heads", "group_norm_moments: 8")
+    plan = run_all.plan
+
+    def some(*arguments):
+        chosen = [case for case in plan(*arguments) if not case.name.endswith("compiled")]  # that takes seconds
+        return [case for case in chosen if case.name.startswith(names) or "virtual" in case.name]
+
+    monkeypatch.setattr(run_all, "plan", some)
+    assert _run(run_all, monkeypatch, "--dry-run", "--out", tmp_path) == 0
+    results = _results(tmp_path)
+    assert all("error" not in how for how in results["done"].values()), results["done"]
+    rope = results["rows"]["qk_norm_rope backward: 75 tokens x 2 heads"]
+    assert {"ms", "eager", "share"} <= set(rope)
+    assert any("virtual ranks" in name and row["ms"] > 0 for name, row in results["rows"].items())
+    capsys.readouterr()
+    assert _run(run_all, monkeypatch, "--dry-run", "--out", tmp_path) == 0
+    assert "0 s, " not in capsys.readouterr().out, "it began again"
+    assert run_all.kept.README.read_text() == readme
+
+
+def _case(run_all, name, measure):
+    return run_all.Case(name, "1 token", (name,), measure)
+
+
+def test_a_failure_costs_its_row_alone(run_all, monkeypatch, tmp_path):
+    calls = []
+
+    def good():
+        calls.append("good")
+        return {"good": {"ms": 1.0, "eager": 2.0}}
+
+    def bad():
+        calls.append("bad")
+        raise RuntimeError("out of memory\nand more")
+
+    def missing():
+        raise ModuleNotFoundError("No module", name="liger_kernel")
+
+    cases = [_case(run_all, name, f) for name, f in (("bad", bad), ("missing", missing), ("good", good))]
+    monkeypatch.setattr(run_all, "plan", lambda *arguments: cases)
+    for again in ([], [], ["--again"]):
+        assert _run(run_all, monkeypatch, "--dry-run", "--out", tmp_path, *again) == 0
+    assert calls == ["bad", "good", "bad"]
+    rows = _results(tmp_path)["rows"]
+    assert rows["good: 1 token"] == {"ms": 1.0, "eager": 2.0}
+    assert rows["bad: 1 token"] == {"notes": {"ms": "RuntimeError: out of memory"}}
+    assert rows["missing: 1 token"] == {"notes": {"ms": "not installed (liger_kernel)"}}
+    lines = run_all.kept.table(_results(tmp_path), run_all.rows(run_all.DRY)).splitlines()
+    assert "| bad | 1 token | not measured |  |  |  | RuntimeError: out of memory |" in lines
+    assert "| good | 1 token | 1.000 |  | 2.000 |  |  |" in lines
+
+
+def test_what_was_measured_is_on_disk_when_the_process_ends(run_all, monkeypatch, tmp_path):
+    """The case during which it ended isn't begun again: it would end the next one too."""
+
+    def ends():
+        raise KeyboardInterrupt
+
+    cases = [_case(run_all, "first", lambda: {"first": {"ms": 1.0}}), _case(run_all, "ends", ends)]
+    cases.append(_case(run_all, "last", lambda: {"last": {"ms": 3.0}}))
+    monkeypatch.setattr(run_all, "plan", lambda *arguments: cases)
+    with pytest.raises(KeyboardInterrupt):
+        _run(run_all, monkeypatch, "--dry-run", "--out", tmp_path)
+    assert _results(tmp_path)["done"]["ends"]["error"] == "the process ended"
+    assert _run(run_all, monkeypatch, "--dry-run", "--out", tmp_path) == 0
+    assert {"first: 1 token", "last: 1 token"} == set(_results(tmp_path)["rows"])
+
+
+def test_time_and_a_lost_card_end_a_run_in_order(run_all, monkeypatch, tmp_path):
+    cases = [_case(run_all, name, lambda name=name: {name: {"ms": 1.0}}) for name in ("one", "two")]
+    monkeypatch.setattr(run_all, "plan", lambda *arguments: cases)
+    assert _run(run_all, monkeypatch, "--dry-run", "--out", tmp_path / "time", "--seconds", -1) == 3
+    assert _results(tmp_path / "time")["rows"] == {}
+    monkeypatch.setattr(run_all, "_is_card_alive", lambda scale: False)
+    for left in (4, 4, 0):
+        assert _run(run_all, monkeypatch, "--dry-run", "--out", tmp_path / "lost") == left
+    assert len(_results(tmp_path / "lost")["rows"]) == 2
+
+
+def test_results_of_other_sources_or_cards_are_left_alone(run_all, tmp_path):
+    fresh = {**run_all.kept.circumstances("abc"), "date": "2030-01-02"}
+    run_all.kept.save({**fresh, "rows": {"a": {}}}, tmp_path)
+    assert run_all.kept.resume(fresh, [tmp_path])["rows"] == {"a": {}}
+    for change in ({"sources": "abd"}, {"card": "another"}, {"torch": "1.0"}):
+        assert run_all.kept.resume({**fresh, **change}, [tmp_path])["rows"] == {}
 
 
 def test_a_table_with_results(run_all):
-    name = "{}: {}".format(*run_all.ROWS[0])
-    other = "{}: {}".format(*run_all.ROWS[1])
-    circumstances = {"date": "2030-01-02", "card": "C", "driver": "1", "torch": "2", "commit": "abc", "bandwidth": 4e12}
-    rows = {name: {"ms": 0.5, "share": 0.9, "eager": 5.0}, other: {"note": "left out: out of time"}}
-    lines = run_all.table({**circumstances, "rows": rows}).splitlines()
+    rows = [("a forward", "1"), ("a backward", "1"), ("b", "2"), ("c", "3")]
+    measured = {
+        "a forward: 1": {"ms": 0.5, "share": 0.9, "eager": 5.0},
+        "a backward: 1": {"ms": 0.5, "share": 0.5, "notes": {"eager": "out of memory"}},
+        "b: 2": {"ms": 1.0, "share": 0.5, "reason": "latency of the shuffles", "tflops": 400.0},
+    }
+    results = {**run_all.kept.circumstances("abc"), "bandwidth": 4e12, "rows": measured, "said": ["It is so."]}
+    results["done"] = {"check: a": {"seconds": 1}, "check: b": {"error": "off"}}
+    lines = run_all.kept.table(results, rows).splitlines()
     assert "4.00 TB/s" in lines[0]
-    assert lines[4].endswith("| 0.500 | 90% | 5.000 |  |")
-    assert "left out: out of time" in lines[5]
-    assert "not measured" in lines[6]
+    assert lines[4:8] == [
+        "| a forward | 1 | 0.500 | 90% | 5.000 |  |  |",
+        "| a backward | 1 | 0.500 | 50% |  |  | reason not yet profiled; eager: out of memory |",
+        "| b | 2 | 1.000 | 50% |  |  | 400 TFLOP/s; latency of the shuffles |",
+        "| c | 3 | not measured |  |  |  |  |",
+    ]
+    assert lines[9:] == ["- check: a: held.", "- check: b: off.", "- It is so."]
 
 
-def test_a_share_is_of_the_bandwidth(cases):
-    timing = importlib.import_module("timing")
-    assert timing.Timed(2.0, 4e9).share_of(4e12) == pytest.approx(0.5)
+def test_the_fastest_attention_is_named_with_its_margin(run_all):
+    rows = {"attention forward + backward, varlen: 1 x 75000 tokens": {"ms": 3.0}}
+    assert run_all.bench_attention.fastest(rows, run_all.REAL) == []
+    rows["attention forward + backward, cuDNN per sample: 1 x 75000 tokens"] = {"ms": 2.0}
+    (said,) = run_all.bench_attention.fastest(rows, run_all.REAL)
+    assert said == "Attention, 1 x 75000 tokens: cuDNN per sample is fastest; 1.50 x the time with varlen."
+
+
+def test_one_way_that_fails_leaves_the_others(run_all):
+    def fails(x):
+        raise RuntimeError("no kernel image")
+
+    x = torch.zeros(4, 2)
+    ways = {"ms": lambda x: (2 * x,), "eager": fails}
+    found = run_all.timing.both_ways(ways, (x,), (), (64.0, 96.0), 1e9, run_all.DRY)
+    for each, least in (("forward", 64.0), ("backward", 96.0)):
+        assert found[each]["notes"] == {"eager": "RuntimeError: no kernel image"}
+        assert found[each]["share"] == pytest.approx(least / found[each]["ms"] / 1e6)
+
+
+def test_a_halo_that_arrives_wrong_is_seen(run_all, monkeypatch):
+    """Virtual ranks go through the exchange's own code: frames of the wrong slot are no whole clip's."""
+    mailbox = run_all.bench_clips.peer_memory.Mailbox
+    right = mailbox._next
+
+    def wrong(self, counts, to):
+        count, slot, first = right(self, counts, to)
+        return count, slot, first if counts is self.sent else self.capacity - first
+
+    monkeypatch.setattr(mailbox, "_next", wrong)
+    with pytest.raises(AssertionError, match="the halo before frame"):
+        run_all.bench_clips.virtual_ranks(run_all.DRY)
 
 
 def test_without_a_gpu_the_script_says_so(run_all, monkeypatch):
-    import torch
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["run_all.py"])
     with pytest.raises(SystemExit, match="measures on a GPU"):
-        run_all.main()
+        _run(run_all, monkeypatch)
+
+
+@pytest.mark.gpu
+def test_every_case_runs_on_a_card(run_all):
+    """The dry run's sizes with the card's kernels: checks, streams of the virtual ranks, two processes, attention."""
+    scale = dataclasses.replace(run_all.DRY, device="cuda", compiler="inductor")
+    for case in run_all.plan(scale, 1e12):
+        try:
+            found = case.measure()
+        except ImportError:
+            continue  # a peer
+        for op, figures in (found or {}).items():
+            assert not figures.get("notes"), (case.name, op, figures)
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_everything(tmp_path):
+    """In a process of its own, with whatever peers are installed."""
+    command = [sys.executable, str(BENCHMARKS / "run_all.py"), "--dry-run", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    failed = {name: how["error"] for name, how in _results(tmp_path)["done"].items() if "error" in how}
+    assert all(error.startswith("not installed") for error in failed.values()), failed

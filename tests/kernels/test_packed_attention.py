@@ -1,6 +1,5 @@
 from itertools import pairwise
 
-import pytest
 import torch
 
 from megacogvx import draws
@@ -51,20 +50,3 @@ def test_bf16_keeps_its_dtype():
     out = packed_attention(*_qkv(torch.bfloat16), BOUNDARIES)
     assert out.dtype == torch.bfloat16
     assert_close(out, packed_attention(*_qkv(), BOUNDARIES), 2e-2)
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"boundaries": (1, 5)}, "boundaries"),
-        ({"boundaries": (0, 5, 4)}, "boundaries"),
-        ({"boundaries": (0, TOKENS + 1)}, "boundaries"),
-        ({"boundaries": ()}, "boundaries"),
-        ({"v_SNK": torch.zeros(TOKENS, HEADS, WIDTH + 1)}, "v_SNK"),
-        ({"q_SNK": torch.zeros(TOKENS, HEADS * WIDTH)}, "q_SNK"),
-    ],
-)
-def test_a_wrong_argument_is_named(change, named):
-    q, k, v = _qkv()
-    with pytest.raises((ValueError, TypeError), match=named):
-        packed_attention(**{"q_SNK": q, "k_SNK": k, "v_SNK": v, "boundaries": BOUNDARIES, **change})

@@ -124,8 +124,6 @@ def gated_residual_adaln(
 
 def _check_tokens(rows_S: torch.Tensor, **tokens: torch.Tensor) -> None:
     (name, first_SD), *others = tokens.items()
-    if not isinstance(first_SD, torch.Tensor):
-        raise TypeError(f"{name} must be a tensor, not {type(first_SD).__name__}")
     require_floating(name, first_SD)
     shape = tuple(first_SD.shape)
     if len(shape) not in (2, 3) or (len(shape) == 3 and shape[1] != 1) or not shape[-1]:

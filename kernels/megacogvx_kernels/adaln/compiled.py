@@ -14,6 +14,7 @@ import torch
 
 from megacogvx_kernels import compiled
 from megacogvx_kernels.adaln.runs import runs_of
+from megacogvx_kernels.checks import packed
 
 WIDEST, CHUNK = 4096, 8  # channels of a token that the kernels take, in eights
 
@@ -41,7 +42,7 @@ def adaln_modulate(
 ) -> torch.Tensor:
     """Call the registered op; the arguments are the reference's."""
     found: torch.Tensor = torch.ops.megacogvx.adaln_modulate(
-        x_SD.contiguous(), weight_D.contiguous(), bias_D.contiguous(), modulation_R3D.contiguous(),
+        packed(x_SD), packed(weight_D), packed(bias_D), packed(modulation_R3D),
         *_rows(rows_S, modulation_R3D), eps,
     )  # fmt: skip
     return found
@@ -52,7 +53,7 @@ def gated_residual(
 ) -> torch.Tensor:
     """Call the registered op; the arguments are the reference's."""
     found: torch.Tensor = torch.ops.megacogvx.gated_residual(
-        residual_SD.contiguous(), branch_SD.contiguous(), modulation_R3D.contiguous(), *_rows(rows_S, modulation_R3D)
+        packed(residual_SD), packed(branch_SD), packed(modulation_R3D), *_rows(rows_S, modulation_R3D)
     )
     return found
 
@@ -70,8 +71,8 @@ def gated_residual_adaln(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Call the registered op; the arguments are the reference's."""
     found: tuple[torch.Tensor, torch.Tensor] = torch.ops.megacogvx.gated_residual_adaln(
-        residual_SD.contiguous(), branch_SD.contiguous(), gate_modulation_R3D.contiguous(), weight_D.contiguous(),
-        bias_D.contiguous(), modulation_R3D.contiguous(), *_rows(rows_S, modulation_R3D), eps,
+        packed(residual_SD), packed(branch_SD), packed(gate_modulation_R3D), packed(weight_D),
+        packed(bias_D), packed(modulation_R3D), *_rows(rows_S, modulation_R3D), eps,
     )  # fmt: skip
     return found
 
@@ -114,18 +115,18 @@ def _keep_residual(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 
 def _modulate_backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
     """Return the gradients of x, weight, bias and table; statistics are computed again."""
-    found = torch.ops.megacogvx.adaln_modulate_backward(gradient.contiguous(), *ctx.saved_tensors, *ctx.eps)
+    found = torch.ops.megacogvx.adaln_modulate_backward(packed(gradient), *ctx.saved_tensors, *ctx.eps)
     return (*found, *(None,) * 4)
 
 
 def _residual_backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
     """Return the gradients of residual (what came), branch and table."""
-    found = torch.ops.megacogvx.gated_residual_backward(gradient.contiguous(), *ctx.saved_tensors)
+    found = torch.ops.megacogvx.gated_residual_backward(packed(gradient), *ctx.saved_tensors)
     return (gradient, *found, *(None,) * 3)
 
 
 def _both_backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
     """Return the gradients of residual, branch, its table, weight, bias and the second table."""
-    of_residual, of_modulated = (gradient.contiguous() for gradient in gradients)
+    of_residual, of_modulated = (packed(gradient) for gradient in gradients)
     found = torch.ops.megacogvx.gated_residual_adaln_backward(of_residual, of_modulated, *ctx.saved_tensors, *ctx.eps)
     return (*found, *(None,) * 4)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megacogvx_kernels.causal_halo import reference
 from megacogvx_kernels.causal_halo.exchange import HaloExchange
-from megacogvx_kernels.checks import require_floating, require_shape
+from megacogvx_kernels.checks import require_count, require_floating, require_one_device, require_shape
 
 __all__ = ["HaloExchange", "causal_halo", "start_halo"]
 
@@ -39,8 +39,8 @@ def causal_halo(
         those of frames from other ranks travel back to their owners, where they are added.
 
     Raises:
-        TypeError: x is not floating, or `previous_BCTHW` has another dtype.
-        ValueError: a shape or `size` is none of the above, or previous frames and a group are both given.
+        TypeError: x is not floating, `size` no integer, or `previous_BCTHW` has another dtype.
+        ValueError: a shape, device or `size` is none of the above, or previous frames and a group are both given.
     """
     _check(x_BCTHW, size)
     if previous_BCTHW is not None:
@@ -49,6 +49,7 @@ def causal_halo(
         require_shape("previous_BCTHW", previous_BCTHW, (*x_BCTHW.shape[:2], size, *x_BCTHW.shape[3:]))
         if previous_BCTHW.dtype != x_BCTHW.dtype:
             raise TypeError(f"previous_BCTHW is {previous_BCTHW.dtype}, x_BCTHW is {x_BCTHW.dtype}; they must agree")
+        require_one_device(x_BCTHW=x_BCTHW, previous_BCTHW=previous_BCTHW)
     if size and group is not None and group.size() > 1:
         return torch.cat([start_halo(x_BCTHW, size, group).wait(), x_BCTHW], dim=2)
     return reference.causal_halo(x_BCTHW, size, previous_BCTHW)
@@ -77,5 +78,4 @@ def _check(x_BCTHW: torch.Tensor, size: int) -> None:
     require_shape("x_BCTHW", x_BCTHW, (None,) * 5)
     if x_BCTHW.shape[2] < 1:
         raise ValueError(f"x_BCTHW has the shape {tuple(x_BCTHW.shape)}; it needs at least one frame")
-    if size < 0:
-        raise ValueError(f"size={size} must be 0 or more frames")
+    require_count("size", size)

@@ -9,7 +9,8 @@ The exchange has two halves, so that the caller can compute between them whateve
     forward    start: post the messages          (interior frames)    wait: the halo is there
     backward   wait: post the halo's gradient    (interior frames)    start: add what came back to its owner's frames
 
-Autograd runs nodes in the reverse order of their making, which gives the second line.
+Autograd runs nodes in the reverse order of their making, which gives the second line. On a GPU the messages travel on
+other streams than the current one, on which the interior frames are computed (`messages.py`, `peer_memory.py`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from megacogvx_kernels.causal_halo.frames import add_to_last_frames, as_sent, last_frames, layout_of
+from megacogvx_kernels.causal_halo.messages import Messages
+from megacogvx_kernels.causal_halo.peer_memory import PeerMemory, mailbox_of
 
 
 class HaloExchange:
@@ -31,8 +34,6 @@ class HaloExchange:
         self.size, self.group, self.rank = size, group, group.rank()
         self.is_first, self.is_last = self.rank == 0, self.rank == group.size() - 1
         self.own = min(size, x_BCTHW.shape[2])  # how many of the last `size` frames that this rank sees are its own
-        self.works: list[dist.Work] = []
-        self.in_flight: list[torch.Tensor] = []  # keeps the tensors of the messages alive
         self.token: torch.Tensor | None = _Start.apply(x_BCTHW, self)
 
     def wait(self) -> torch.Tensor:
@@ -51,6 +52,7 @@ class HaloExchange:
         self.tail, self.layout = x_BCTHW[:, :, x_BCTHW.shape[2] - self.own :], layout_of(x_BCTHW)
         first = x_BCTHW[:, :, :1].expand(-1, -1, self.size, -1, -1)
         self.halo = torch.empty(first.shape, dtype=first.dtype, device=first.device, memory_format=self.layout)
+        self.transport = transport_of(self.halo, self.group)
         if self.is_first:
             self.halo.copy_(first)
         self.can_send = self.own == self.size or self.is_first
@@ -98,20 +100,21 @@ class HaloExchange:
 
     def _post(self, send: torch.Tensor | None, to: int, receive: torch.Tensor | None) -> None:
         """Send to the neighbour at `to` (-1 or 1) and receive from the other one; None is no message."""
-        wanted = [(dist.irecv, receive, self.rank - to), (dist.isend, send, self.rank + to)]
-        ops = [
-            dist.P2POp(call, as_sent(x, self.layout), group=self.group, group_peer=peer)
-            for call, x, peer in wanted
-            if x is not None
-        ]
-        if ops:
-            self.in_flight += [op.tensor for op in ops]
-            self.works += dist.batch_isend_irecv(ops)
+        send, receive = (None if x is None else as_sent(x, self.layout) for x in (send, receive))
+        self.transport.post(send, to, receive)
 
     def _finish(self) -> None:
-        for work in self.works:
-            work.wait()
-        self.works, self.in_flight = [], []
+        """Wait for what was posted."""
+        self.transport.finish()
+
+
+def transport_of(message: torch.Tensor, group: dist.ProcessGroup) -> Messages | PeerMemory:
+    """Return what carries messages of this size: the memory of the neighbours, inside a node, else messages.
+
+    Every rank of the group makes this call; the first one of a size may communicate.
+    """
+    mailbox = mailbox_of(group, message.numel() * message.element_size(), message.device)
+    return Messages(group) if mailbox is None else PeerMemory(mailbox)
 
 
 class _Start(torch.autograd.Function):

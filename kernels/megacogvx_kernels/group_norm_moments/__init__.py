@@ -10,7 +10,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from megacogvx_kernels.checks import require_floating, require_one_device, require_one_dtype, require_shape
+from megacogvx_kernels.checks import (
+    require_count,
+    require_floating,
+    require_one_device,
+    require_one_dtype,
+    require_shape,
+)
 from megacogvx_kernels.group_norm_moments import compiled, graphless, reference
 from megacogvx_kernels.group_norm_moments.exchange import SharedGroupNorm
 
@@ -45,8 +51,8 @@ def group_norm_moments(
         group. The gradients of `weight_C` and `bias_C` are those of this rank's frames, to be added over the ranks.
 
     Raises:
-        TypeError: x is not floating.
-        ValueError: a shape, `groups` or `eps` is none of the above.
+        TypeError: x, weight or bias is not floating, or `groups` no integer.
+        ValueError: a shape, a device, `groups` or `eps` is none of the above.
     """
     require_floating("x_BCTHW", x_BCTHW)
     require_shape("x_BCTHW", x_BCTHW, (None,) * 5)
@@ -55,9 +61,10 @@ def group_norm_moments(
     channels = x_BCTHW.shape[1]
     require_shape("weight_C", weight_C, (channels,))
     require_shape("bias_C", bias_C, (channels,))
+    require_count("groups", groups)
     if groups < 1 or channels % groups:
         raise ValueError(f"groups={groups} must divide the {channels} channels of x_BCTHW")
-    if eps <= 0:
+    if not eps > 0:
         raise ValueError(f"eps={eps} must be greater than 0")
     require_one_dtype(weight_C=weight_C, bias_C=bias_C)
     require_one_device(x_BCTHW=x_BCTHW, weight_C=weight_C, bias_C=bias_C)

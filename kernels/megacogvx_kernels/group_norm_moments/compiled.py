@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from megacogvx_kernels import compiled
+from megacogvx_kernels.checks import packed
 from megacogvx_kernels.group_norm_moments.exchange import merge_moments
 
 CHUNK, WIDEST = 8, 2048  # values of an access; channels of a channels-last clip
@@ -119,10 +120,10 @@ def _is_channels_last(x_BCTHW: torch.Tensor) -> bool:
 
 
 def _flat(x_BCTHW: torch.Tensor, is_last: bool) -> torch.Tensor:
-    """`[B, C, P]`, or `[B, P, C]` of a channels-last clip; a copy only of another layout."""
+    """`[B, C, P]`, or `[B, P, C]` of a channels-last clip; a copy only where another layout or start asks for it."""
     if is_last:
-        return x_BCTHW.permute(0, 2, 3, 4, 1).contiguous().flatten(1, 3)
-    return x_BCTHW.contiguous().flatten(2)
+        return packed(x_BCTHW.permute(0, 2, 3, 4, 1)).flatten(1, 3)
+    return packed(x_BCTHW).flatten(2)
 
 
 def _unflat(flat: torch.Tensor, like_BCTHW: torch.Tensor, is_last: bool) -> torch.Tensor:

@@ -6,7 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
-from megacogvx_kernels.checks import require_floating, require_shape
+from megacogvx_kernels.checks import (
+    require_floating,
+    require_one_device,
+    require_one_dtype,
+    require_shape,
+    require_vectors,
+)
 from megacogvx_kernels.packed_attention.backends import BACKENDS, Packed, attend, missing
 from megacogvx_kernels.packed_attention.choice import Choice, choose_backend
 
@@ -39,16 +45,37 @@ def packed_attention(
         TypeError, ValueError: an argument has the wrong type or shape, the boundaries don't fit, or the backend can't
             be used; it is named.
     """
-    require_floating("q_SNK", q_SNK)
-    require_shape("q_SNK", q_SNK, (None, None, None))
-    require_shape("k_SNK", k_SNK, tuple(q_SNK.shape))
-    require_shape("v_SNK", v_SNK, tuple(q_SNK.shape))
-    if not boundaries or boundaries[0] != 0 or list(boundaries) != sorted(boundaries):
-        raise ValueError(f"boundaries={tuple(boundaries)} must start at 0 and not decrease")
-    if boundaries[-1] > q_SNK.shape[0]:
-        raise ValueError(f"boundaries end at {boundaries[-1]}, beyond the {q_SNK.shape[0]} tokens of q_SNK")
+    tensors = {"q_SNK": q_SNK, "k_SNK": k_SNK, "v_SNK": v_SNK}
+    _check_tensors(tensors)
+    _check_boundaries(boundaries, q_SNK.shape[0])
+    if cu_seqlens is not None:
+        require_shape("cu_seqlens", cu_seqlens, (len(boundaries),))
+        if cu_seqlens.dtype != torch.int32:
+            raise TypeError(f"cu_seqlens must be int32, not {cu_seqlens.dtype}")
     chosen = choose_backend(q_SNK, boundaries, backend).name
     if cu_seqlens is None:
         wanted = chosen not in ("reference", "cudnn")
         cu_seqlens = torch.tensor(boundaries, dtype=torch.int32, device=q_SNK.device if wanted else "cpu")
     return attend(chosen, (q_SNK, k_SNK, v_SNK), Packed(boundaries, cu_seqlens))
+
+
+def _check_tensors(tensors: dict[str, torch.Tensor]) -> None:
+    q_SNK = tensors["q_SNK"]
+    require_floating("q_SNK", q_SNK)
+    require_shape("q_SNK", q_SNK, (None, None, None))
+    if not q_SNK.numel():
+        raise ValueError(f"q_SNK has the shape {tuple(q_SNK.shape)}; S, N and K must be at least 1")
+    for name, tensor in tensors.items():
+        require_shape(name, tensor, tuple(q_SNK.shape))
+        require_vectors(name, tensor)
+    require_one_dtype(**tensors)
+    require_one_device(**tensors)
+
+
+def _check_boundaries(boundaries: Sequence[int], tokens: int) -> None:
+    if len(boundaries) < 2:
+        raise ValueError(f"boundaries={tuple(boundaries)} have no samples: they need 0 and at least one end")
+    if boundaries[0] != 0 or list(boundaries) != sorted(boundaries):
+        raise ValueError(f"boundaries={tuple(boundaries)} must start at 0 and not decrease")
+    if boundaries[-1] > tokens:
+        raise ValueError(f"boundaries end at {boundaries[-1]}, beyond the {tokens} tokens of q_SNK")

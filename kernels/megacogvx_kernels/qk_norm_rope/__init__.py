@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from megacogvx_kernels.checks import (
+    require_count,
     require_floating,
     require_integer,
     require_one_device,
@@ -66,6 +67,9 @@ def qk_norm_rope(
     parameters = {"q_weight_K": q_weight_K, "q_bias_K": q_bias_K, "k_weight_K": k_weight_K, "k_bias_K": k_bias_K}
     tables = {"sample_table_M5": sample_table_M5, "rope_grid_M6": rope_grid_M6}
     _check_parameters(split_SN3K, parameters, tables)
+    require_count("token_offset", token_offset)
+    if not theta > 0:
+        raise ValueError(f"theta={theta} must be greater than 0")
     _check_rotation(split_SN3K, sample_table_M5, token_offset, axes, rotate)
     implementation = compiled if compiled.takes(split_SN3K, rotate) else reference
     return implementation.qk_norm_rope(
@@ -77,8 +81,6 @@ def qk_norm_rope(
 def _split_by_head(qkv_SN3K: torch.Tensor, q_weight_K: torch.Tensor) -> torch.Tensor:
     require_shape("q_weight_K", q_weight_K, (None,))
     width = q_weight_K.shape[0]
-    if not isinstance(qkv_SN3K, torch.Tensor):
-        raise TypeError(f"qkv_SN3K must be a tensor, not {type(qkv_SN3K).__name__}")
     require_floating("qkv_SN3K", qkv_SN3K)
     if not width or qkv_SN3K.dim() < 2 or not qkv_SN3K.numel() or qkv_SN3K.numel() % (3 * width):
         raise ValueError(
@@ -110,6 +112,4 @@ def _check_rotation(
         raise ValueError(f"q_weight_K and with it a head have K={width} channels; rotation needs an even number")
     if rotate and (len(axes) != 3 or sum(axes) != width or any(axis % 2 or axis < 0 for axis in axes)):
         raise ValueError(f"axes={tuple(axes)} must be three even numbers that sum to K={width}")
-    if token_offset < 0:
-        raise ValueError(f"token_offset={token_offset} must not be negative")
     require_sample_table("sample_table_M5", table_M5, token_offset, split_SN3K.shape[0])

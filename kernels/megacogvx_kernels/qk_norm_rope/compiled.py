@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megacogvx_kernels import compiled
-from megacogvx_kernels.checks import ALIGNMENT
+from megacogvx_kernels.checks import ALIGNMENT, packed
 
 WIDEST, CHUNK = 128, 8  # channels of a head that the compiled ops take; the kernel's lanes take 8 each
 
@@ -50,9 +50,9 @@ def qk_norm_rope(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Call the registered op; the arguments are the reference's."""
     result: tuple[torch.Tensor, torch.Tensor] = torch.ops.megacogvx.qk_norm_rope(
-        qkv_SN3K, q_weight_K.contiguous(), q_bias_K.contiguous(), k_weight_K.contiguous(), k_bias_K.contiguous(),
-        sample_table_M5.int().contiguous(), rope_grid_M6.float().contiguous(), token_offset, eps, *axes[:2], theta,
-        rotate,
+        qkv_SN3K, packed(q_weight_K), packed(q_bias_K), packed(k_weight_K), packed(k_bias_K),
+        packed(sample_table_M5.int()), packed(rope_grid_M6.float()), token_offset, eps,
+        *(axes[:2] if rotate else (0, 0)), theta, rotate,
     )  # fmt: skip
     return result
 
@@ -82,6 +82,6 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -
 
 def _backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
     """The statistics are computed again: the inputs are read anyway, and nothing else has to be kept."""
-    grad_q, grad_k = (gradient.contiguous() for gradient in gradients)
+    grad_q, grad_k = (packed(gradient) for gradient in gradients)
     found = torch.ops.megacogvx.qk_norm_rope_backward(grad_q, grad_k, *ctx.saved_tensors, *ctx.numbers)
     return (*found, *(None,) * 8)
