@@ -10,7 +10,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -189,8 +189,9 @@ def _load_step(corpus: Corpus, plan: PackPlan, places: range, cut: Cut, guarded:
         if plan.config.on_bad_sample == "stop":
             return corpus.sample(index, frames)
         what = f"sample {int(corpus.columns.sample_id[index])} of {corpus.locate(index)[0].folder}"
-        record = guarded(lambda: corpus.sample(index, frames), what)
-        return record if not torch.cuda.is_available() else _pinned(record)
+        if torch.cuda.is_available():
+            return guarded(lambda: corpus.sample_in(_pinned, index, frames), what)
+        return guarded(lambda: corpus.sample(index, frames), what)
 
     planned, num_tokens = plan.step(step), plan.config.tokens_per_pack
     packs = [read_pack(corpus, planned[place], plan.patch, num_tokens, step, place, cut, read) for place in places]
@@ -198,6 +199,6 @@ def _load_step(corpus: Corpus, plan: PackPlan, places: range, cut: Cut, guarded:
     return _Loaded(packs, layouts, plan.state())
 
 
-def _pinned(record: Record) -> Record:
-    """Copy into pinned memory, from which a copy to the GPU doesn't wait."""
-    return replace(record, latents=record.latents.pin_memory(), text=record.text.pin_memory())
+def _pinned(size: int) -> torch.Tensor:
+    """Return pinned memory, from which a copy to the GPU doesn't wait; torch keeps what is given back for the next."""
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
