@@ -164,8 +164,8 @@ def pack_rates(folder: Path, verify: str) -> tuple[float, float]:
         taken += size
         return memory[taken - size : taken]
 
-    def read(index: int, frames: range | None) -> Record:
-        return corpus.sample_in(allocate, index, frames)
+    def read(index: int, frames: range | None, first_frame: bool) -> Record:
+        return corpus.sample_in(allocate, index, frames, first_frame)
 
     rates, over = [], []
     for _ in range(PASSES + 1):

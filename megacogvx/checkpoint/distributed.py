@@ -34,6 +34,7 @@ from megacogvx.parallel.optimizer import Optimizer
 from megacogvx.parallel.sharded_state import sharded_state_dict
 
 STATE = "state.json"
+MODEL = "model"  # what the weights that the optimizer steps are called; their names begin with it
 # By global parameter, the one format of optimizer states that can change the tensor-parallel size.
 FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
@@ -169,6 +170,7 @@ def load(
     groups: ParallelGroups,
     *,
     beside: Mapping[str, Kept] | None = None,
+    weights: str = MODEL,
 ) -> dict[str, Any]:
     """Load a checkpoint into `model` and `optimizer`, whatever layout wrote it; every rank calls it.
 
@@ -179,6 +181,7 @@ def load(
             `reload_weights()` afterwards.
         groups: process groups.
         beside: what else is loaded, by the names that `save` was given; what isn't named is left alone.
+        weights: the set of weights that the model gets: its own, or one that was kept beside them, such as "ema".
 
     Returns:
         what `save` got as `extra`.
@@ -192,7 +195,7 @@ def load(
     if problems:
         raise CheckpointError(f"{'; '.join(problems)}; take another checkpoint")
     extra: dict[str, Any] = _together(groups, lambda: json.loads((path / STATE).read_text()))
-    _together(groups, lambda: _load_tensors(path, model, optimizer, beside or {}, groups))
+    _together(groups, lambda: _load_tensors(path, model, optimizer, beside or {}, groups, weights))
     return extra
 
 
@@ -284,14 +287,16 @@ def _finish_tensors(path: Path, write: TensorWrite, groups: ParallelGroups) -> N
 
 
 def _load_tensors(
-    path: Path, model: nn.Module, optimizer: Optimizer | None, beside: Mapping[str, Kept], groups: ParallelGroups
-) -> None:
-    state = _state(model, optimizer, beside, groups, is_loading=True)
-    _check_tensors(path, state, groups)
+    path: Path, model: nn.Module, optimizer: Optimizer | None, beside: Mapping[str, Kept], groups: ParallelGroups,
+    weights: str,
+) -> None:  # fmt: skip
+    state = _state(model, optimizer, beside, groups, is_loading=True, weights=weights)
+    _check_tensors(path, state, groups, weights)
     reader = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), groups.data_context_group)
     use_safe_reader()
     loaded = dist_checkpointing.load(state, str(path), reader, SafeCommonStrategy())
-    unwrap(model).load_state_dict({name.removeprefix("model."): value for name, value in loaded["model"].items()})
+    prefix = f"{weights}."
+    unwrap(model).load_state_dict({name.removeprefix(prefix): value for name, value in loaded[MODEL].items()})
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
     for name, kept in beside.items():
@@ -305,10 +310,11 @@ def _state(
     groups: ParallelGroups,
     *,
     is_loading: bool,
+    weights: str = MODEL,
 ) -> dict[str, Any]:
     """Return the sharded tensors of everything that is kept, under the names of one process."""
-    model_state = sharded_state_dict(unwrap(model), groups, prefix="model.")
-    state: dict[str, Any] = {"model": model_state}
+    model_state = sharded_state_dict(unwrap(model), groups, prefix=f"{weights}.")
+    state: dict[str, Any] = {MODEL: model_state}
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(model_state, FORMAT, is_loading=is_loading)
     assert not state.keys() & beside.keys(), sorted(beside)
@@ -317,7 +323,7 @@ def _state(
     return state
 
 
-def _check_tensors(path: Path, state: dict[str, Any], groups: ParallelGroups) -> None:
+def _check_tensors(path: Path, state: dict[str, Any], groups: ParallelGroups, weights: str = MODEL) -> None:
     """Check that the checkpoint holds every tensor that `state` asks for, in the same global shape."""
     there = {
         key: tuple(entry.size)
@@ -335,7 +341,7 @@ def _check_tensors(path: Path, state: dict[str, Any], groups: ParallelGroups) ->
     problems += [
         f"{key} is {there[key]} in the checkpoint and not there in the model"
         for key in sorted(there)
-        if key.startswith("model.") and key not in everybody
+        if key.startswith(f"{weights}.") and key not in everybody
     ]
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""

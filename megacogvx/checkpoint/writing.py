@@ -12,6 +12,7 @@ waiting for it; it is kept until the collectives are done.
 from __future__ import annotations
 
 import inspect
+import logging
 import multiprocessing
 import queue
 from collections.abc import Callable
@@ -29,6 +30,9 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megacogvx.checkpoint.directory import seal
 from megacogvx.errors import CheckpointError
 from megacogvx.parallel.groups import ParallelGroups
+
+# It takes our small files, which lie there before the tensors, for an old checkpoint.
+logging.getLogger(serialization.__name__).addFilter(lambda record: "Overwriting old" not in record.getMessage())
 
 Entries = dict[str, dict[str, Any]]  # of the manifest, as plain values
 

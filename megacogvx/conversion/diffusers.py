@@ -266,7 +266,7 @@ def not_carried(settings: TransformerSettings) -> list[str]:
             "conventions.unconditional_text=zeros: its pipelines encode an empty prompt; pass "
             "negative_prompt_embeds=torch.zeros_like(prompt_embeds)"
         )
-    if settings.encoder.text_kind != "padded":
+    if not settings.encoder.pads_text:
         lost.append("encoder.text_kind=real: its pipelines pad every text; pass prompt_embeds of the real length")
     elif settings.encoder.text_length != TEXT_LENGTH:
         lost.append(f"encoder.text_length={settings.encoder.text_length}: pass it as max_sequence_length")

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import xxhash
@@ -23,18 +23,19 @@ from megacogvx import log
 from megacogvx.curation.encode_job import JOB_FILE, EncodeJob, agree, latent_scale
 from megacogvx.data.clips import Clip, read_clip, read_clips
 from megacogvx.data.indexed import DatasetWriter, finish_dataset
-from megacogvx.data.indexed.layout import MAX_ID
+from megacogvx.data.indexed.fields import to_field
+from megacogvx.data.indexed.layout import MAX_ID, FloatDtype, TextDtype, TextKind
 from megacogvx.data.indexed.writer import shard_name
 from megacogvx.data.transforms import to_model_range
 from megacogvx.errors import ConfigError, DataError
 from megacogvx.inference.load import load_vae
 from megacogvx.models.text_encoder import TextEncoder
 from megacogvx.models.vae.model import CogVideoXVAE
+from megacogvx.models.weights import weights_fingerprint
 from megacogvx.parallel.groups import LaunchEnvironment, launch_environment
 
 CAPTIONS_AT_ONCE = 16
 KEPT_CAPTIONS = 256  # embeddings kept for rows that repeat a caption; 0.5 GB at 226 tokens of width 4096
-TextKind = Literal["padded", "real"]
 EXAMPLE = """\
 Writes DATASET/shard-*.bin, .idx and manifest.json. Start the same command again to go on after an interruption.
 
@@ -54,15 +55,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--text-encoder", type=Path, required=True, help="folder with tokenizer/ and text_encoder/ (T5)")
     add("--output", type=Path, required=True, help="folder of the dataset")
     add("--text-length", type=int, default=226, help="tokens per caption (default 226)")
-    add(
-        "--text-kind", choices=["padded", "real"], default="padded", help="keep padding tokens, or only a caption's own"
-    )
+    add("--text-kind", choices=["padded", "real", "token_ids"], default="padded",
+        help="keep padding tokens; only a caption's own; or ids alone, which training encodes itself")  # fmt: skip
+    dtypes = ["bf16", "fp8_e4m3", "fp8_e5m2"]
+    add("--latent-dtype", choices=dtypes, default="bf16", help="of the stored moments (default bf16)")
+    add("--text-dtype", choices=dtypes, default="bf16", help="of stored embeddings (default bf16; ids are int32)")
+    add("--first-frame", action="store_true", help="store each clip's first frame as pixels, for image to video")
     add("--frames-per-chunk", type=int, help="frames that the VAE encodes together, 8 for released ones (default: all)")
     add("--scaling-factor", type=float, help="latents times this have unit variance (default: 1 / measured deviation)")
     add("--measure-clips", type=int, default=64, help="clips that the scale is measured on (default 64)")
     add("--clips-per-shard", type=int, default=1024, help="default 1024")
     add("--rank", type=int, help="which of the processes this is (default: from torchrun or Slurm)")
     add("--ranks", type=int, help="number of processes (default: from torchrun or Slurm)")
+    add("--ray", type=int, default=0, metavar="ACTORS", help="run as a Ray Data job of so many actors (default 0: no)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
     add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the encoders; records are bf16 (default fp32)")
     add("--skip-bad", action="store_true", help="leave out and count clips that can't be read instead of stopping")
@@ -79,6 +84,25 @@ def run(arguments: argparse.Namespace) -> None:
     rank, ranks = _rank_of(arguments, place)
     log.set_rank(rank, f"rank{rank}")
     _check(arguments)
+    if arguments.ray:
+        from megacogvx.curation.encode_ray import encode_with_ray  # Ray is optional
+
+        skipped = encode_with_ray(arguments)
+    else:
+        clips, encoder, job = prepare(arguments, place)
+        skipped = write_dataset(
+            arguments.output, clips, encoder, job, rank=rank, ranks=ranks, skip_bad=arguments.skip_bad
+        )
+    for reason, count in sorted(skipped.items()):
+        logger.warning("left out: %d x %s", count, reason)
+
+
+def prepare(arguments: argparse.Namespace, place: LaunchEnvironment) -> tuple[list[Clip], ClipEncoder, EncodeJob]:
+    """Read the list and load the encoders that `arguments` name; returns clips, encoder and the job's description.
+
+    Raises:
+        DataError: clips or encoders can't be read.
+    """
     device = _device(arguments.device, place)
     dtype = torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
     clips = distinct(read_clips(arguments.clips))
@@ -87,11 +111,15 @@ def run(arguments: argparse.Namespace) -> None:
         TextEncoder.from_folder(arguments.text_encoder, arguments.text_length, device, dtype),
         arguments.text_kind,
         arguments.frames_per_chunk,
+        arguments.latent_dtype,
+        arguments.text_dtype,
+        arguments.first_frame,
     )
-    job = encoder.job(clips, arguments.clips_per_shard, arguments.scaling_factor, arguments.measure_clips)
-    skipped = write_dataset(arguments.output, clips, encoder, job, rank=rank, ranks=ranks, skip_bad=arguments.skip_bad)
-    for reason, count in sorted(skipped.items()):
-        logger.warning("left out: %d x %s", count, reason)
+    return (
+        clips,
+        encoder,
+        encoder.job(clips, arguments.clips_per_shard, arguments.scaling_factor, arguments.measure_clips),
+    )
 
 
 @dataclass
@@ -101,19 +129,30 @@ class ClipEncoder:
     Attributes:
         vae: maps video_BCTHW in [-1, 1] to moments_B2CTHW.
         text_encoder: maps captions to embeddings_BLE.
-        text_kind: "padded": a record holds all L embeddings; "real": only those of the caption's own tokens.
+        text_kind: "padded": a record holds all L embeddings; "real": only those of the caption's own tokens;
+            "token_ids": no embedding, but the ids of the padded caption.
         frames_per_chunk: frames that the VAE encodes together; None for the whole clip.
+        latent_dtype, embedding_dtype: how values are stored.
+        first_frame: whether records hold the clip's first frame as pixels.
     """
 
     vae: CogVideoXVAE
     text_encoder: TextEncoder
     text_kind: TextKind = "padded"
     frames_per_chunk: int | None = None
+    latent_dtype: FloatDtype = "bf16"
+    embedding_dtype: FloatDtype = "bf16"
+    first_frame: bool = False
     _texts: OrderedDict[str, torch.Tensor] = field(default_factory=OrderedDict, init=False)
+
+    @property
+    def text_dtype(self) -> TextDtype:
+        """What texts are stored as."""
+        return "int32" if self.text_kind == "token_ids" else self.embedding_dtype
 
     @torch.no_grad()
     def moments(self, clip: Clip) -> torch.Tensor:
-        """Encode a clip's pixels: moments bf16 [T, h, w, 2C] on the CPU, mean then log-variance.
+        """Encode a clip's pixels: moments [T, h, w, 2C] of `latent_dtype` on the CPU, mean then log-variance.
 
         Raises:
             DataError: the clip can't be read, or its size doesn't suit the VAE.
@@ -121,16 +160,21 @@ class ClipEncoder:
         parameter = next(self.vae.parameters())
         video_BCTHW = to_model_range(read_clip(clip))[None].to(parameter.device, parameter.dtype)
         moments_B2CTHW = self.vae.encode(video_BCTHW, self.frames_per_chunk)
-        return moments_B2CTHW[0].permute(1, 2, 3, 0).to("cpu", torch.bfloat16).contiguous()
+        return to_field(moments_B2CTHW[0].permute(1, 2, 3, 0), self.latent_dtype)
 
     def texts(self, captions: Sequence[str]) -> list[torch.Tensor]:
-        """Encode captions, skipping those among the last `KEPT_CAPTIONS` distinct ones: bf16 [L, E] on the CPU."""
+        """Encode captions, skipping those among the last `KEPT_CAPTIONS` distinct ones.
+
+        Returns:
+            Per caption [L, E], or ids [L], of `text_dtype`, on the CPU.
+        """
         new = [caption for caption in dict.fromkeys(captions) if caption not in self._texts]
         if new:
-            embeddings_BLE, lengths_B = self.text_encoder.encode(new)
-            for caption, text_LE, length in zip(new, embeddings_BLE, lengths_B.tolist(), strict=True):
-                kept = text_LE if self.text_kind == "padded" else text_LE[:length]
-                self._texts[caption] = kept.to("cpu", torch.bfloat16, copy=True).contiguous()
+            is_ids = self.text_kind == "token_ids"
+            texts, lengths_B = self.text_encoder.token_ids(new) if is_ids else self.text_encoder.encode(new)
+            for caption, text, length in zip(new, texts, lengths_B.tolist(), strict=True):
+                kept = text[:length] if self.text_kind == "real" else text
+                self._texts[caption] = to_field(kept, self.text_dtype)
         texts = [self._texts[caption] for caption in captions]
         while len(self._texts) > KEPT_CAPTIONS:
             self._texts.popitem(last=False)
@@ -152,6 +196,9 @@ class ClipEncoder:
             frames_per_chunk=self.frames_per_chunk,
             scale=scaling_factor,
             measured_clips=0 if scaling_factor is not None else min(measured, len(clips)),
+            latent_dtype=self.latent_dtype,
+            text_dtype=self.text_dtype,
+            first_frame=self.first_frame,
         )
 
 
@@ -190,8 +237,8 @@ def write_dataset(
             if writer.finished:
                 logger.info("%s is there already", writer.name)
                 continue
-            for clip, moments, text in _records(part, encoder, skip_bad, skipped, writer.name):
-                writer.add_item(latents=moments, text=text, sample_id=sample_id(clip), metadata=_metadata(clip))
+            for clip, fields in _records(part, encoder, skip_bad, skipped, writer.name):
+                writer.add_item(**fields, sample_id=sample_id(clip), metadata=_metadata(clip))
             writer.finalize()
     _finish(folder, names)
     return skipped
@@ -212,32 +259,24 @@ def sample_id(clip: Clip) -> int:
     return xxhash.xxh3_64_intdigest(f"{clip.path.name}\0{clip.caption}".encode()) % MAX_ID
 
 
-def weights_fingerprint(model: torch.nn.Module) -> str:
-    """Return the xxh3 (hex) of all weights of a model, names, dtypes and shapes included."""
-    digest = xxhash.xxh3_128()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return str(digest.hexdigest())
-
-
 def _records(
     clips: Sequence[Clip], encoder: ClipEncoder, skip_bad: bool, skipped: Counter[str], label: str
-) -> Iterator[tuple[Clip, torch.Tensor, torch.Tensor]]:
-    """Encode the clips of a shard, in order; captions in batches."""
+) -> Iterator[tuple[Clip, dict[str, torch.Tensor | None]]]:
+    """Encode the clips of a shard, in order, to the fields of their records; captions in batches."""
     for place, clip in enumerate(log.progress(clips, label)):
         if place % CAPTIONS_AT_ONCE == 0:
             batch = clips[place : place + CAPTIONS_AT_ONCE]
             texts = encoder.texts([clip.caption for clip in batch])
         try:
             moments = encoder.moments(clip)
+            image = read_clip(clip, count=1)[0] if encoder.first_frame else None
         except DataError as error:
             if not skip_bad:
                 raise
             logger.warning("left out: %s", error)
             skipped["clip that is missing, damaged or of a size that the VAE can't take"] += 1
             continue
-        yield clip, moments, texts[place % CAPTIONS_AT_ONCE]
+        yield clip, {"latents": moments, "text": texts[place % CAPTIONS_AT_ONCE], "first_frame": image}
 
 
 def _measured(clips: Sequence[Clip], count: int, encoder: ClipEncoder, skip_bad: bool) -> Iterator[torch.Tensor]:

@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Literal
 from uuid import uuid4
 
 import torch
@@ -14,6 +13,7 @@ from pydantic import ValidationError
 
 from megacogvx.config import Section
 from megacogvx.data.indexed import EncoderInfo
+from megacogvx.data.indexed.layout import FloatDtype, TextDtype, TextKind
 from megacogvx.errors import DataError
 from megacogvx.log import get_logger
 
@@ -33,11 +33,13 @@ class EncodeJob(Section):
         frames_per_chunk: frames that the VAE encodes together; None for whole clips.
         measured_clips: how many clips the scale is measured on; 0 when it is given.
         scale: what latents are multiplied with before diffusion; None: not measured yet.
+        latent_dtype, text_dtype: of the stored values.
+        first_frame: whether records hold the clip's first frame as pixels.
     """
 
     clips: str
     clips_per_shard: int
-    text_kind: Literal["padded", "real"]
+    text_kind: TextKind
     text_length: int
     text_width: int
     text_encoder_fingerprint: str
@@ -46,6 +48,9 @@ class EncodeJob(Section):
     frames_per_chunk: int | None
     measured_clips: int
     scale: float | None
+    latent_dtype: FloatDtype = "bf16"
+    text_dtype: TextDtype = "bf16"
+    first_frame: bool = False
 
     def encoder_info(self) -> EncoderInfo:
         """Return what the dataset's index says about the encoders."""
@@ -54,6 +59,7 @@ class EncodeJob(Section):
             text_kind=self.text_kind, text_length=self.text_length, text_width=self.text_width,
             latent_channels=self.latent_channels, latent_scale_factor=self.scale,
             vae_fingerprint=self.vae_fingerprint, text_encoder_fingerprint=self.text_encoder_fingerprint,
+            latent_dtype=self.latent_dtype, text_dtype=self.text_dtype, first_frame=self.first_frame,
         )  # fmt: skip
 
 

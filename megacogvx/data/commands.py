@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.table import Table
 
 from megacogvx.data import dataset_commands
-from megacogvx.data.indexed.layout import BF16_BYTES
 from megacogvx.data.indexed.reader import IndexedDataset
 from megacogvx.data.indexed.verify import verify_dataset
 from megacogvx.errors import DataError
@@ -74,8 +73,11 @@ def _facts(dataset: IndexedDataset) -> Table:
         "checksum": f"{dataset.manifest.checksum:016x}",
         "samples": f"{len(dataset):,}",
         "size": _size(sum(shard.bin_bytes + shard.idx_bytes for shard in dataset.manifest.shards)),
-        "latents": f"{encoder.latent_channels} channels, scale factor {encoder.latent_scale_factor:g}",
+        "latents": f"{encoder.latent_dtype}, {encoder.latent_channels} channels, scale factor "
+        f"{encoder.latent_scale_factor:g}",
         "text": f"{encoder.text_kind}, up to {encoder.text_length} tokens of width {encoder.text_width}",
+        "text dtype": encoder.text_dtype,
+        "first frames": f"{int(dataset.has_first_frame().sum()):,} samples",
         "text shared": _size(_shared_text_bytes(dataset)) + " saved by storing equal captions once",
         "VAE": encoder.vae_fingerprint,
         "text encoder": encoder.text_encoder_fingerprint,
@@ -127,7 +129,7 @@ def _shared_text_bytes(dataset: IndexedDataset) -> int:
         columns = shard.index.columns
         _, first = np.unique(columns["text_offset"], return_index=True)
         lengths = columns["text_length"].astype(np.int64)
-        saved += int(lengths.sum() - lengths[first].sum()) * dataset.encoder.text_width * BF16_BYTES
+        saved += int(lengths.sum() - lengths[first].sum()) * dataset.encoder.text_token_bytes
     return saved
 
 

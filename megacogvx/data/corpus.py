@@ -221,19 +221,23 @@ class Corpus:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def sample(self, index: int, frames: range | None = None) -> Record:
+    def sample(self, index: int, frames: range | None = None, first_frame: bool = False) -> Record:
         """Return the record of corpus index `index`, or the latent frames `frames` of it.
+
+        Its first frame's pixels come with it where `first_frame` asks for them.
 
         Raises:
             DataError: the sample is damaged; names shard and sample.
         """
         dataset, number = self.locate(index)
-        return dataset.sample(number, frames)
+        return dataset.sample(number, frames, first_frame)
 
-    def sample_in(self, allocate: Allocate, index: int, frames: range | None = None) -> Record:
-        """Return `sample(index, frames)` in memory of the caller; see `IndexedDataset.sample_in`."""
+    def sample_in(
+        self, allocate: Allocate, index: int, frames: range | None = None, first_frame: bool = False
+    ) -> Record:
+        """Return `sample(index, frames, first_frame)` in memory of the caller; see `IndexedDataset.sample_in`."""
         dataset, number = self.locate(index)
-        return dataset.sample_in(allocate, number, frames)
+        return dataset.sample_in(allocate, number, frames, first_frame)
 
     def read_into(self, index: int, out: np.ndarray, frames: range | None = None) -> int:
         """Copy latents and text of corpus index `index` into `out`; see `IndexedDataset.read_into`."""

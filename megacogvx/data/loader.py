@@ -48,7 +48,7 @@ class PackLoader:
 
     def __init__(
         self, corpus: Corpus, plan: PackPlan, data_rank: int = 0, data_size: int = 1, start_step: int = 0,
-        state: dict[str, Any] | None = None, prefetch: int | None = None, cut: Cut = WHOLE,
+        state: dict[str, Any] | None = None, prefetch: int | None = None, cut: Cut = WHOLE, with_images: bool = False,
     ) -> None:  # fmt: skip
         """Start reading.
 
@@ -60,6 +60,7 @@ class PackLoader:
             state: from `state()` of an earlier loader, to start there at once; `start_step`: 0, or its step.
             prefetch: steps to read ahead; None takes `data.prefetch`.
             cut: this rank's place among those that share a pack; only the frames that its tokens need are read.
+            with_images: read the first frames' pixels too.
 
         Raises:
             ConfigError: the packs of a step don't divide by the ranks.
@@ -84,10 +85,11 @@ class PackLoader:
         self._state = plan.state()
         depth = plan.config.prefetch if prefetch is None else prefetch
         self._queue: queue.Queue[_Loaded | BaseException] = queue.Queue(maxsize=max(1, depth))
+        source = _Source(corpus, plan, range(data_rank, packs, data_size), cut, with_images)
         self._stop = threading.Event()
         self._thread = threading.Thread(
             target=_read_ahead,
-            args=(corpus, plan, range(data_rank, packs, data_size), cut, self._state["step"], self._queue, self._stop),
+            args=(source, self._state["step"], self._queue, self._stop),
             name="pack-loader",
             daemon=True,
         )
@@ -158,17 +160,25 @@ def _end(stop: threading.Event, thread: threading.Thread) -> None:
         thread.join(JOIN_SECONDS)
 
 
-def _read_ahead(
-    corpus: Corpus, plan: PackPlan, places: range, cut: Cut, step: int, out: queue.Queue[_Loaded | BaseException],
-    stop: threading.Event,
-) -> None:  # fmt: skip
+@dataclass(frozen=True)
+class _Source:
+    """What the thread reads: these places of each step's packs, for one rank."""
+
+    corpus: Corpus
+    plan: PackPlan
+    places: range
+    cut: Cut
+    with_images: bool
+
+
+def _read_ahead(source: _Source, step: int, out: queue.Queue[_Loaded | BaseException], stop: threading.Event) -> None:
     """Put the packs of each step into `out`, or the error that ended it; holds no reference to the loader."""
-    guarded = GuardedReader(plan.config.read_timeout)
+    guarded = GuardedReader(source.plan.config.read_timeout)
     try:
         while not stop.is_set():
             item: _Loaded | BaseException
             try:
-                item = _load_step(corpus, plan, places, cut, guarded, step)
+                item = _load_step(source, guarded, step)
             except BaseException as error:  # whatever it is, the consumer has to hear of it
                 item = error
             while not stop.is_set():
@@ -184,17 +194,22 @@ def _read_ahead(
         guarded.close()
 
 
-def _load_step(corpus: Corpus, plan: PackPlan, places: range, cut: Cut, guarded: GuardedReader, step: int) -> _Loaded:
-    def read(index: int, frames: range | None) -> Record:
+def _load_step(source: _Source, guarded: GuardedReader, step: int) -> _Loaded:
+    corpus, plan = source.corpus, source.plan
+
+    def read(index: int, frames: range | None, first_frame: bool) -> Record:
         if plan.config.on_bad_sample == "stop":
-            return corpus.sample(index, frames)
+            return corpus.sample(index, frames, first_frame)
         what = f"sample {int(corpus.columns.sample_id[index])} of {corpus.locate(index)[0].folder}"
         if torch.cuda.is_available():
-            return guarded(lambda: corpus.sample_in(_pinned, index, frames), what)
-        return guarded(lambda: corpus.sample(index, frames), what)
+            return guarded(lambda: corpus.sample_in(_pinned, index, frames, first_frame), what)
+        return guarded(lambda: corpus.sample(index, frames, first_frame), what)
 
     planned, num_tokens = plan.step(step), plan.config.tokens_per_pack
-    packs = [read_pack(corpus, planned[place], plan.patch, num_tokens, step, place, cut, read) for place in places]
+    packs = [
+        read_pack(corpus, planned[place], plan.patch, num_tokens, step, place, source.cut, read, source.with_images)
+        for place in source.places
+    ]
     layouts = [planned_layout(corpus, indices, plan.patch, num_tokens) for indices in planned]
     return _Loaded(packs, layouts, plan.state())
 

@@ -9,13 +9,14 @@ import torch
 
 from megacogvx.data.corpus import Corpus
 from megacogvx.data.faults import Fault, SampleError
+from megacogvx.data.indexed.fields import field_dtype
 from megacogvx.data.indexed.reader import Record
 from megacogvx.errors import DataError
 from megacogvx.pack_layout import PackLayout, Triple, build_layout
 
 Cut = tuple[tuple[int, int], tuple[int, int]]  # (rank, size) among the tensor and among the context ranks
 WHOLE: Cut = ((0, 1), (0, 1))
-ReadSample = Callable[[int, "range | None"], Record]
+ReadSample = Callable[[int, "range | None", bool], Record]  # index, latent frames, whether with the first frame
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,13 @@ class Pack:
 
     Attributes:
         layout: sample table; its last sample is the padding, which has no tensors.
-        latents: per real sample posterior moments bf16 `[T, h, w, 2C]`; of a cut only the frames that its rows touch.
-        text: per real sample a text embedding bf16 `[L, E]`.
+        latents: per real sample posterior moments `[T, h, w, 2C]`; of a cut only the frames that its rows touch.
+        text: per real sample a text embedding `[L, E]`, or token ids `[L]`.
         step: the step that it belongs to.
         place: its number among the packs of the step.
         first_frames: number of the first latent frame in each of `latents`; empty if that is 0 everywhere.
         faults: place of a sample -> why it couldn't be read here; its tensors are zeros.
+        images: image to video: per real sample its first frame, uint8 `[H, W, 3]`; None where no row here needs it.
     """
 
     layout: PackLayout
@@ -39,6 +41,7 @@ class Pack:
     place: int
     first_frames: tuple[int, ...] = ()
     faults: dict[int, Fault] = field(default_factory=dict)
+    images: tuple[torch.Tensor | None, ...] = ()
 
     @property
     def sample_ids(self) -> list[int]:
@@ -66,25 +69,27 @@ class Pack:
 
 def read_pack(
     corpus: Corpus, indices: Sequence[int], patch: Triple, num_tokens: int, step: int, place: int, cut: Cut = WHOLE,
-    read: ReadSample | None = None,
+    read: ReadSample | None = None, with_images: bool = False,
 ) -> Pack:  # fmt: skip
     """Read the samples `indices` of `corpus` as one pack of `num_tokens` tokens, the padding included.
 
     Args:
         cut: the rank that it is for; samples and latent frames of which it holds no token are not read.
         read: reads a sample, `corpus.sample` by default. Its `SampleError` is kept in `Pack.faults`.
+        with_images: read the first frames too (as pixels), where rows of the first latent frame are.
 
     Raises:
         DataError: a sample is damaged, or holds something else than its index says.
     """
     layout = planned_layout(corpus, indices, patch, num_tokens)
     needed = needed_frames(layout, cut)
-    latents, text, faults = [], [], dict[int, Fault]()
+    latents, text, images, faults = [], [], [], dict[int, Fault]()
+    seen = _first_frames_seen(layout, cut) if with_images else set()
     for m, (index, frames) in enumerate(zip(indices, needed, strict=True)):
         record = None
         if len(frames):
             try:
-                record = (read or corpus.sample)(index, frames)
+                record = (read or corpus.sample)(index, frames, m in seen)
             except SampleError as error:
                 faults[m] = error.fault
         planned = layout.samples[m]
@@ -94,7 +99,8 @@ def read_pack(
             )
         latents.append(_empty_latents(corpus, index, len(frames)) if record is None else record.latents)
         text.append(_empty_text(corpus, index) if record is None else record.text)
-    return Pack(layout, latents, text, step, place, tuple(frames.start for frames in needed), faults)
+        images.append(None if record is None else record.first_frame)
+    return Pack(layout, latents, text, step, place, tuple(frames.start for frames in needed), faults, tuple(images))
 
 
 def needed_frames(layout: PackLayout, cut: Cut) -> list[range]:
@@ -119,6 +125,13 @@ def needed_frames(layout: PackLayout, cut: Cut) -> list[range]:
     return needed
 
 
+def _first_frames_seen(layout: PackLayout, cut: Cut) -> set[int]:
+    """Return the samples of whose first grid frame one rank holds rows."""
+    grids = [sample.grid for sample in layout.samples]
+    slices = layout.local(*cut).video_slices
+    return {piece.sample for piece in slices if piece.start < grids[piece.sample][1] * grids[piece.sample][2]}
+
+
 def planned_layout(corpus: Corpus, indices: Sequence[int], patch: Triple, num_tokens: int) -> PackLayout:
     """Return the layout of a pack of the samples `indices`, from the index alone."""
     return build_layout([corpus.place(index, patch) for index in indices], patch, num_tokens=num_tokens)
@@ -127,8 +140,9 @@ def planned_layout(corpus: Corpus, indices: Sequence[int], patch: Triple, num_to
 def _empty_latents(corpus: Corpus, index: int, frames: int) -> torch.Tensor:
     columns, channels = corpus.columns, 2 * corpus.encoder.latent_channels
     size = (frames, int(columns.height[index]), int(columns.width[index]), channels)
-    return torch.zeros(size, dtype=torch.bfloat16)
+    return torch.zeros(size, dtype=field_dtype(corpus.encoder.latent_dtype))
 
 
 def _empty_text(corpus: Corpus, index: int) -> torch.Tensor:
-    return torch.zeros(int(corpus.columns.text_length[index]), corpus.encoder.text_width, dtype=torch.bfloat16)
+    shape = (int(corpus.columns.text_length[index]), *corpus.encoder.text_shape)
+    return torch.zeros(shape, dtype=field_dtype(corpus.encoder.text_dtype))

@@ -10,6 +10,7 @@ from megacogvx.config import Section
 
 TimestepSampling = Literal["uniform_sample", "uniform_pack", "independent"]
 LossMean = Literal["sample", "token"]
+DroppedText = Literal["zeros", "empty"]
 
 
 class DiffusionConfig(Section):
@@ -21,7 +22,9 @@ class DiffusionConfig(Section):
         scaling_factor: what latents are multiplied by before noise is added; None takes the dataset's.
         timestep_sampling: how the timesteps of one step share [0, T): one stratum per sample (`uniform_sample`), one
             per pack (`uniform_pack`, the paper's), or none (`independent`); see `timesteps.py`.
-        conditioning_dropout: probability that a sample's text is replaced by zeros, for classifier-free guidance.
+        conditioning_dropout: probability that a sample's text is replaced, for classifier-free guidance.
+        dropped_text: by what: zeros (as in the official training), or the encoded empty prompt, which diffusers'
+            pipelines guide with; it needs `text.encoder` and padded texts. Guidance in `generate` follows it.
         loss_mean: whether every sample (`sample`) or every video token (`token`) weighs the same in the loss.
     """
 
@@ -30,4 +33,5 @@ class DiffusionConfig(Section):
     scaling_factor: float | None = Field(None, gt=0.0)
     timestep_sampling: TimestepSampling = "uniform_sample"
     conditioning_dropout: float = Field(0.1, ge=0.0, le=1.0)
+    dropped_text: DroppedText = "zeros"
     loss_mean: LossMean = "sample"

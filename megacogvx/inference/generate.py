@@ -83,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--checkpoint", type=Path, required=True, help="run folder of a transformer (newest checkpoint) or a checkpoint"
     )
+    add("--weights", choices=("live", "ema"), default="live", help="ema: the moving average, if the run kept one")
     add("--vae", type=Path, required=True, help="run folder or checkpoint of the VAE that encoded its dataset")
     add("--text-encoder", type=Path, required=True, help="folder with tokenizer/ and text_encoder/ (T5)")
     add("--prompt", action="append", default=[], help="what to show; may be given several times")
@@ -155,7 +156,11 @@ def generate(
     mine = dict(list(enumerate(prompts))[groups.data[0] :: groups.data[1]])
     began = time.perf_counter()
     texts = encode_prompts(list(mine.values()), arguments, transformer, groups.device, dtype)
-    denoiser = Denoiser(load_transformer(transformer.path, groups, dtype), NoiseSchedule(transformer.diffusion), groups)
+    denoiser = Denoiser(
+        load_transformer(transformer.path, groups, dtype, arguments.weights),
+        NoiseSchedule(transformer.diffusion),
+        groups,
+    )
     channels, *latent_size = vae.config.latent_shape(size.frames, size.height, size.width)
     shape = (latent_size[0], channels, latent_size[1], latent_size[2])
     latents = {}
@@ -191,7 +196,7 @@ def encode_prompts(
     Without a negative prompt the second is what the weights expect: zeros of the first one's length, as dropped texts
     are in training, or the empty prompt.
     """
-    length, pads = transformer.encoder.text_length, transformer.encoder.text_kind == "padded"
+    length, pads = transformer.encoder.text_length, transformer.encoder.pads_text
     encoder = TextEncoder.from_folder(arguments.text_encoder, length, device, dtype)
     if encoder.width != transformer.config.text_embed_dim:
         raise ConfigError(

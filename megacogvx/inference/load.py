@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from megacogvx.checkpoint.distributed import load
+from megacogvx.checkpoint.distributed import MODEL, load
 from megacogvx.checkpoint.find import Checkpoint, find_checkpoint
 from megacogvx.checkpoint.whole import load_whole
 from megacogvx.conversion.settings import Conventions
@@ -26,6 +26,8 @@ from megacogvx.models.vae.model import CogVideoXVAE
 from megacogvx.models.weights import check_finite
 from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.groups import ParallelGroups
+
+LIVE, EMA = "live", "ema"  # the weights that the optimizer steps, and their moving average
 
 logger = get_logger(__name__)
 
@@ -100,32 +102,38 @@ class VAECheckpoint(Checkpoint):
         return cls(found.directory, found.step, found.resolved, found.section("vae", VAEConfig))
 
 
-def load_transformer(path: Path, groups: ParallelGroups, dtype: torch.dtype) -> CogVideoXTransformer:
+def load_transformer(
+    path: Path, groups: ParallelGroups, dtype: torch.dtype, weights: str = LIVE
+) -> CogVideoXTransformer:
     """Load a transformer for inference; all ranks call it together.
 
     Args:
         path: run folder or checkpoint.
         groups: the layout to load it on; any that its heads divide by.
         dtype: of the weights.
+        weights: "live", those that the optimizer steps, or "ema", their average, if the run kept one (`ema.decay`).
 
     Returns:
         The model on `groups.device`, in evaluation mode, without gradients.
 
     Raises:
         CheckpointError: `path` holds no complete checkpoint of a transformer, or it is damaged.
-        ConfigError: the heads don't divide by the layout.
+        ConfigError: the heads don't divide by the layout, or the checkpoint keeps no average.
         DataError: a weight is NaN or infinite.
     """
     checkpoint = TransformerCheckpoint.find(path)
+    if weights == EMA and not checkpoint.resolved.get("ema", {}).get("decay"):
+        raise ConfigError(f"{checkpoint.path} keeps no averaged weights (ema.decay was 0); take the live ones")
     parallel = ParallelConfig(
         tensor_parallel_size=groups.tensor[1], context_parallel_size=groups.context[1], ring_size=groups.ring[1]
     )
     model = CogVideoXTransformer(
         checkpoint.config, transformer_core(checkpoint.config, parallel, groups, dtype), groups
     ).to(groups.device)
-    load(checkpoint.path, model, None, groups)
+    load(checkpoint.path, model, None, groups, weights=EMA if weights == EMA else MODEL)
     check_finite(model, str(checkpoint.path))
-    logger.info("transformer of step %d from %s", checkpoint.step, checkpoint.path)
+    kind = ", averaged weights" if weights == EMA else ""
+    logger.info("transformer of step %d from %s%s", checkpoint.step, checkpoint.path, kind)
     return model.eval().requires_grad_(False)
 
 

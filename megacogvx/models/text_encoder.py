@@ -92,8 +92,17 @@ class TextEncoder:
             of real tokens int64 [B] (CPU), </s> included.
         """
         ids_BL, lengths_B = self.token_ids(captions)
-        embeddings_BLE = self._model(input_ids=ids_BL.to(self._model.device)).last_hidden_state
-        return embeddings_BLE, lengths_B
+        return self.encode_ids(ids_BL), lengths_B
+
+    @torch.no_grad()
+    def encode_ids(self, ids_BL: torch.Tensor) -> torch.Tensor:
+        """Encode padded token ids int64 `[B, L]`; embeddings `[B, L, E]` in the model's dtype and on its device."""
+        return self._model(input_ids=ids_BL.to(self._model.device)).last_hidden_state
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids that the model has embeddings for."""
+        return int(self._model.config.vocab_size)
 
     def unconditional(self, kind: str = "empty") -> torch.Tensor:
         """Return the embedding [1, L, E] that stands for no prompt.

@@ -1,8 +1,9 @@
-"""Whether weights are numbers."""
+"""Whether weights are numbers, and which ones they are."""
 
 from __future__ import annotations
 
 import torch
+import xxhash
 from torch import nn
 
 from megacogvx.errors import DataError
@@ -32,3 +33,12 @@ def check_finite(model: nn.Module, source: str) -> None:
         f"weights of {source} are NaN or infinite: {', '.join(shown)}{more};{narrow} take an earlier checkpoint, or "
         "convert or download this one again"
     )
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """Return the xxh3 (hex) of all weights of a model, names, dtypes and shapes included."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return str(digest.hexdigest())

@@ -143,6 +143,15 @@ def sum_over_data_and_context(values: torch.Tensor, groups: ParallelGroups) -> t
     return _sum(values, groups.data_context_group, groups)
 
 
+def broadcast_from(tensor: torch.Tensor, owner: int, groups: ParallelGroups) -> None:
+    """Overwrite `tensor` on all data and context ranks with that of the rank numbered `owner` among them.
+
+    Backward: none.
+    """
+    if groups.data_context_group.size() > 1:
+        dist.broadcast(tensor.detach(), group=groups.data_context_group, group_src=owner)
+
+
 def max_over_ranks(values: torch.Tensor, groups: ParallelGroups) -> torch.Tensor:
     """Return the largest of `values` over all ranks, element by element (the slowest rank's seconds, say)."""
     result = values.detach().clone().to(groups.device)

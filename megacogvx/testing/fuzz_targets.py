@@ -19,12 +19,15 @@ from megacogvx.data.clips import Clip, read_clips, write_clips
 from megacogvx.data.exchange.importers import read_folder, read_tar
 from megacogvx.data.exchange.megatron import read_megatron
 from megacogvx.data.indexed import IndexedDataset
-from megacogvx.data.indexed.reader import Shard
+from megacogvx.data.indexed.layout import EncoderInfo
+from megacogvx.data.indexed.reader import Record, Shard
 from megacogvx.data.indexed.recover import recover_shard
 from megacogvx.data.indexed.side_columns import write_side_column
 from megacogvx.data.video import read_frames, write_video
 from megacogvx.testing.fuzz import mutate
 from megacogvx.testing.tiny_dataset import tiny_encoder, write_tiny_dataset
+
+WITH_IMAGES = tiny_encoder("token_ids", latent_dtype="fp8_e4m3", first_frame=True)
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,9 @@ def targets(folder: Path) -> dict[str, Callable[[], Target]]:
         "manifest": lambda: _dataset(folder / "manifest", "manifest.json"),
         "column": lambda: _dataset(folder / "column", "columns/flow.g0001.col"),
         "recover": lambda: _recover(folder / "recover"),
+        "fields-index": lambda: _dataset(folder / "fields-index", "shard-00000.idx", WITH_IMAGES),
+        "fields-bin": lambda: _dataset(folder / "fields-bin", "shard-00000.bin", WITH_IMAGES),
+        "fields-recover": lambda: _recover(folder / "fields-recover", WITH_IMAGES),
         "tar": lambda: _tar(folder / "tar"),
         "pt": lambda: _tensors(folder / "pt", ".pt"),
         "safetensors": lambda: _tensors(folder / "safetensors", ".safetensors"),
@@ -62,39 +68,42 @@ def targets(folder: Path) -> dict[str, Callable[[], Target]]:
 def records(folder: Path) -> list[Any]:
     """Return everything that a dataset's samples are."""
     dataset = IndexedDataset(folder)
-    samples = [dataset.sample(number) for number in range(len(dataset))]
-    rows = [(s.sample_id, _raw(s.latents), _raw(s.text), s.metadata_json) for s in samples]
+    rows = [_row(dataset.sample(number, first_frame=True)) for number in range(len(dataset))]
     return [*rows, dataset.side_column("flow").tobytes()]
+
+
+def _row(record: Record) -> tuple[Any, ...]:
+    image = None if record.first_frame is None else _raw(record.first_frame)
+    return record.sample_id, _raw(record.latents), _raw(record.text), record.metadata_json, image
 
 
 def _raw(tensor: torch.Tensor) -> tuple[tuple[int, ...], bytes]:
     return tuple(tensor.shape), tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def _dataset(folder: Path, name: str) -> Target:
-    write_tiny_dataset(folder, 6)
+def _dataset(folder: Path, name: str, encoder: EncoderInfo | None = None) -> Target:
+    write_tiny_dataset(folder, 6, encoder=encoder)
     ids = IndexedDataset(folder).sample_id
     write_side_column(folder, "flow", np.arange(len(ids), dtype=float), ids)
     return Target(folder / name, lambda: records(folder))
 
 
-def _recover(folder: Path) -> Target:
+def _recover(folder: Path, encoder: EncoderInfo | None = None) -> Target:
     """The sound .bin's records or fewer; whichever are found must be what they were."""
-    write_tiny_dataset(folder, 6, shards=1, captions=2)
-    sound = {row[0]: row[1:] for row in _recovered(folder)}
+    encoder = write_tiny_dataset(folder, 6, shards=1, captions=2, encoder=encoder)
+    sound = {row[0]: row[1:] for row in _recovered(folder, encoder)}
 
     def parse() -> bool:
         # Latents are not checked: their checksums stood in the lost index.
-        return all(sound[row[0]][1:] == row[2:] for row in _recovered(folder))
+        return all(sound[row[0]][1:] == row[2:] for row in _recovered(folder, encoder))
 
     return Target(folder / "shard-00000.bin", parse)
 
 
-def _recovered(folder: Path) -> list[Any]:
-    recover_shard(folder, "shard-00000", tiny_encoder())
+def _recovered(folder: Path, encoder: EncoderInfo) -> list[Any]:
+    recover_shard(folder, "shard-00000", encoder)
     shard = Shard(folder, "shard-00000")
-    rows = [shard.record(row) for row in range(len(shard.index))]
-    return [(s.sample_id, _raw(s.latents), _raw(s.text), s.metadata_json) for s in rows]
+    return [_row(shard.record(row, first_frame=True)) for row in range(len(shard.index))]
 
 
 def _sample_tensors(number: int) -> dict[str, torch.Tensor]:

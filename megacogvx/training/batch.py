@@ -1,4 +1,4 @@
-"""A pack becomes the rows that one rank computes with: posterior draw, noise, timestep, conditioning dropout.
+"""A pack becomes the rows that one rank computes with: posterior draw, noise, timestep, text, image, dropout.
 
 A rank draws only the latent frames that its rows touch; each draw comes from (seed, what, step, sample id, frame),
 so the rows of two layouts are cuts of the same pack.
@@ -13,11 +13,14 @@ import torch
 from megacogvx import draws
 from megacogvx.data.pack import Pack
 from megacogvx.diffusion.config import DiffusionConfig
+from megacogvx.diffusion.image_condition import image_channels
 from megacogvx.diffusion.objective import loss_count
 from megacogvx.diffusion.schedule import NoiseSchedule
 from megacogvx.models.vae import gaussian
 from megacogvx.pack_layout import LocalPack, PackLayout, RowSlice, patchify
 from megacogvx.parallel.groups import ParallelGroups
+from megacogvx.training.image_condition import ImageLatents
+from megacogvx.training.text_condition import TextRows
 
 
 @dataclass(frozen=True)
@@ -25,9 +28,10 @@ class Batch:
     """What one rank needs of one pack, on the rank's device.
 
     Attributes:
-        video_SP: noisy video rows `[V_local, P]`, model dtype.
-        text_SE: text rows `[T_local, E]`, model dtype; zeros where the conditioning is dropped, and in the padding.
-        target_SP: velocity rows `[V_local, P]`, fp32.
+        video_SP: noisy video rows `[V_local, P]`, model dtype; image to video: noisy latents, then the image's.
+        text_SE: text rows `[T_local, E]`, model dtype; zeros in the padding, and where the conditioning is dropped
+            (or the empty prompt there).
+        target_SP: velocity rows `[V_local, P]` of the noisy latents alone, fp32.
         timesteps_M: int64 `[M]`; 0 for the padding.
         count: what this context shard adds to the divisor of the summed loss; equal on all its tensor ranks.
         layout, local: the pack's layout and this rank's cut of it.
@@ -53,6 +57,8 @@ class BatchMaker:
         seed: of all draws.
         groups: which rank this is, and its device.
         dtype: the model's.
+        texts: what text rows are made of; None: of stored embeddings, zeros where they are dropped.
+        images: makes the latents of first frames, on ranks whose stage reads rows; None: text to video.
     """
 
     diffusion: DiffusionConfig
@@ -61,6 +67,8 @@ class BatchMaker:
     seed: int
     groups: ParallelGroups
     dtype: torch.dtype
+    texts: TextRows | None = None
+    images: ImageLatents | None = None
 
     def prepare(self, pack: Pack, timesteps: list[int]) -> Batch:
         """Return this rank's rows of `pack`, noised.
@@ -73,7 +81,8 @@ class BatchMaker:
         local = layout.local(self.groups.tensor, self.groups.context, device)
         row_size = pack.latents[0].shape[-1] // 2 * layout.patch[0] * layout.patch[1] * layout.patch[2]
         rows = [self._video_rows(pack, piece, timesteps[piece.sample]) for piece in local.video_slices]
-        noisy_SP = torch.cat([torch.empty(0, row_size), *(noisy for noisy, _ in rows)])
+        row_size_in = row_size if self.images is None else 2 * row_size
+        noisy_SP = torch.cat([torch.empty(0, row_size_in), *(noisy for noisy, _ in rows)])
         target_SP = torch.cat([torch.empty(0, row_size), *(target for _, target in rows)])
         return Batch(
             video_SP=noisy_SP.to(device, self.dtype),
@@ -86,7 +95,7 @@ class BatchMaker:
         )
 
     def drops_conditioning(self, step: int, sample_id: int) -> bool:
-        """Return whether this sample sees a text of zeros at this step (classifier-free guidance)."""
+        """Return whether this sample sees no text at this step (classifier-free guidance)."""
         return draws.uniform(self.seed, "conditioning", step, sample_id) < self.diffusion.conditioning_dropout
 
     def _video_rows(self, pack: Pack, piece: RowSlice, timestep: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,8 +110,22 @@ class BatchMaker:
         noise_TCHW = draws.normal_frames(frames, shape, self.seed, "noise", pack.step, sample.sample_id)
         noisy_TCHW = self.schedule.add_noise(latents_TCHW, noise_TCHW, timestep)
         target_TCHW = self.schedule.velocity(latents_TCHW, noise_TCHW, timestep)
+        if self.images is not None:
+            image_TCHW = image_channels(self._image(pack, piece.sample, frames, shape), frames, sample.repeated_frames)
+            noisy_TCHW = torch.cat([noisy_TCHW, image_TCHW], dim=1)
         cut = slice(piece.start - first * frame_rows, piece.stop - first * frame_rows)
         return patchify(noisy_TCHW, patch)[cut], patchify(target_TCHW, patch)[cut]
+
+    def _image(self, pack: Pack, place: int, frames: range, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return the image latents `[C, H, W]` of a sample; zeros where it is dropped, or `frames` don't see it."""
+        assert self.images is not None
+        sample = pack.layout.samples[place]
+        dropped = not sample.carries_loss or self.images.drops(pack.step, sample.sample_id)
+        if -sample.repeated_frames not in frames or dropped:
+            return torch.zeros(shape)
+        pixels_HW3 = pack.images[place]
+        assert pixels_HW3 is not None, f"sample {sample.sample_id} was read without its first frame"
+        return self.images(pixels_HW3, pack.step, sample.sample_id)
 
     def _latents(self, pack: Pack, place: int, frames: range) -> torch.Tensor:
         """Draw scaled latents `[T, C, H, W]` fp32 of `frames`; a negative frame is a copy of frame 0."""
@@ -115,13 +138,15 @@ class BatchMaker:
         return latents_TCHW[torch.tensor([max(0, frame) - real.start for frame in frames])]
 
     def _text_rows(self, pack: Pack, local: LocalPack) -> torch.Tensor:
-        """Return the local text rows `[T_local, E]`; a dropped text and the padding are zeros."""
-        parts = [pack.text[0][:0]]
+        """Return the local text rows `[T_local, E]` bf16; the padding's are zeros."""
+        texts = self.texts or TextRows(pack.text[0].shape[1])
+        parts = [torch.empty(0, texts.width, dtype=torch.bfloat16)]
         for piece in local.text_slices:
-            sample, length = pack.layout.samples[piece.sample], piece.stop - piece.start
-            is_padding = piece.sample == pack.layout.num_samples - 1
-            if is_padding or self.drops_conditioning(pack.step, sample.sample_id):
-                parts.append(torch.zeros(length, pack.text[0].shape[1], dtype=pack.text[0].dtype))
+            sample = pack.layout.samples[piece.sample]
+            if piece.sample == pack.layout.num_samples - 1:
+                parts.append(torch.zeros(piece.stop - piece.start, texts.width, dtype=torch.bfloat16))
+            elif self.drops_conditioning(pack.step, sample.sample_id):
+                parts.append(texts.dropped(sample.text_length)[piece.start : piece.stop])
             else:
-                parts.append(pack.text[piece.sample][piece.start : piece.stop])
+                parts.append(texts.rows(pack.text[piece.sample])[piece.start : piece.stop].bfloat16())
         return torch.cat(parts)

@@ -30,6 +30,8 @@ from megacogvx.parallel.pipeline_parallel import split_layers
 from megacogvx.parallel.software import software_problems
 from megacogvx.training.ema import EMAConfig
 from megacogvx.training.guard import GuardConfig
+from megacogvx.training.image_condition import ImageConfig
+from megacogvx.training.text_condition import TextConfig
 from megacogvx.training.tracking import TrackingConfig
 from megacogvx.training.validation_loss import ValidationConfig
 
@@ -83,13 +85,21 @@ class TrainConfig(Section):
     model: CogVideoXConfig = CogVideoXConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     data: DataConfig
+    image: ImageConfig = ImageConfig()
+    text: TextConfig = TextConfig()
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    ema: EMAConfig = EMAConfig()
     training: TrainingConfig = TrainingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()
     tracking: TrackingConfig = TrackingConfig()
     validation: ValidationConfig = ValidationConfig()
+
+    @property
+    def is_image_to_video(self) -> bool:
+        """Whether the model reads an image's latents beside the noisy ones."""
+        return self.model.in_channels == 2 * self.model.out_channels
 
     def validate_layout(self, world_size: int) -> None:
         """Check all rules between sections for `world_size` processes.
@@ -106,9 +116,33 @@ class TrainConfig(Section):
             self._stage_rules(world_size),
             self._pack_rules(world_size),
             self._fp8_rules(),
+            self._condition_rules(),
             self._validation_rules(),
         ]
         raise_broken([*software_problems(self.parallel), *(problem for rule in rules for problem in rule)])
+
+    def _condition_rules(self) -> Iterator[str]:
+        ours, latents, vae = self.model.in_channels, self.model.out_channels, self.image.vae
+        if ours not in (latents, 2 * latents):
+            yield (
+                f"model.in_channels={ours} must be model.out_channels={latents} (text to video) or {2 * latents} "
+                "(image to video: the image's latents stand beside the noisy ones)"
+            )
+        elif self.is_image_to_video and vae is None:
+            yield (
+                f"model.in_channels={ours} is image to video, whose first frames are encoded while training: set "
+                f"image.vae to the VAE that encoded the dataset, or model.in_channels={latents} for text to video"
+            )
+        elif vae is not None and not self.is_image_to_video:
+            yield (
+                f"image.vae={vae}, but model.in_channels={ours} has no channels for an image; set model.in_channels="
+                f"{2 * latents} (training.start_from grows them), or leave image.vae out"
+            )
+        if self.diffusion.dropped_text == "empty" and self.text.encoder is None:
+            yield (
+                "diffusion.dropped_text=empty needs the embedding of the empty prompt: set text.encoder to the folder "
+                "of the dataset's T5, or dropped_text=zeros"
+            )
 
     def _validation_rules(self) -> Iterator[str]:
         largest, limit = max(self.validation.timesteps), self.diffusion.num_train_timesteps
@@ -121,6 +155,11 @@ class TrainConfig(Section):
             yield (
                 f"validation.videos={self.validation.videos} needs texts and a decoder: validation.paths (now "
                 f"{list(self.validation.paths)}) and validation.vae (now {self.validation.vae}); or set it to 0"
+            )
+        if self.validation.videos and self.is_image_to_video:
+            yield (
+                f"validation.videos={self.validation.videos} with model.in_channels={self.model.in_channels}: during "
+                "training videos are made from text alone; set it to 0, and run `megacogvx generate` on the checkpoints"
             )
         if self.validation.videos and self.parallel.pipeline_parallel_size > 1:
             yield (

@@ -1,12 +1,13 @@
 """The exponential moving average of a model's weights, which is used where the model is, not where it learns.
 
-It works on the tensors of this rank alone, whatever layout they are cut by, and says nothing to other ranks: equal
-weights have equal averages.
+It works on the tensors of this rank, whatever layout they are cut by. Data and context ranks hold equal weights, so
+they share the averages: each keeps those of some whole tensors, and gives them to the others when they are used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import heapq
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,7 @@ from pydantic import Field
 from torch import nn
 
 from megacogvx.config import Section
+from megacogvx.parallel.data_parallel import broadcast_from
 from megacogvx.parallel.groups import ParallelGroups
 from megacogvx.parallel.sharded_state import sharded_state_dict
 
@@ -31,20 +33,27 @@ class EMAConfig(Section):
 class WeightAverage:
     """The average of every floating tensor of a model's state, in fp32; other tensors are taken as they are.
 
+    Attributes:
+        owners: tensor -> the data-context rank that keeps its average, equal on all ranks.
+        averages: of this rank's own tensors.
+
     Args:
         model: the model itself, not its data-parallel wrapper; its weights of now start the average.
         decay: what a step keeps of the average. The first steps keep less, (1 + n) / (10 + n) after n of them, so that
             the average soon forgets the weights that it started from.
-        groups: process groups, for checkpoints.
+        groups: process groups.
     """
 
     def __init__(self, model: nn.Module, decay: float, groups: ParallelGroups) -> None:
         self.model, self.decay, self.groups = model, decay, groups
+        self.rank, ranks = groups.data_context_group.rank(), groups.data_context_group.size()
+        sizes = {name: tensor.numel() * (4 if tensor.is_floating_point() else 8) for name, tensor in self._tensors()}
+        self.owners = deal(sizes, ranks)
         self.restart()
 
     def restart(self) -> None:
         """Start the average with the model's weights of now."""
-        self.averages = {name: _copy(tensor) for name, tensor in self.model.state_dict().items()}
+        self.averages = {name: _copy(tensor) for name, tensor in self._own()}
 
     @torch.no_grad()
     def update(self, step: int) -> dict[str, Any]:
@@ -54,7 +63,7 @@ class WeightAverage:
             nothing for the log.
         """
         keep = min(self.decay, (1 + step) / (10 + step))
-        for name, tensor in self.model.state_dict().items():
+        for name, tensor in self._own():
             if tensor.is_floating_point():
                 self.averages[name].lerp_(tensor.float(), 1 - keep)
             else:
@@ -63,27 +72,65 @@ class WeightAverage:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Put the averages into the model, and its own weights back at the end."""
-        own = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        """Put the averages into the model, and its own weights back at the end; every rank calls it."""
+        own = {name: tensor.clone() for name, tensor in self._tensors()}
         try:
-            self.model.load_state_dict(self.averages)
+            self._put_averages()
             yield
         finally:
-            self.model.load_state_dict(own)
+            for name, tensor in self._tensors():
+                tensor.copy_(own[name])
 
     def sharded_state_dict(self, metadata: dict[str, Any], *, is_loading: bool = False) -> dict[str, Any]:
-        """Return the averages as sharded tensors, cut as the model's; loading writes into them."""
+        """Return this rank's averages as sharded tensors, cut as the model's; loading writes into them.
+
+        No other data or context rank has them, so each is the one that is written.
+        """
         sharded = sharded_state_dict(self.model, self.groups, prefix=PREFIX)
+        parts = {name: sharded[PREFIX + name] for name in self.averages}
         return {
-            name: replace(part, data=average, dtype=average.dtype)
-            for name, part in sharded.items()
-            for average in [self.averages[name.removeprefix(PREFIX)]]
+            PREFIX + name: replace(
+                part, data=self.averages[name], dtype=self.averages[name].dtype, replica_id=(*part.replica_id[:2], 0)
+            )
+            for name, part in parts.items()
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what `sharded_state_dict` described."""
         for name, tensor in state.items():
             self.averages[name.removeprefix(PREFIX)].copy_(tensor)
+
+    @torch.no_grad()
+    def _put_averages(self) -> None:
+        for name, tensor in self._tensors():
+            if name in self.averages:
+                tensor.copy_(self.averages[name])
+            broadcast_from(tensor, self.owners[name], self.groups)
+
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the model's own tensors; what else a state holds (FP8's scales) is no weight."""
+        for name, value in self.model.state_dict().items():
+            if isinstance(value, torch.Tensor):
+                yield name, value
+
+    def _own(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((name, tensor) for name, tensor in self._tensors() if self.owners[name] == self.rank)
+
+
+def deal(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
+    """Deal tensors to ranks, the largest first, each to the rank that holds the least; depends on nothing else.
+
+    Args:
+        sizes: bytes by name.
+        ranks: how many ranks share them.
+    """
+    held = [(0, rank) for rank in range(ranks)]
+    owners = {}
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        size, rank = heapq.heappop(held)
+        owners[name] = rank
+        heapq.heappush(held, (size + sizes[name], rank))
+    return owners
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from megacogvx.checkpoint.directory import CheckpointDirectory
 from megacogvx.checkpoint.distributed import Kept, load, load_newest
 from megacogvx.checkpoint.find import Checkpoint, find_checkpoint
 from megacogvx.checkpoint.whole import read_state
 from megacogvx.config import Section, dump_config
+from megacogvx.conversion.settings import Conventions
 from megacogvx.data.clips import ClipLoader
 from megacogvx.data.corpus import Corpus
 from megacogvx.data.faults import FaultCounter
@@ -28,10 +28,9 @@ from megacogvx.data.planner import PackPlan
 from megacogvx.diffusion.objective import sample_weights
 from megacogvx.diffusion.schedule import NoiseSchedule
 from megacogvx.diffusion.timesteps import step_timesteps
-from megacogvx.errors import CheckpointError, ConfigError
+from megacogvx.errors import CheckpointError
 from megacogvx.inference.denoise import SamplingSettings
 from megacogvx.log import get_logger
-from megacogvx.models.transformer.checks import rope_grid_problem
 from megacogvx.models.transformer.flops import cost_coefficients, training_flops
 from megacogvx.models.transformer.initialize import initialize_weights
 from megacogvx.models.transformer.model import CogVideoXTransformer, transformer_core
@@ -41,21 +40,24 @@ from megacogvx.models.vae.initialize import initialize_weights as initialize_vae
 from megacogvx.models.vae.losses import VAELoss
 from megacogvx.models.vae.model import CogVideoXVAE
 from megacogvx.models.weights import check_finite
-from megacogvx.pack_layout import PackLayout, place_sample
+from megacogvx.pack_layout import PackLayout
 from megacogvx.parallel.data_parallel import DistributedDataParallel, max_over_ranks, unwrap, wrap
 from megacogvx.parallel.groups import ParallelGroups, barrier, initialize, launch_environment
-from megacogvx.parallel.megatron import TransformerConfig, plain_core_config
+from megacogvx.parallel.megatron import plain_core_config
 from megacogvx.parallel.optimizer import Optimizer, build_optimizer
 from megacogvx.training import step as transformer_step
 from megacogvx.training import vae_step
 from megacogvx.training.adversary import Adversary, WeightsOnly
 from megacogvx.training.batch import BatchMaker
 from megacogvx.training.config import OptimizerConfig, TrainConfig, TrainingConfig, VAETrainConfig
+from megacogvx.training.corpus_checks import check_corpus
 from megacogvx.training.ema import WeightAverage
+from megacogvx.training.image_condition import ImageLatents, load_image_vae
 from megacogvx.training.loop import Run, StepInput
 from megacogvx.training.metrics import MetricsFile
 from megacogvx.training.start_from import find_start, start_from
 from megacogvx.training.state import TrainState
+from megacogvx.training.text_condition import text_rows
 from megacogvx.training.validation import HeldOutClips
 from megacogvx.training.validation_loss import ValidationLoss, held_out_packs
 from megacogvx.training.validation_videos import ValidationVideos
@@ -90,22 +92,26 @@ def build_transformer_run(config: TrainConfig) -> Run:
     core = transformer_core(config.model, config.parallel, groups, dtype)
     model = CogVideoXTransformer(config.model, core, groups)
     initialize_weights(model, config.training.seed)
-    ddp, optimizer, state = _train_ready(model, core, groups, config, checkpoints)
+    ddp = wrap(model, core, groups)
+    optimizer = _make_optimizer(ddp, config.optimizer, config.training.steps, groups)
+    average = WeightAverage(model, config.ema.decay, groups) if config.ema.decay else None
+    beside: dict[str, Kept] = {"ema": average} if average else {}
+    state = _load_newest(config, ddp, optimizer, checkpoints, groups, beside)
 
-    cut = (groups.tensor, groups.context)
-    loader = PackLoader(corpus, plan, *groups.data, start_step=state.step, state=state.data or None, cut=cut)
-    maker = BatchMaker(
-        config.diffusion, NoiseSchedule(config.diffusion), config.diffusion.scaling_factor or 1.0,
-        config.training.seed, groups, dtype,
+    loader = PackLoader(
+        corpus, plan, *groups.data, start_step=state.step, state=state.data or None,
+        cut=(groups.tensor, groups.context), with_images=config.is_image_to_video and groups.is_first_stage,
     )  # fmt: skip
-    validate, make_videos = _validation(config, corpus, held_out, maker, ddp, groups)
+    maker = _batch_maker(config, corpus, groups, dtype)
+    validate, make_videos = _validation(config, corpus, held_out, maker, ddp, average)
     return Run(
         config.training, groups, ddp, optimizer, state, _pack_inputs(loader, config, groups),
         transformer_step.TransformerStep(maker), transformer_step.read_log_sums,
         validate,
         checkpoints, MetricsFile(config.training.run_folder, state.step, groups.is_first),
-        resolved | {"encoder": corpus.encoder.model_dump(mode="json")}, config.data.tokens_per_pack,
+        resolved | _facts_for_sampling(config, corpus), config.data.tokens_per_pack,
         config.checkpoint, config.guard, config.tracking, make_videos,
+        after_step=(average.update,) if average else (), beside=beside,
     )  # fmt: skip
 
 
@@ -149,6 +155,31 @@ def build_vae_run(config: VAETrainConfig) -> Run:
     )  # fmt: skip
 
 
+def _batch_maker(config: TrainConfig, corpus: Corpus, groups: ParallelGroups, dtype: torch.dtype) -> BatchMaker:
+    """Make the batch maker; the frozen encoders that training needs are loaded where a stage reads rows."""
+    reads, scaling_factor = groups.is_first_stage, config.diffusion.scaling_factor or 1.0
+    texts = text_rows(config.text, corpus.encoder, config.diffusion.dropped_text, groups.device, dtype, reads)
+    images = None
+    if config.is_image_to_video and reads:
+        assert config.image.vae is not None
+        vae = load_image_vae(config.image.vae, corpus.encoder, groups.device, dtype)
+        scale = config.image.scale_for(config.model.preset)
+        images = ImageLatents(vae, config.image, scaling_factor, scale, config.training.seed)
+    return BatchMaker(
+        config.diffusion, NoiseSchedule(config.diffusion), scaling_factor, config.training.seed, groups, dtype,
+        texts, images,
+    )  # fmt: skip
+
+
+def _facts_for_sampling(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
+    """Return the sections that say how the weights want to be used, beside those of the config."""
+    conventions = Conventions(
+        unconditional_text=config.diffusion.dropped_text,
+        image_latent_scale=config.image.scale_for(config.model.preset),
+    )
+    return {"encoder": corpus.encoder.model_dump(mode="json"), "conventions": dump_config(conventions)}
+
+
 def _held_out(config: TrainConfig) -> tuple[Corpus, PackPlan] | None:
     """Open the held-out datasets and plan their packs, the same at every start."""
     if not config.validation.paths:
@@ -162,25 +193,32 @@ def _held_out(config: TrainConfig) -> tuple[Corpus, PackPlan] | None:
 
 def _validation(
     config: TrainConfig, training: Corpus, held_out: tuple[Corpus, PackPlan] | None, maker: BatchMaker,
-    ddp: DistributedDataParallel, groups: ParallelGroups,
+    ddp: DistributedDataParallel, average: WeightAverage | None,
 ) -> tuple[Callable[[int], dict[str, Any]] | None, Callable[[int], dict[str, torch.Tensor]] | None]:  # fmt: skip
     """Return what measures held-out samples, and what makes videos of their texts."""
     if held_out is None:
         return None, None
-    settings = config.validation
-    packs = held_out_packs(*held_out, settings.steps, groups, training)
+    settings, groups, texts = config.validation, maker.groups, maker.texts
+    packs = held_out_packs(*held_out, settings.steps, groups, training, with_images=maker.images is not None)
     packs = [replace(pack, layout=place_on_rope_grid(pack.layout, config.model)) for pack in packs]
-    plain = replace(maker, diffusion=config.diffusion.model_copy(update={"conditioning_dropout": 0.0}))
+    if texts is not None and texts.ids:  # they are encoded once
+        packs = [replace(pack, text=[texts.rows(text) for text in pack.text]) for pack in packs]
+        texts = replace(texts, ids=False, encoder=None)
+    images = maker.images
+    if images is not None:
+        images = replace(images, config=images.config.model_copy(update={"dropout": 0.0}))
+    diffusion = config.diffusion.model_copy(update={"conditioning_dropout": 0.0})
+    plain = replace(maker, diffusion=diffusion, texts=texts, images=images)
     loss = ValidationLoss(
         transformer_step.TransformerStep(plain), packs, settings.timesteps, ddp, groups,
-        config.data.tokens_per_pack, transformer_step.read_log_sums,
+        config.data.tokens_per_pack, transformer_step.read_log_sums, average,
     )  # fmt: skip
     if settings.vae is None or not settings.videos:
         return loss.measure, None
     sampling = SamplingSettings(settings.video_steps, guidance_scale=settings.guidance_scale, seed=maker.seed)
     videos = ValidationVideos(
         packs, settings.videos, ddp.module, maker.schedule, maker.scaling_factor, settings.vae, sampling,
-        config.training.run_folder / "validation", groups,
+        config.training.run_folder / "validation", groups, average, texts,
     )  # fmt: skip
     return loss.measure, videos.make
 
@@ -201,32 +239,6 @@ def _followers(
     """Return what follows each optimizer step of a VAE."""
     followers: list[Callable[[int], dict[str, Any]]] = [adversary.step] if adversary else []
     return (*followers, average.update) if average else tuple(followers)
-
-
-def check_corpus(config: TrainConfig, corpus: Corpus) -> None:
-    """Check that the model can read what the corpus holds.
-
-    Raises:
-        ConfigError: latent channels or text width differ, its captions are longer than the model's limit, or its
-            videos larger than the rope grid.
-    """
-    encoder, model = corpus.encoder, config.model
-    wanted = {
-        "model.out_channels": (model.out_channels, encoder.latent_channels),
-        "model.text_embed_dim": (model.text_embed_dim, encoder.text_width),
-    }
-    for key, (ours, theirs) in wanted.items():
-        if ours != theirs:
-            raise ConfigError(f"{key}={ours}, but the dataset was encoded with {theirs}; set {key}={theirs}")
-    longest = int(corpus.columns.text_length.max())
-    if longest > model.max_text_seq_length:
-        raise ConfigError(
-            f"model.max_text_seq_length={model.max_text_seq_length}, but the dataset has a text of {longest} tokens; "
-            f"set it to at least {longest}, or encode again with shorter captions"
-        )
-    largest = place_sample(0, 1, int(corpus.columns.height.max()), int(corpus.columns.width.max()), 0, model.patch)
-    if problem := rope_grid_problem(model, largest):
-        raise ConfigError(f"the dataset's largest height and width: {problem}")
 
 
 def _with_packs_per_step(config: TrainConfig, corpus: Corpus) -> TrainConfig:
@@ -256,6 +268,7 @@ def _open_run(config: Section, training: TrainingConfig, section: str) -> tuple[
     if latest is not None:
         try:
             before = read_state(latest)["config"].get(section, {})
+            before = {**dump_config(type(getattr(config, section))()), **before}  # keys of later versions
         except CheckpointError:  # damaged: loading says so, and goes back or stops
             return checkpoints, resolved
         changed = [f"{section}.{key}" for key, value in resolved[section].items() if before.get(key) != value]
@@ -272,16 +285,6 @@ def _open_run(config: Section, training: TrainingConfig, section: str) -> tuple[
                 f"{', '.join(start.resolved)}); is it a checkpoint of another kind of model?"
             )
     return checkpoints, resolved
-
-
-def _train_ready(
-    model: nn.Module, core: TransformerConfig, groups: ParallelGroups, config: TrainConfig | VAETrainConfig,
-    checkpoints: CheckpointDirectory,
-) -> tuple[DistributedDataParallel, Optimizer, TrainState]:  # fmt: skip
-    """Wrap the model, make its optimizer, and load the weights and states that it goes on from."""
-    ddp = wrap(model, core, groups)
-    optimizer = _make_optimizer(ddp, config.optimizer, config.training.steps, groups)
-    return ddp, optimizer, _load_newest(config, ddp, optimizer, checkpoints, groups, {})
 
 
 def _make_optimizer(

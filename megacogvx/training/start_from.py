@@ -31,7 +31,7 @@ from megacogvx.parallel.groups import ParallelGroups
 MAY_DIFFER = {
     "preset", "in_channels", "patch_size_t", "ofs_embed_dim", "use_learned_positional_embeddings",
     "max_text_seq_length", "sample_width", "sample_height", "sample_frames", "spatial_interpolation_scale",
-    "temporal_interpolation_scale", "rope_grid",
+    "temporal_interpolation_scale", "rope_grid", "portrait",
 }  # fmt: skip
 
 logger = get_logger(__name__)

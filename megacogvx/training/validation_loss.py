@@ -19,6 +19,7 @@ from megacogvx.errors import DataError
 from megacogvx.parallel.data_parallel import DistributedDataParallel, ForwardStep, forward_backward, sum_over_tokens
 from megacogvx.parallel.groups import ParallelGroups
 from megacogvx.parallel.pipeline_parallel import from_last_stage
+from megacogvx.training.ema import WeightAverage
 
 
 class ValidationConfig(Section):
@@ -50,7 +51,9 @@ class ValidationConfig(Section):
         return value
 
 
-def held_out_packs(corpus: Corpus, plan: PackPlan, steps: int, groups: ParallelGroups, training: Corpus) -> list[Pack]:
+def held_out_packs(
+    corpus: Corpus, plan: PackPlan, steps: int, groups: ParallelGroups, training: Corpus, with_images: bool = False
+) -> list[Pack]:
     """Read this rank's held-out packs.
 
     Args:
@@ -58,6 +61,7 @@ def held_out_packs(corpus: Corpus, plan: PackPlan, steps: int, groups: ParallelG
         steps: see `ValidationConfig`.
         groups: which data rank this is.
         training: the corpus that is trained on.
+        with_images: read the first frames' pixels too.
 
     Raises:
         DataError: a held-out sample is trained on as well, or can't be read.
@@ -68,7 +72,7 @@ def held_out_packs(corpus: Corpus, plan: PackPlan, steps: int, groups: ParallelG
             f"{len(shared)} samples of validation.paths are in data.paths too (the first is {shared[0]}): their loss "
             "would tell nothing; split the dataset, or name another one"
         )
-    with PackLoader(corpus, plan, *groups.data) as loader:
+    with PackLoader(corpus, plan, *groups.data, with_images=with_images) as loader:
         packs = [pack for packs in islice(loader, steps) for pack in packs]
     bad = [pack.sample_ids[place] for pack in packs for place in pack.faults]
     if bad:
@@ -89,19 +93,28 @@ class ValidationLoss:
         groups: process groups.
         pack_tokens: tokens of each pack.
         read_sums: turns the sums of all ranks into `loss`.
+        average: averaged weights, which are measured too if there are any.
     """
 
     def __init__(
         self, forward_step: ForwardStep, packs: list[Pack], timesteps: tuple[int, ...], model: DistributedDataParallel,
-        groups: ParallelGroups, pack_tokens: int, read_sums: Any,
+        groups: ParallelGroups, pack_tokens: int, read_sums: Any, average: WeightAverage | None = None,
     ) -> None:  # fmt: skip
         self.forward_step, self.packs, self.timesteps, self.model = forward_step, packs, timesteps, model
-        self.groups, self.pack_tokens, self.read_sums = groups, pack_tokens, read_sums
+        self.groups, self.pack_tokens, self.read_sums, self.average = groups, pack_tokens, read_sums, average
 
     def measure(self, step: int) -> dict[str, Any]:
-        """Return {"validation_loss": mean over the timesteps, "validation_loss_by_timestep": one each}."""
+        """Return {"validation_loss": mean over the timesteps, "validation_loss_by_timestep": one each}.
+
+        With averaged weights also "validation_loss_ema", the mean with those.
+        """
         losses = [self._loss_at(timestep) for timestep in self.timesteps]
-        return {"validation_loss": sum(losses) / len(losses), "validation_loss_by_timestep": losses}
+        measured = {"validation_loss": sum(losses) / len(losses), "validation_loss_by_timestep": losses}
+        if self.average is not None:
+            with self.average.in_use():
+                averaged = [self._loss_at(timestep) for timestep in self.timesteps]
+            measured["validation_loss_ema"] = sum(averaged) / len(averaged)
+        return measured
 
     def _loss_at(self, timestep: int) -> float:
         microbatches = [(pack, [timestep] * (pack.layout.num_samples - 1)) for pack in self.packs]

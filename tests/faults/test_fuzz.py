@@ -10,8 +10,11 @@ from megacogvx.testing.kill_writer import kill_and_resume
 
 @pytest.mark.parametrize(
     "name",
-    ["index", "bin", "manifest", "column", "recover", "tar", "pt", "safetensors", "megatron", "clip-list", "video"],
-)
+    [
+        "index", "bin", "manifest", "column", "recover", "fields-index", "fields-bin", "fields-recover", "tar", "pt",
+        "safetensors", "megatron", "clip-list", "video",
+    ],
+)  # fmt: skip
 def test_damaged_files_are_refused_or_read_the_same(tmp_path, name):
     target = targets(tmp_path)[name]()
     report = fuzz(target.path, target.parse, range(12), mutation=target.mutation)

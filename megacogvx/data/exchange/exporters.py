@@ -16,7 +16,11 @@ from megacogvx.log import progress
 
 
 def export_folder(dataset: IndexedDataset, folder: Path) -> int:
-    """Write KEY.safetensors (latents `[T, h, w, 2C]`, text `[L, E]`, bf16) and KEY.json; returns the samples."""
+    """Write KEY.safetensors and KEY.json; returns the samples.
+
+    The tensors: latents `[T, h, w, 2C]` and text `[L, E]` or ids `[L]`, in the dataset's dtypes, and first_frame uint8
+    `[H, W, 3]` where a record has one.
+    """
     _new(folder)
     folder.mkdir(parents=True)
     for key, tensors, facts in _files(dataset):
@@ -47,8 +51,10 @@ def export_tars(dataset: IndexedDataset, folder: Path, samples_per_tar: int) -> 
 
 def _files(dataset: IndexedDataset) -> Iterator[tuple[str, bytes, bytes]]:
     for number in progress(range(len(dataset)), "export"):
-        record = dataset.sample(number)
+        record = dataset.sample(number, first_frame=True)
         tensors = {"latents": record.latents.contiguous(), "text": record.text.contiguous()}
+        if record.first_frame is not None:
+            tensors["first_frame"] = record.first_frame.contiguous()
         yield f"{record.sample_id:016x}", safetensors.torch.save(tensors), canonical_json(record.metadata)
 
 

@@ -1,8 +1,9 @@
 """Samples from folders of `.pt` or `.safetensors` files and from WebDataset tars, one at a time.
 
-A sample is two tensors, `latents` and `text`, and a JSON object of facts. In a folder it is one file that holds both
-tensors, with NAME.json beside it if there are facts; in a tar it is the members that share a name up to the first dot
-(https://github.com/webdataset/webdataset), with the tensors in one member or in KEY.latents.pt and KEY.text.pt.
+A sample is two tensors, `latents` and `text`, perhaps a third, `first_frame`, and a JSON object of facts. In a folder
+it is one file that holds the tensors, with NAME.json beside it if there are facts; in a tar it is the members that
+share a name up to the first dot (https://github.com/webdataset/webdataset), with the tensors in one member or in
+KEY.latents.pt, KEY.text.pt and KEY.first_frame.pt.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import safetensors.torch
 import torch
 import xxhash
 
+from megacogvx.data.indexed.fields import field_dtype, to_field
 from megacogvx.data.indexed.layout import MAX_ID, MAX_METADATA_BYTES, EncoderInfo, load_json
 from megacogvx.data.indexed.writer import DatasetWriter
 from megacogvx.errors import DataError
@@ -35,14 +37,16 @@ class ImportedSample:
 
     Attributes:
         key: names it, unique in its source; the sample id is its hash.
-        latents, text: tensors of any float dtype.
+        latents, text: tensors of any float dtype; token ids of any integer dtype.
         metadata: facts.
+        first_frame: pixels uint8 `[H, W, 3]`, if there are any.
     """
 
     key: str
     latents: torch.Tensor
     text: torch.Tensor
     metadata: dict[str, Any]
+    first_frame: torch.Tensor | None = None
 
 
 def read_folder(folder: Path) -> Iterator[ImportedSample]:
@@ -117,7 +121,8 @@ def import_samples(
             names.append(writer.name)
         if not writer.finished:  # an earlier, interrupted import wrote it
             metadata = {**sample.metadata, "key": sample.key}
-            writer.add_item(latents=latents, text=text, sample_id=sample_id, metadata=metadata)
+            image = sample.first_frame if encoder.first_frame else None
+            writer.add_item(latents=latents, text=text, sample_id=sample_id, metadata=metadata, first_frame=image)
         held += latents.numel() * latents.element_size()
         if held >= shard_bytes:
             writer.finalize()
@@ -199,10 +204,14 @@ def _read_json(data: bytes, where: str) -> dict[str, Any]:
 def _sample(key: str, tensors: dict[str, Any], metadata: dict[str, Any], where: str) -> ImportedSample:
     for name in ("latents", "text"):
         tensor = tensors.get(name)
-        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.layout != torch.strided:
+        is_plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and not tensor.is_complex()
+        if not is_plain or not (name == "text" or tensor.is_floating_point()):
             found = ", ".join(map(str, tensors)) or "nothing"
             raise DataError(f"{where} lacks a tensor of floats called {name!r}; it holds {found}")
-    return ImportedSample(key, tensors["latents"], tensors["text"], metadata)
+    image = tensors.get("first_frame")
+    if image is not None and not (isinstance(image, torch.Tensor) and image.layout == torch.strided):
+        raise DataError(f"{where}: first_frame must be a plain tensor")
+    return ImportedSample(key, tensors["latents"], tensors["text"], metadata, image)
 
 
 def _moments(sample: ImportedSample, axes: Axes, encoder: EncoderInfo) -> torch.Tensor:
@@ -215,22 +224,39 @@ def _moments(sample: ImportedSample, axes: Axes, encoder: EncoderInfo) -> torch.
             f"sample {sample.key!r}: latents {list(sample.latents.shape)} read as {axes} have {latents.shape[3]} "
             f"channels, the encoder says {channels} (or {2 * channels} with the log-variance); try other --axes"
         )
-    if not torch.isfinite(latents).all():
+    if not torch.isfinite(latents.float()).all():
         raise DataError(f"sample {sample.key!r}: latents hold NaN or infinity")
     if latents.shape[3] == channels:
+        latents = latents.float()
         latents = torch.cat([latents, torch.full_like(latents, NO_VARIANCE)], dim=3)
-    return latents.to(torch.bfloat16).contiguous()
+    return to_field(latents, encoder.latent_dtype)
 
 
 def _text(sample: ImportedSample, encoder: EncoderInfo) -> torch.Tensor:
     text = sample.text
+    if encoder.text_kind == "token_ids":
+        return _ids(sample, encoder)
     if text.ndim == 3 and len(text) == 1:
         text = text[0]
-    if text.ndim != 2 or text.shape[1] != encoder.text_width or len(text) > encoder.text_length:
+    good = text.is_floating_point() and text.ndim == 2 and text.shape[1] == encoder.text_width
+    if not good or len(text) > encoder.text_length:
         raise DataError(
-            f"sample {sample.key!r}: text {list(sample.text.shape)} is not [L, {encoder.text_width}] with L up to "
-            f"{encoder.text_length}"
+            f"sample {sample.key!r}: text {text.dtype} {list(sample.text.shape)} is not floats of "
+            f"[L, {encoder.text_width}] with L up to {encoder.text_length}"
         )
     if encoder.text_kind == "padded":
         text = torch.nn.functional.pad(text.float(), (0, 0, 0, encoder.text_length - len(text)))
-    return text.to(torch.bfloat16).contiguous()
+    return to_field(text, encoder.text_dtype)
+
+
+def _ids(sample: ImportedSample, encoder: EncoderInfo) -> torch.Tensor:
+    """Return the ids of the padded text; shorter ones are filled with <pad>, which is 0 in T5."""
+    ids = sample.text.flatten()
+    if ids.is_floating_point() or ids.dtype == torch.bool or len(ids) > encoder.text_length:
+        raise DataError(
+            f"sample {sample.key!r}: text {ids.dtype} {list(sample.text.shape)} is not up to {encoder.text_length} "
+            "token ids"
+        )
+    if len(ids) and (int(ids.min()) < 0 or int(ids.max()) > torch.iinfo(field_dtype(encoder.text_dtype)).max):
+        raise DataError(f"sample {sample.key!r}: token ids must lie in 0 .. the largest {encoder.text_dtype}")
+    return to_field(torch.nn.functional.pad(ids.long(), (0, encoder.text_length - len(ids))), encoder.text_dtype)

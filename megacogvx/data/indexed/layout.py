@@ -1,4 +1,4 @@
-"""The bytes of a shard: what stands where in `NAME.bin` and `NAME.idx` (format version 1, little-endian).
+"""The bytes of a shard: what stands where in `NAME.bin` and `NAME.idx` (format version 1.1, little-endian).
 
     DATASET/manifest.json     lists the shards (`manifest.py`)
     DATASET/NAME.bin          records, written once
@@ -8,18 +8,25 @@ NAME.bin
      0   8  magic "MCVXBIN\\0"
      8   2  u16 major version       10  2  u16 minor version       12  4  u32 header bytes = 64
     16  16  shard uuid, equal to the .idx's: an .idx can't be paired with another shard's .bin
-    32   4  u32 latent channels 2C  36  4  u32 text width E        40 16  zero
+    32   4  u32 latent channels 2C  36  4  u32 text width E        40  2  u16 dtype code of the latents
+    42   2  u16 dtype code of the text (either 0: bf16)             44 12  zero
     56   8  u64 xxh3 of bytes 0-55
     64      records, each from a multiple of 64:
-            record header 64 B | latents bf16 [T, h, w, 2C] | 0s to 64 | text bf16 [L, E] | 0s to 64 | JSON | 0s to 64
+            record header 64 B | latents [T, h, w, 2C] | 0s to 64 | text [L, E], or ids [L] | 0s to 64 | JSON | 0s to 64
+            and, where the sample has a first frame: image header 64 B | pixels u8 [H, W, 3] | 0s to 64
     The text is left out of a record when an earlier record of the shard has the same bytes (equal captions): the header
     and the column `text_offset` point at the earlier one.
 
 record header (with the .bin header enough to rebuild a lost .idx)
-     0   4  "SMPL"     4  4 x u16  T, h, w, 2C         12  4  u32 text tokens L       16  8  u64 sample id
+     0   4  "SMPL", or "SMPI" with a first frame
+     4  4 x u16  T, h, w, 2C             12  4  u32 text tokens L       16  8  u64 sample id
     24   8  u64 offset of the text in the file         32  8  u64 xxh3 of the text
     40   4  u32 JSON bytes   44  4  u32 low half of the JSON's xxh3 (0: not kept)   48  8  u64 number of the record
     56   8  u64 xxh3 of bytes 0-55
+
+image header
+     0   4  "FRST"     4  2 x u16  H, W                  8  4  u32 channels = 3
+    12   8  u64 sample id      20  8  u64 xxh3 of the pixels      28 28  zero      56  8  u64 xxh3 of bytes 0-55
 
 NAME.idx
      0   8  magic "MCVXIDX\\0"
@@ -31,11 +38,15 @@ NAME.idx
     96  24  zero                   120  8  u64 xxh3 of bytes 0-119
    schema     JSON: the `EncoderInfo`
    directory  64 B a column: 32s name, u16 dtype code, 6 zero, u64 offset, u64 bytes, u64 xxh3 of the column
-   columns    each from a multiple of 64; see `COLUMNS`; unknown ones are skipped
+   columns    each from a multiple of 64; see `COLUMNS`, `IMAGE_COLUMNS`; unknown ones are skipped
 
 Every hash is xxh3-64. They form a chain (manifest -> header, schema, directory -> columns -> latent frames, text,
 JSON), so that opening a dataset reads only its indexes and still ends in checked bytes. Latents are hashed per frame:
 a rank that needs frames 3-5 reads and checks only these.
+
+The dtypes of latents and text are one kind a corpus, so they stand once in the schema and in each .bin's header, not in
+a column per record. Version 1.0 had bf16 alone and no images; its files are read, and bf16 files without images are
+still written byte for byte as they were, but for the minor version.
 
 Compared with the Megatron-LM format of the same suffixes: shapes, bf16, checksums, pairing by uuid, sizes checked
 against the files, and every check an exception.
@@ -44,6 +55,7 @@ against the files, and every check an exception.
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -53,16 +65,18 @@ from typing import Any, Literal, NoReturn
 
 import numpy as np
 import xxhash
-from pydantic import Field, ValidationError
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
 from megacogvx.config import Section
 from megacogvx.errors import DataError
 
-BIN_MAGIC, IDX_MAGIC, RECORD_MAGIC = b"MCVXBIN\0", b"MCVXIDX\0", b"SMPL"
-MAJOR, MINOR = 1, 0
+BIN_MAGIC, IDX_MAGIC = b"MCVXBIN\0", b"MCVXIDX\0"
+RECORD_MAGIC, IMAGE_RECORD_MAGIC, IMAGE_MAGIC = b"SMPL", b"SMPI", b"FRST"
+MAJOR, MINOR = 1, 1
 ALIGNMENT = 64  # a cache line, and what vector loads want
-BIN_HEADER = struct.Struct("<8sHHI16sII16xQ")
+BIN_HEADER = struct.Struct("<8sHHI16sIIHH12xQ")
 RECORD_HEADER = struct.Struct("<4sHHHHIQQQIIQQ")
+IMAGE_HEADER = struct.Struct("<4sHHIQQ28xQ")
 IDX_HEADER = struct.Struct("<8sHHI16sQQQIIQI4xQQ24xQ")
 DIRECTORY_ENTRY = struct.Struct("<32sH6xQQQ")
 DTYPE_CODES = {"<u2": 8, "<u4": 14, "<u8": 15}  # numbers 1-8 are Megatron-LM's
@@ -80,44 +94,97 @@ COLUMNS = {
     "metadata_hash": "<u8",
     "frame_hash": "<u8",  # one per latent frame of the shard, sample after sample
 }
-MAX_SIDE = 2**16 - 1  # latent frames, rows, columns
+IMAGE_COLUMNS = {  # in shards whose `EncoderInfo.first_frame` is set; all 0 for a sample without one
+    "image_offset": "<u8",  # of the pixels
+    "image_height": "<u2",  # pixels
+    "image_width": "<u2",
+    "image_hash": "<u8",
+}
+# What fields may hold: (dtype code, bytes, torch's name).
+FIELD_DTYPES = {
+    "bf16": (10, 2, "bfloat16"), "fp8_e4m3": (11, 1, "float8_e4m3fn"), "fp8_e5m2": (12, 1, "float8_e5m2"),
+    "int16": (3, 2, "int16"), "int32": (4, 4, "int32"), "int64": (5, 8, "int64"),
+}  # fmt: skip
+FloatDtype = Literal["bf16", "fp8_e4m3", "fp8_e5m2"]
+TextDtype = Literal["bf16", "fp8_e4m3", "fp8_e5m2", "int16", "int32", "int64"]
+TextKind = Literal["padded", "real", "token_ids"]
+SINCE_1_1 = ("latent_dtype", "text_dtype", "first_frame")  # left out of the JSON where they say what 1.0 knew alone
+IMAGE_CHANNELS = 3
+MAX_SIDE = 2**16 - 1  # latent frames, rows, columns; pixels of a first frame
 MAX_METADATA_BYTES = 2**20
 MAX_SHARD_BYTES = 2**48
 MAX_ID = 2**64 - 2  # 2^64 - 1 is -1, the padding's id
-BF16_BYTES = 2
 
 assert (BIN_HEADER.size, RECORD_HEADER.size, IDX_HEADER.size, DIRECTORY_ENTRY.size) == (64, 64, 128, 64)
+assert IMAGE_HEADER.size == ALIGNMENT, "pixels follow their header, aligned"
 
 
 class EncoderInfo(Section):
     """What made the records; one dataset, and one corpus, holds records of a single encoder.
 
     Attributes:
-        text_kind: "padded": every text has `text_length` tokens, as released weights need; "real": only its own.
+        text_kind: "padded": every text has `text_length` tokens, as released weights need; "real": only its own;
+            "token_ids": the tokenizer's ids of the padded text, which a training run encodes itself.
         text_length: limit of the text tokens.
         text_width: E, width of a text embedding.
         latent_channels: C; the stored moments have 2C, mean then log-variance.
         latent_scale_factor: what a posterior draw is multiplied with before diffusion.
         vae_fingerprint, text_encoder_fingerprint: checksums of the encoders' weights.
+        latent_dtype, text_dtype: of the stored values; an integer for ids, and for nothing else.
+        first_frame: whether records may hold their first frame as pixels (image to video noises it before the VAE).
     """
 
-    text_kind: Literal["padded", "real"]
+    text_kind: TextKind
     text_length: int = Field(ge=1, le=2**20)
     text_width: int = Field(ge=1, le=2**20)
     latent_channels: int = Field(ge=1, le=2**12)
     latent_scale_factor: float = Field(gt=0, allow_inf_nan=False)
     vae_fingerprint: str = Field(max_length=256)
     text_encoder_fingerprint: str = Field(max_length=256)
+    latent_dtype: FloatDtype = "bf16"
+    text_dtype: TextDtype = "bf16"
+    first_frame: bool = False
+
+    @model_validator(mode="after")
+    def _ids_are_integers(self) -> EncoderInfo:
+        if (self.text_kind == "token_ids") != self.text_dtype.startswith("int"):
+            raise ValueError(
+                f"text_kind={self.text_kind} and text_dtype={self.text_dtype} don't go together: token_ids are int16, "
+                "int32 or int64, embeddings are not"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_in_1_0(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        defaults = type(self).model_fields
+        return {key: v for key, v in values.items() if key not in SINCE_1_1 or v != defaults[key].default}
+
+    @property
+    def pads_text(self) -> bool:
+        """Whether every text has `text_length` tokens."""
+        return self.text_kind != "real"
 
     @property
     def frame_cell_bytes(self) -> int:
         """Bytes of one latent cell."""
-        return 2 * self.latent_channels * BF16_BYTES
+        return 2 * self.latent_channels * FIELD_DTYPES[self.latent_dtype][1]
+
+    @property
+    def text_shape(self) -> tuple[int, ...]:
+        """Axes of a stored text after its tokens: (E,) of embeddings, () of ids."""
+        return () if self.text_kind == "token_ids" else (self.text_width,)
 
     @property
     def text_token_bytes(self) -> int:
         """Bytes of one stored text token."""
-        return self.text_width * BF16_BYTES
+        return math.prod(self.text_shape) * FIELD_DTYPES[self.text_dtype][1]
+
+    @property
+    def bin_header_values(self) -> tuple[int, int, int, int]:
+        """What the .bin's header says of the fields: channels, text width, the two dtype codes (0: bf16)."""
+        codes = [0 if name == "bf16" else FIELD_DTYPES[name][0] for name in (self.latent_dtype, self.text_dtype)]
+        return 2 * self.latent_channels, self.text_width, codes[0], codes[1]
 
 
 @dataclass(frozen=True)
@@ -128,7 +195,7 @@ class ShardIndex:
         uuid: 16 bytes, equal to the .bin's.
         encoder: what made the records.
         bin_bytes, idx_bytes: sizes of the two files.
-        columns: name -> array `[n]` (`frame_hash`: `[sum of frames]`), as in `COLUMNS`.
+        columns: name -> array `[n]` (`frame_hash`: `[sum of frames]`), as `columns_of(encoder)` lists them.
         checksum: xxh3 of header, schema and directory; the manifest holds it.
     """
 
@@ -146,6 +213,11 @@ class ShardIndex:
     def frame_start(self) -> np.ndarray:
         """Place of each sample's first hash in `frame_hash`: int64 `[n + 1]`."""
         return np.concatenate([[0], np.cumsum(self.columns["frames"], dtype=np.int64)])
+
+
+def columns_of(encoder: EncoderInfo) -> dict[str, str]:
+    """Return the index columns of a shard, name -> dtype."""
+    return {**COLUMNS, **(IMAGE_COLUMNS if encoder.first_frame else {})}
 
 
 def digest(data: Any) -> int:
@@ -221,9 +293,10 @@ def write_index(uuid: bytes, encoder: EncoderInfo, bin_bytes: int, columns: Mapp
     """Return the bytes of the `.idx`."""
     schema = canonical_json(encoder.model_dump(mode="json"))
     directory_offset = aligned(IDX_HEADER.size + len(schema))
-    end = directory_offset + DIRECTORY_ENTRY.size * len(COLUMNS)
+    names = columns_of(encoder)
+    end = directory_offset + DIRECTORY_ENTRY.size * len(names)
     directory, body = b"", b""
-    for name, dtype in COLUMNS.items():
+    for name, dtype in names.items():
         column = np.ascontiguousarray(columns[name], dtype=dtype).tobytes()
         body += bytes(aligned(end + len(body)) - end - len(body))
         directory += DIRECTORY_ENTRY.pack(
@@ -232,7 +305,7 @@ def write_index(uuid: bytes, encoder: EncoderInfo, bin_bytes: int, columns: Mapp
         body += column
     header = sealed(
         IDX_HEADER, IDX_MAGIC, MAJOR, MINOR, IDX_HEADER.size, uuid, len(columns["sample_id"]), bin_bytes,
-        end + len(body), len(COLUMNS), ALIGNMENT, IDX_HEADER.size, len(schema), directory_offset,
+        end + len(body), len(names), ALIGNMENT, IDX_HEADER.size, len(schema), directory_offset,
         digest(schema + directory),
     )  # fmt: skip
     return header + schema + bytes(directory_offset - IDX_HEADER.size - len(schema)) + directory + body
@@ -265,9 +338,10 @@ def parse_index(
     directory = bytes(_span(data, directory_at, num_columns * DIRECTORY_ENTRY.size, f"{where}: column directory"))
     if digest(schema + directory) != directory_hash:
         raise DataError(f"{where}: schema or column directory is damaged (its checksum differs)")
-    columns = _columns(data, directory, where, check_columns)
+    encoder = parse_encoder(load_json(schema, f"{where}: schema"), where)
+    columns = _columns(data, directory, columns_of(encoder), where, check_columns)
     index = ShardIndex(
-        uuid, parse_encoder(load_json(schema, f"{where}: schema"), where), bin_bytes, idx_bytes, columns,
+        uuid, encoder, bin_bytes, idx_bytes, columns,
         digest(bytes(data[: IDX_HEADER.size]) + schema + directory),
     )  # fmt: skip
     _check_lengths(index, count, where)
@@ -295,20 +369,22 @@ def _span(data: memoryview, start: int, length: int, where: str) -> memoryview:
     return data[start : start + length]
 
 
-def _columns(data: memoryview, directory: bytes, where: str, check: bool) -> dict[str, np.ndarray]:
+def _columns(
+    data: memoryview, directory: bytes, names: Mapping[str, str], where: str, check: bool
+) -> dict[str, np.ndarray]:
     columns = {}
     for raw_name, code, offset, length, stored in DIRECTORY_ENTRY.iter_unpack(directory):
         name = raw_name.rstrip(b"\0").decode("ascii", "replace")
-        if name not in COLUMNS:
+        if name not in names:
             continue
-        dtype = np.dtype(COLUMNS[name])
-        if code != DTYPE_CODES[COLUMNS[name]] or length % dtype.itemsize or offset % ALIGNMENT:
+        dtype = np.dtype(names[name])
+        if code != DTYPE_CODES[names[name]] or length % dtype.itemsize or offset % ALIGNMENT:
             raise DataError(f"{where}: column {name} has dtype code {code}, {length} bytes at {offset}")
         column = _span(data, offset, length, f"{where}: column {name}")
         if check and digest(column) != stored:
             raise DataError(f"{where}: column {name} is damaged (its checksum differs)")
         columns[name] = np.frombuffer(column, dtype=dtype)
-    missing = [name for name in COLUMNS if name not in columns]
+    missing = [name for name in names if name not in columns]
     if missing:
         raise DataError(f"{where} lacks the columns {', '.join(missing)}")
     return columns
@@ -317,9 +393,10 @@ def _columns(data: memoryview, directory: bytes, where: str, check: bool) -> dic
 def _check_lengths(index: ShardIndex, count: int, where: str) -> None:
     """Check that every column has an entry per record, or per latent frame."""
     lengths = {name: len(column) for name, column in index.columns.items()}
+    names = columns_of(index.encoder)
     frames = int(index.columns["frames"].sum(dtype=np.int64))
-    expected = {name: frames if name == "frame_hash" else count for name in COLUMNS}
-    for name in COLUMNS:
+    expected = {name: frames if name == "frame_hash" else count for name in names}
+    for name in names:
         if lengths[name] != expected[name]:
             raise DataError(f"{where}: column {name} has {lengths[name]} entries instead of {expected[name]}")
 
@@ -330,18 +407,18 @@ def check_index_rows(index: ShardIndex, where: str) -> None:
     Raises:
         DataError: one does not.
     """
-    count = len(index)
+    names, count = columns_of(index.encoder), len(index)
     if not count:
         return
-    offsets = [index.columns[name] for name in ("record", "text_offset", "metadata_offset")]
+    offsets = [index.columns[name] for name in names if name == "record" or name.endswith("_offset")]
     if any(int(column.max()) > index.bin_bytes for column in offsets):
         raise DataError(f"{where}: an offset lies beyond the {index.bin_bytes} bytes of the .bin")
-    record, text, metadata = (column.astype(np.int64) for column in offsets)
+    record, text, metadata, *images = (column.astype(np.int64) for column in offsets)
     cells = np.ones(count, np.int64)
     for name in ("frames", "height", "width"):
         cells *= index.columns[name]
-    latents_end = record + RECORD_HEADER.size + cells * (2 * index.encoder.latent_channels * BF16_BYTES)
-    text_end = text + index.columns["text_length"].astype(np.int64) * (index.encoder.text_width * BF16_BYTES)
+    latents_end = record + RECORD_HEADER.size + cells * index.encoder.frame_cell_bytes
+    text_end = text + index.columns["text_length"].astype(np.int64) * index.encoder.text_token_bytes
     metadata_end = metadata + index.columns["metadata_length"].astype(np.int64)
     following = np.append(record[1:], index.bin_bytes)
     rules = {
@@ -354,6 +431,14 @@ def check_index_rows(index: ShardIndex, where: str) -> None:
         "has too many text tokens": index.columns["text_length"] > index.encoder.text_length,
         "has too much metadata": index.columns["metadata_length"] > MAX_METADATA_BYTES,
     }
+    for image in images:
+        pixels = index.columns["image_height"].astype(np.int64) * index.columns["image_width"]
+        rules |= {
+            "has a first frame that is not aligned": image % ALIGNMENT != 0,
+            "has a first frame without a place or a size": (image > 0) != (pixels > 0),
+            "has a first frame that overlaps its metadata": (image > 0) & (image < metadata_end + IMAGE_HEADER.size),
+            "has a first frame that reaches into the next record": image + pixels * IMAGE_CHANNELS > following,
+        }
     for rule, broken in rules.items():
         if broken.any():
             raise DataError(f"{where}: record {int(np.argmax(broken))} {rule}")

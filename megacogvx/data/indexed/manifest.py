@@ -155,7 +155,7 @@ def read_index(
 
 def differing_keys(first: EncoderInfo, second: EncoderInfo) -> str:
     """Return `key=a and b` for each key in which two encoders differ; empty if they are the same."""
-    pairs = zip(first.model_dump().items(), second.model_dump().values(), strict=True)
+    pairs = zip(dict(first).items(), dict(second).values(), strict=True)
     return ", ".join(f"{key}={a!r} and {b!r}" for (key, a), b in pairs if a != b)
 
 

@@ -21,9 +21,15 @@ import numpy as np
 import torch
 
 from megacogvx.data.indexed.copying import RecordCopier
+from megacogvx.data.indexed.fields import field_dtype
 from megacogvx.data.indexed.layout import (
     BIN_HEADER,
     BIN_MAGIC,
+    IMAGE_CHANNELS,
+    IMAGE_COLUMNS,
+    IMAGE_HEADER,
+    IMAGE_MAGIC,
+    IMAGE_RECORD_MAGIC,
     RECORD_HEADER,
     RECORD_MAGIC,
     EncoderInfo,
@@ -55,16 +61,18 @@ class Record:
     """One sample as stored.
 
     Attributes:
-        latents: posterior moments bf16 `[T, h, w, 2C]`, or the frames that were asked for.
-        text: text embedding bf16 `[L, E]`.
+        latents: posterior moments `[T, h, w, 2C]`, or the frames that were asked for; of `encoder.latent_dtype`.
+        text: text embedding `[L, E]`, or token ids `[L]`; of `encoder.text_dtype`.
         sample_id: 64-bit key.
         metadata_json: the metadata as stored; `metadata` parses them.
+        first_frame: pixels uint8 `[H, W, 3]`; None if the sample has none, or they weren't asked for.
     """
 
     latents: torch.Tensor
     text: torch.Tensor
     sample_id: int
     metadata_json: bytes
+    first_frame: torch.Tensor | None = None
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -99,6 +107,8 @@ class Shard:
         self._check_header()
         self.access = access
         self._columns = [memoryview(self.index.columns[name]) for name in READ_COLUMNS]
+        encoder = self.index.encoder
+        self._dtypes = field_dtype(encoder.latent_dtype), field_dtype(encoder.text_dtype)
         self._seen = np.zeros(len(self.index) if verify == "once" else 0, bool)
 
     @cached_property
@@ -123,11 +133,12 @@ class Shard:
             return self.copier.whole(row, out)
         end = self.copier.frames(row, frames, out, check)
         if check and self.verify == "once":
-            self._seen[row] |= frames is None or len(frames) == self.index.columns["frames"][row]
+            whole = frames is None or len(frames) == self.index.columns["frames"][row]
+            self._seen[row] |= whole and not self.index.encoder.first_frame
         return end
 
-    def record(self, row: int, frames: range | None = None) -> Record:
-        """Return record `row`, or the latent frames `frames` of it.
+    def record(self, row: int, frames: range | None = None, first_frame: bool = False) -> Record:
+        """Return record `row`, or the latent frames `frames` of it; with its first frame's pixels if asked for.
 
         Raises:
             DataError: the file is shorter than it was, or bytes differ from their checksum.
@@ -146,30 +157,48 @@ class Shard:
         source = self.source.gathered(spans)
         if check:
             source.check_size()
-        latents = _tensor(source, start, shape)
-        text = _tensor(source, text_at, (length, encoder.text_width))
+        latents = _tensor(source, start, shape, self._dtypes[0])
+        text = _tensor(source, text_at, (length, *encoder.text_shape), self._dtypes[1])
         note = source.view(note_at, note_length).tobytes()
         if check:
             self._check(row, frames, latents, text, note)
             if self.verify == "once":
-                self._seen[row] |= len(frames) == count
-        return Record(latents, text, sample_id, note)
+                self._seen[row] |= len(frames) == count and (first_frame or not encoder.first_frame)
+        return Record(latents, text, sample_id, note, self._first_frame(row, check) if first_frame else None)
 
-    def record_in(self, allocate: Allocate, row: int, frames: range | None) -> Record:
+    def _first_frame(self, row: int, check: bool) -> torch.Tensor | None:
+        """Return the pixels uint8 `[H, W, 3]` of a record, if it has any."""
+        if not self.index.encoder.first_frame:
+            return None
+        start, height, width, stored = (int(self.index.columns[name][row]) for name in IMAGE_COLUMNS)
+        if not start:
+            return None
+        image = _tensor(self.source, start, (height, width, IMAGE_CHANNELS), torch.uint8)
+        if check and digest(_view(image)) != stored:
+            raise DataError(self._damaged(row, "the first frame"))
+        return image
+
+    def record_in(self, allocate: Allocate, row: int, frames: range | None, first_frame: bool = False) -> Record:
         """Return record `row` in memory of the caller, see `IndexedDataset.sample_in`."""
         _, count, height, width, _, length, note_at, note_length, sample_id = [column[row] for column in self._columns]
         encoder = self.index.encoder
         shape = (count if frames is None else len(frames), height, width, 2 * encoder.latent_channels)
         latent_bytes, text_bytes = math.prod(shape[:3]) * encoder.frame_cell_bytes, length * encoder.text_token_bytes
         memory, text_at = allocate(aligned(latent_bytes) + aligned(text_bytes)), aligned(latent_bytes)
-        latents = memory[:latent_bytes].view(torch.bfloat16).view(shape)
-        text = memory[text_at : text_at + text_bytes].view(torch.bfloat16).view(length, encoder.text_width)
+        latents = memory[:latent_bytes].view(self._dtypes[0]).view(shape)
+        text = memory[text_at : text_at + text_bytes].view(self._dtypes[1]).view(length, *encoder.text_shape)
         if not isinstance(self.source, MappedSource):  # it would be asked twice
-            record = self.record(row, frames)
+            record = self.record(row, frames, first_frame)
             latents.copy_(record.latents), text.copy_(record.text)
-            return Record(latents, text, sample_id, record.metadata_json)
-        self.copy(row, frames, memory.numpy())
-        return Record(latents, text, sample_id, self.source.view(note_at, note_length).tobytes())
+            image, note = record.first_frame, record.metadata_json
+        else:
+            check = self._checks(row)
+            self.copy(row, frames, memory.numpy())
+            image = self._first_frame(row, check) if first_frame else None
+            note = self.source.view(note_at, note_length).tobytes()
+        if image is not None:
+            image = allocate(image.numel()).view(image.shape).copy_(image)
+        return Record(latents, text, sample_id, note, image)
 
     def check_record_header(self, row: int) -> None:
         """Check that the record's own header agrees with the index.
@@ -181,15 +210,27 @@ class Shard:
         start, where = int(columns["record"][row]), self._where(row)
         self.source.check_size()
         header = self.source.view(start, RECORD_HEADER.size).tobytes()
-        _, frames, height, width, channels, *rest, note_hash, number = unseal(
-            RECORD_HEADER, header, RECORD_MAGIC, where
-        )
+        has_image = self.index.encoder.first_frame and columns["image_offset"][row] > 0
+        magic = IMAGE_RECORD_MAGIC if has_image else RECORD_MAGIC
+        _, frames, height, width, channels, *rest, note_hash, number = unseal(RECORD_HEADER, header, magic, where)
         names = ("frames", "height", "width", "text_length", "sample_id", "text_offset", "text_hash", "metadata_length")
         expected = [int(columns[name][row]) for name in names]
         expected_channels = 2 * self.index.encoder.latent_channels
         good_note = note_hash in (0, int(columns["metadata_hash"][row]) % 2**32)
         if [frames, height, width, *rest, number] != [*expected, row] or channels != expected_channels or not good_note:
             raise DataError(f"{where}: the record's header disagrees with the index")
+        if has_image:
+            self._check_image_header(row, where)
+
+    def _check_image_header(self, row: int, where: str) -> None:
+        start = int(self.index.columns["image_offset"][row])
+        header = self.source.view(start - IMAGE_HEADER.size, IMAGE_HEADER.size).tobytes()
+        _, *found = unseal(IMAGE_HEADER, header, IMAGE_MAGIC, f"{where}: first frame")
+        height, width, pixels, number = (
+            int(self.index.columns[name][row]) for name in ("image_height", "image_width", "image_hash", "sample_id")
+        )
+        if found != [height, width, IMAGE_CHANNELS, number, pixels]:
+            raise DataError(f"{where}: the header of its first frame disagrees with the index")
 
     def _check_header(self) -> None:
         if isinstance(self.path, RemotePath):
@@ -197,15 +238,16 @@ class Shard:
         else:
             with self.path.open("rb") as file:
                 header = file.read(BIN_HEADER.size)
-        _, major, minor, _, uuid, channels, width = unseal(BIN_HEADER, header, BIN_MAGIC, str(self.path))
+        _, major, minor, _, uuid, *fields = unseal(BIN_HEADER, header, BIN_MAGIC, str(self.path))
         check_version(major, minor, str(self.path))
         if uuid != self.index.uuid:
             raise DataError(
                 f"{self.path} has uuid {uuid.hex()}, the .idx beside it {self.index.uuid.hex()}: they are of two shards"
             )
-        if (channels, width) != (2 * self.index.encoder.latent_channels, self.index.encoder.text_width):
+        if tuple(fields) != self.index.encoder.bin_header_values:
             raise DataError(
-                f"{self.path} holds {channels} channels and texts of width {width}, its index says otherwise"
+                f"{self.path} holds (channels, text width, dtype codes) {fields}, its index says otherwise: "
+                f"{list(self.index.encoder.bin_header_values)}"
             )
 
     def _check(self, row: int, frames: range, latents: torch.Tensor, text: torch.Tensor, note: bytes) -> None:
@@ -290,23 +332,33 @@ class IndexedDataset:
         """Text tokens of the samples, int64 `[n]`."""
         return self._column("text_length", np.int64)
 
-    def sample(self, number: int, frames: range | None = None) -> Record:
+    def sample(self, number: int, frames: range | None = None, first_frame: bool = False) -> Record:
         """Return sample `number`; `frames` limits the latents to these latent frames (and to their bytes on disk).
 
-        Raises:
-            DataError: the sample is damaged; names its shard and id.
-        """
-        shard, row = self.locate(number)
-        return shard.record(row, frames)
-
-    def sample_in(self, allocate: Allocate, number: int, frames: range | None = None) -> Record:
-        """Return `sample(number, frames)` with its tensors in memory that `allocate` gives, pinned say: one copy.
+        The pixels of the first frame are read only where `first_frame` asks for them.
 
         Raises:
             DataError: the sample is damaged; names its shard and id.
         """
         shard, row = self.locate(number)
-        return shard.record_in(allocate, row, frames)
+        return shard.record(row, frames, first_frame)
+
+    def has_first_frame(self) -> np.ndarray:
+        """Return which samples hold their first frame: bool `[n]`."""
+        if not self.encoder.first_frame:
+            return np.zeros(len(self), bool)
+        return self._column("image_offset", np.uint64) > 0
+
+    def sample_in(
+        self, allocate: Allocate, number: int, frames: range | None = None, first_frame: bool = False
+    ) -> Record:
+        """Return `sample(number, frames, first_frame)` in memory that `allocate` gives, pinned say: one copy.
+
+        Raises:
+            DataError: the sample is damaged; names its shard and id.
+        """
+        shard, row = self.locate(number)
+        return shard.record_in(allocate, row, frames, first_frame)
 
     def read_into(self, number: int, out: np.ndarray, frames: range | None = None) -> int:
         """Copy sample `number` into `out`: latents from byte 0 on, text from the next multiple of 64; the fast way.
@@ -356,7 +408,7 @@ class IndexedDataset:
         return np.concatenate([np.empty(0, dtype), *columns])
 
 
-def _tensor(source: Source, start: int, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+def _tensor(source: Source, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Return values of the .bin: a view of the mapping, or of what was read."""
     length = math.prod(shape) * dtype.itemsize
     if not length:

@@ -11,16 +11,20 @@ import numpy as np
 
 from megacogvx.data.indexed.layout import (
     ALIGNMENT,
-    BF16_BYTES,
     BIN_HEADER,
     BIN_MAGIC,
-    COLUMNS,
+    IMAGE_CHANNELS,
+    IMAGE_COLUMNS,
+    IMAGE_HEADER,
+    IMAGE_MAGIC,
+    IMAGE_RECORD_MAGIC,
     MAX_METADATA_BYTES,
     RECORD_HEADER,
     RECORD_MAGIC,
     EncoderInfo,
     aligned,
     check_version,
+    columns_of,
     digest,
     load_json,
     parse_index,
@@ -66,14 +70,15 @@ def recover_shard(folder: Path, name: str, encoder: EncoderInfo) -> RecoverRepor
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:
         raise DataError(f"{path} can't be read: {error}") from None
-    _, major, minor, _, uuid, channels, width = unseal(BIN_HEADER, data[: BIN_HEADER.size], BIN_MAGIC, str(path))
+    _, major, minor, _, uuid, *fields = unseal(BIN_HEADER, data[: BIN_HEADER.size], BIN_MAGIC, str(path))
     check_version(major, minor, str(path))
-    if (channels, width) != (2 * encoder.latent_channels, encoder.text_width):
-        raise DataError(f"{path} holds {channels} channels and texts of width {width}: another encoder made it")
+    if tuple(fields) != encoder.bin_header_values:
+        raise DataError(f"{path} holds (channels, text width, dtype codes) {fields}: another encoder made it")
     rows, numbers = _walk(data, encoder)
     if not rows:
         raise DataError(f"{path} holds no whole record")
-    columns = {key: np.array([row[key] for row in rows], COLUMNS[key]) for key in COLUMNS if key != "frame_hash"}
+    dtypes = columns_of(encoder)
+    columns = {key: np.array([row[key] for row in rows], dtypes[key]) for key in dtypes if key != "frame_hash"}
     columns["frame_hash"] = np.concatenate([np.array(row["frame_hash"], "<u8") for row in rows])
     index = write_index(uuid, encoder, len(data), columns)
     target = folder / f"{name}.idx"
@@ -102,16 +107,17 @@ def _walk(data: mmap.mmap, encoder: EncoderInfo) -> tuple[list[dict[str, Any]], 
 
 def _record(data: mmap.mmap, start: int, encoder: EncoderInfo) -> tuple[dict[str, Any], int, int] | None:
     """Return (values, number, start of the next record) of the record at `start`, or None if it isn't whole."""
-    if data[start : start + 4] != RECORD_MAGIC:
+    magic = data[start : start + 4]
+    if magic not in (RECORD_MAGIC, IMAGE_RECORD_MAGIC):
         return None
     try:
-        header = unseal(RECORD_HEADER, data[start : start + RECORD_HEADER.size], RECORD_MAGIC, "record")
+        header = unseal(RECORD_HEADER, data[start : start + RECORD_HEADER.size], magic, "record")
     except DataError:
         return None
     _, frames, height, width, channels, length, sample_id, text_at, text_hash, note_bytes, note_hash, number = header
-    frame = height * width * channels * BF16_BYTES
+    frame = height * width * encoder.frame_cell_bytes
     latents_at = start + RECORD_HEADER.size
-    text_bytes = length * encoder.text_width * BF16_BYTES
+    text_bytes = length * encoder.text_token_bytes
     own_text_at = aligned(latents_at + frames * frame)
     note_at = aligned(own_text_at + text_bytes) if text_at == own_text_at else own_text_at
     end = aligned(note_at + note_bytes)
@@ -126,10 +132,32 @@ def _record(data: mmap.mmap, start: int, encoder: EncoderInfo) -> tuple[dict[str
         return None
     if digest(data[text_at : text_at + text_bytes]) != text_hash or note_hash not in (0, digest(note) % 2**32):
         return None
+    image: dict[str, int] | None = dict.fromkeys(IMAGE_COLUMNS, 0) if encoder.first_frame else {}
+    if magic == IMAGE_RECORD_MAGIC:
+        image = _image(data, end, sample_id) if encoder.first_frame else None
+    if image is None:
+        return None
     values = {
         "sample_id": sample_id, "record": start, "frames": frames, "height": height, "width": width,
         "text_offset": text_at, "text_length": length, "text_hash": text_hash, "metadata_offset": note_at,
         "metadata_length": note_bytes, "metadata_hash": digest(note),
         "frame_hash": [digest(data[latents_at + i * frame : latents_at + (i + 1) * frame]) for i in range(frames)],
+        **image,
     }  # fmt: skip
+    if image and image["image_offset"]:
+        end = aligned(image["image_offset"] + image["image_height"] * image["image_width"] * IMAGE_CHANNELS)
     return values, number, end
+
+
+def _image(data: mmap.mmap, start: int, sample_id: int) -> dict[str, int] | None:
+    """Return the columns of the first frame whose header is at `start`; None: it is damaged."""
+    pixels_at = start + IMAGE_HEADER.size
+    try:
+        header = unseal(IMAGE_HEADER, data[start:pixels_at], IMAGE_MAGIC, "first frame")
+    except DataError:
+        return None
+    _, height, width, channels, owner, stored = header
+    pixels = data[pixels_at : pixels_at + height * width * channels]
+    if channels != IMAGE_CHANNELS or owner != sample_id or not height * width or digest(pixels) != stored:
+        return None
+    return dict(zip(IMAGE_COLUMNS, (pixels_at, height, width, stored), strict=True))

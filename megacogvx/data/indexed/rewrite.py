@@ -70,10 +70,11 @@ def copy_samples(
         with DatasetWriter(folder, dataset.encoder, len(names)) as writer:
             names.append(writer.name)
             for number in [] if writer.finished else numbers[start : start + samples_per_shard].tolist():
-                record = dataset.sample(number)
+                record = dataset.sample(number, first_frame=True)
                 writer.add_item(
-                    latents=record.latents, text=record.text, sample_id=record.sample_id, metadata=record.metadata
-                )
+                    latents=record.latents, text=record.text, sample_id=record.sample_id, metadata=record.metadata,
+                    first_frame=record.first_frame,
+                )  # fmt: skip
             writer.finalize()
     manifest = finish_dataset(folder, names)
     for name in side_columns(dataset.folder):

@@ -66,7 +66,7 @@ def _verify_records(shard: Shard, report: VerifyReport) -> None:
     for row in range(len(shard.index)):
         try:
             shard.check_record_header(row)
-            shard.record(row).metadata  # noqa: B018  parsing is the check
+            shard.record(row, first_frame=True).metadata  # noqa: B018  parsing is the check
         except DataError as error:
             report.problems.append(str(error))
     report.shards += 1

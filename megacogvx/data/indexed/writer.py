@@ -20,10 +20,16 @@ import numpy as np
 import torch
 import xxhash
 
+from megacogvx.data.indexed.fields import field_dtype
 from megacogvx.data.indexed.layout import (
     BIN_HEADER,
     BIN_MAGIC,
     COLUMNS,
+    IMAGE_CHANNELS,
+    IMAGE_COLUMNS,
+    IMAGE_HEADER,
+    IMAGE_MAGIC,
+    IMAGE_RECORD_MAGIC,
     MAJOR,
     MAX_ID,
     MAX_METADATA_BYTES,
@@ -34,6 +40,7 @@ from megacogvx.data.indexed.layout import (
     EncoderInfo,
     aligned,
     canonical_json,
+    columns_of,
     digest,
     sealed,
     write_index,
@@ -68,7 +75,7 @@ class DatasetWriter:
         if not fullmatch(SHARD_NAME, self.name):
             raise DataError(f"shard name {self.name!r} must match {SHARD_NAME}")
         self.finished = False
-        self._columns: dict[str, list[int]] = {name: [] for name in COLUMNS}
+        self._columns: dict[str, list[int]] = {name: [] for name in columns_of(encoder)}
         self._ids: set[int] = set()
         self._texts: dict[bytes, int] = {}  # 128-bit hash of a stored text -> its offset
         self._file: BinaryIO | None = None
@@ -90,20 +97,25 @@ class DatasetWriter:
         if self._file is not None:
             self.abort()
 
-    def add_item(self, *, latents: torch.Tensor, text: torch.Tensor, sample_id: int, metadata: dict[str, Any]) -> None:
+    def add_item(
+        self, *, latents: torch.Tensor, text: torch.Tensor, sample_id: int, metadata: dict[str, Any],
+        first_frame: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
         """Append one record.
 
         Args:
-            latents: posterior moments bf16 `[T, h, w, 2C]` on the CPU, mean then log-variance.
-            text: text embedding bf16 `[L, E]` on the CPU; stored once per shard for equal captions.
+            latents: posterior moments `[T, h, w, 2C]` on the CPU, mean then log-variance, of `encoder.latent_dtype`.
+            text: text embedding `[L, E]`, or ids `[L]`, on the CPU, of `encoder.text_dtype`; stored once per shard for
+                equal captions.
             sample_id: 64-bit key of the sample, unique in the dataset.
             metadata: JSON-able facts about the sample (source, caption, fps, scores ...), at most 1 MiB.
+            first_frame: pixels uint8 `[H, W, 3]` on the CPU, where `encoder.first_frame` allows it.
 
         Raises:
             DataError: a shape, dtype or value doesn't fit the dataset, the id is taken, or the disk is full.
         """
         assert self._file is not None, f"shard {self.name} is finished or dropped"
-        self._check(latents, text, sample_id)
+        self._check(latents, text, sample_id, first_frame)
         note = self._encode_metadata(metadata, sample_id)
         latent_data, text_data = _bytes_of(latents), _bytes_of(text)
         start = self._file.tell()
@@ -112,12 +124,15 @@ class DatasetWriter:
         text_at = self._texts.get(text_key, own_text_at)
         own_text = text_at == own_text_at
         note_at = aligned(own_text_at + len(text_data)) if own_text else own_text_at
+        magic = RECORD_MAGIC if first_frame is None else IMAGE_RECORD_MAGIC
         header = sealed(
-            RECORD_HEADER, RECORD_MAGIC, *latents.shape, len(text), sample_id, text_at, text_hash, len(note),
+            RECORD_HEADER, magic, *latents.shape, len(text), sample_id, text_at, text_hash, len(note),
             digest(note) % 2**32, len(self),
         )  # fmt: skip
+        image = b"" if first_frame is None else _bytes_of(first_frame)
+        image_header = b"" if first_frame is None else _image_header(first_frame, image, sample_id)
         try:
-            for piece in (header, latent_data, text_data if own_text else b"", note):
+            for piece in (header, latent_data, text_data if own_text else b"", note, image_header, image):
                 self._file.write(piece)
                 self._file.write(bytes(aligned(self._file.tell()) - self._file.tell()))
         except OSError as error:
@@ -130,6 +145,11 @@ class DatasetWriter:
             strict=False,
         ):
             self._columns[name].append(value)
+        if self.encoder.first_frame:
+            image_at = aligned(note_at + len(note)) + IMAGE_HEADER.size
+            entry = (0, 0, 0, 0) if first_frame is None else (image_at, *first_frame.shape[:2], digest(image))
+            for name, value in zip(IMAGE_COLUMNS, entry, strict=True):
+                self._columns[name].append(value)
         frame = len(latent_data) // len(latents)
         self._columns["frame_hash"] += [digest(latent_data[i : i + frame]) for i in range(0, len(latent_data), frame)]
 
@@ -147,7 +167,8 @@ class DatasetWriter:
             bin_bytes = self._file.tell()
             self._file.flush()
             os.fsync(self._file.fileno())
-            columns = {name: np.array(values, dtype=COLUMNS[name]) for name, values in self._columns.items()}
+            dtypes = columns_of(self.encoder)
+            columns = {name: np.array(values, dtype=dtypes[name]) for name, values in self._columns.items()}
             index = write_index(self._uuid, self.encoder, bin_bytes, columns)
             self._temporary.replace(final)
             sync_folder(self.folder)
@@ -188,31 +209,43 @@ class DatasetWriter:
         file.truncate(0)
         file.seek(0)
         self._file, self._uuid = file, uuid.uuid4().bytes
-        channels, width = 2 * self.encoder.latent_channels, self.encoder.text_width
-        file.write(sealed(BIN_HEADER, BIN_MAGIC, MAJOR, MINOR, BIN_HEADER.size, self._uuid, channels, width))
+        fields = self.encoder.bin_header_values
+        file.write(sealed(BIN_HEADER, BIN_MAGIC, MAJOR, MINOR, BIN_HEADER.size, self._uuid, *fields))
 
     def _is_temporary(self, file: BinaryIO) -> bool:
         """Whether the open file still is the temporary one; not if another writer committed it since we opened it."""
         return self._temporary.exists() and os.path.samestat(os.fstat(file.fileno()), self._temporary.stat())
 
-    def _check(self, latents: torch.Tensor, text: torch.Tensor, sample_id: int) -> None:
-        channels, width, limit = 2 * self.encoder.latent_channels, self.encoder.text_width, self.encoder.text_length
+    def _check(
+        self, latents: torch.Tensor, text: torch.Tensor, sample_id: int, first_frame: torch.Tensor | None
+    ) -> None:
+        encoder, channels, limit = self.encoder, 2 * self.encoder.latent_channels, self.encoder.text_length
         where = f"sample {sample_id}"
         if not 0 <= sample_id <= MAX_ID:
             raise DataError(f"{where}: the id must lie in 0 to 2^64 - 2")
         if sample_id in self._ids:
             raise DataError(f"{where} is in shard {self.name} already; ids are unique in a dataset")
         shape = tuple(latents.shape)
-        if latents.dtype != torch.bfloat16 or len(shape) != 4 or shape[3] != channels or not latents.numel():
-            raise DataError(f"{where}: latents must be bf16 [T, h, w, {channels}], not {latents.dtype} {list(shape)}")
+        if (
+            latents.dtype != field_dtype(encoder.latent_dtype)
+            or len(shape) != 4
+            or shape[3] != channels
+            or not all(shape)
+        ):
+            wanted = f"{encoder.latent_dtype} [T, h, w, {channels}]"
+            raise DataError(f"{where}: latents must be {wanted}, not {latents.dtype} {list(shape)}")
         if max(shape[:3]) > MAX_SIDE:
             raise DataError(f"{where}: latents of {list(shape)} exceed {MAX_SIDE} along T, h or w")
-        if text.dtype != torch.bfloat16 or text.ndim != 2 or text.shape[1] != width:
-            raise DataError(f"{where}: text must be bf16 [L, {width}], not {text.dtype} {list(text.shape)}")
-        fits = len(text) == limit if self.encoder.text_kind == "padded" else len(text) <= limit
+        good = text.dtype == field_dtype(encoder.text_dtype) and text.ndim > 0
+        if not good or tuple(text.shape[1:]) != encoder.text_shape:
+            wanted = f"{encoder.text_dtype} [{', '.join(map(str, ('L', *encoder.text_shape)))}]"
+            raise DataError(f"{where}: text must be {wanted}, not {text.dtype} {list(text.shape)}")
+        fits = len(text) == limit if encoder.pads_text else len(text) <= limit
         if not fits:
-            rule = "exactly" if self.encoder.text_kind == "padded" else "at most"
-            raise DataError(f"{where}: {len(text)} text tokens; {self.encoder.text_kind} texts have {rule} {limit}")
+            rule = "exactly" if encoder.pads_text else "at most"
+            raise DataError(f"{where}: {len(text)} text tokens; {encoder.text_kind} texts have {rule} {limit}")
+        if first_frame is not None:
+            _check_image(first_frame, encoder, where)
 
     def _encode_metadata(self, metadata: dict[str, Any], sample_id: int) -> bytes:
         try:
@@ -229,6 +262,22 @@ class DatasetWriter:
             f"cannot write shard {self.name} of {self.folder} ({written} bytes so far): {error.strerror}; free some "
             "space and start again: finished shards are kept"
         )
+
+
+def _check_image(image: torch.Tensor, encoder: EncoderInfo, where: str) -> None:
+    if not encoder.first_frame:
+        raise DataError(f"{where}: a dataset of encoder.first_frame=false takes no first frame; leave it out")
+    good = image.dtype == torch.uint8 and image.ndim == 3 and image.shape[2] == IMAGE_CHANNELS and image.numel() > 0
+    if not good or max(image.shape[:2]) > MAX_SIDE:
+        raise DataError(
+            f"{where}: the first frame must be uint8 [H, W, 3] of at most {MAX_SIDE} pixels a side, not {image.dtype} "
+            f"{list(image.shape)}"
+        )
+
+
+def _image_header(image: torch.Tensor, pixels: memoryview, sample_id: int) -> bytes:
+    height, width, channels = image.shape
+    return sealed(IMAGE_HEADER, IMAGE_MAGIC, height, width, channels, sample_id, digest(pixels))
 
 
 def _lock(file: BinaryIO) -> bool:

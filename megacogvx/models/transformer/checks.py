@@ -33,8 +33,9 @@ def rope_grid_problem(config: CogVideoXConfig, sample: PackSample) -> str:
     """Return why a sample is larger than the rope grid, and what would work, or "".
 
     With `rope_grid=slice` positions are a corner of one grid of the native size (300 x 300 latent cells in 1.5); a
-    model that is to see larger videos, by extrapolation, says so. "crop" scales any size into the grid, and there is no
-    limit in time, nor without rotation.
+    model that is to see larger videos, by extrapolation, says so, and so does one trained on portrait clips beside
+    landscape ones (`portrait`; the square grid of 1.5 holds both). "crop" scales any size into the grid, and there is
+    no limit in time, nor without rotation.
     """
     if config.rope_grid != "slice" or not config.use_rotary_positional_embeddings:
         return ""
@@ -42,10 +43,14 @@ def rope_grid_problem(config: CogVideoXConfig, sample: PackSample) -> str:
     _, tokens_high, tokens_wide = sample.grid
     if tokens_high <= height and tokens_wide <= width:
         return ""
+    fits_turned = tokens_high <= width and tokens_wide <= height
+    if fits_turned and config.portrait:
+        return ""
+    or_turned = "model.portrait=true if it is trained on portrait clips too, or " if fits_turned else ""
     return (
         f"{tokens_high} x {tokens_wide} tokens (h, w) are more than the rope grid's {height} x {width} "
         f"(model.sample_height={config.sample_height}, model.sample_width={config.sample_width}, "
-        f"model.patch_size={config.patch_size}); set model.sample_height to at least "
+        f"model.patch_size={config.patch_size}); set {or_turned}model.sample_height to at least "
         f"{max(tokens_high, height) * config.patch_size} and model.sample_width to at least "
         f"{max(tokens_wide, width) * config.patch_size} to extrapolate, or model.rope_grid=crop, or make the video "
         "smaller"

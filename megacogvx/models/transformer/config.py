@@ -52,6 +52,9 @@ class CogVideoXConfig(PresetSection):
         rope_grid: "slice": positions count from 0 in steps of 1, in height and width up to the native size (paper
             section 3.1, and 1.5); "crop": a grid of another size is fitted into the native one (inference with the 1.0
             weights).
+        portrait: "slice": the native size turned (its height for the width) is allowed as well, for models that are
+            trained on landscape and portrait clips. Positions are computed, so the weights are the same; only what is
+            taken for too large changes.
         rope_theta: base of the rotary frequencies.
         norm_eps, qk_norm_eps, final_norm_eps: of the LayerNorms in the blocks, over q and k, in the head.
         block: "expert_adaln": the published one; for the ablations of the paper "shared_adaln": text and video take
@@ -82,6 +85,7 @@ class CogVideoXConfig(PresetSection):
     spatial_interpolation_scale: float = Field(1.875, gt=0)
     temporal_interpolation_scale: float = Field(1.0, gt=0)
     rope_grid: Literal["slice", "crop"] = "slice"
+    portrait: bool = False
     rope_theta: float = Field(10000.0, gt=0)
     norm_eps: float = Field(1e-5, gt=0)
     qk_norm_eps: float = Field(1e-6, gt=0)
@@ -96,6 +100,11 @@ class CogVideoXConfig(PresetSection):
             raise ValueError(
                 "use_learned_positional_embeddings=true needs use_rotary_positional_embeddings=true as well: no "
                 "published model has the learned table alone"
+            )
+        if self.portrait and self.use_learned_positional_embeddings:
+            raise ValueError(
+                "portrait=true with use_learned_positional_embeddings=true: the learned table has rows for the native "
+                "size alone; set either to false"
             )
         if self.use_rotary_positional_embeddings and self.attention_head_dim % 16:
             raise ValueError(

@@ -8,6 +8,8 @@ the CUDA ops and a flash attention keep it (40 D, 24 D and 4 D bytes a token in 
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +17,7 @@ from megacogvx.models.transformer.config import CogVideoXConfig
 from megacogvx.pack_layout import PackLayout
 from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.pipeline_parallel import split_layers
+from megacogvx.training.ema import deal
 from megacogvx.training.estimate.parameters import local_sizes
 
 Ops = Literal["reference", "fused"]
@@ -93,6 +96,8 @@ class Memory:
         activations: what autograd keeps of all packs in flight.
         at_work: what one block needs on top of it while its backward pass runs.
         reserve: CUDA context, NCCL, allocator.
+        average: of the weights (`ema.decay`), fp32; the data x context ranks share whole tensors, evenly but for one.
+        frozen: encoders that take part in training, whole on each rank of the first stage.
     """
 
     weights: int
@@ -101,16 +106,20 @@ class Memory:
     activations: int
     at_work: int
     reserve: int
+    average: int = 0
+    frozen: int = 0
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.at_work + self.reserve
+        kept = self.weights + self.gradients + self.optimizer + self.average + self.frozen
+        return kept + self.activations + self.at_work + self.reserve
 
 
 def memory(
     config: CogVideoXConfig, parallel: ParallelConfig, layout: PackLayout, *,
     stage: int, data_size: int, packs_per_replica: int, bytes_per_weight: int, ops: Ops, reserve: int = 0,
+    averages: bool = False, frozen: int = 0,
 ) -> Memory:  # fmt: skip
     """Return what a rank of pipeline stage `stage` holds at its fullest.
 
@@ -123,6 +132,8 @@ def memory(
         bytes_per_weight: 2 for bf16, 4 for fp32.
         ops: whose inventory counts.
         reserve: bytes that are no tensors.
+        averages: whether the run keeps averaged weights.
+        frozen: parameters of frozen encoders.
     """
     stages = parallel.pipeline_parallel_size
     in_flight = min(packs_per_replica, stages - stage)
@@ -139,6 +150,8 @@ def memory(
         activations=in_flight * (blocks + ends),
         at_work=_at_work(config, parallel, layout, bytes_per_weight, ops, min(first, last)),
         reserve=reserve,
+        average=average_memory(local_sizes(config, parallel, stage), parallel, data_size) if averages else 0,
+        frozen=frozen * bytes_per_weight if stage == 0 else 0,
     )
 
 
@@ -159,6 +172,21 @@ def static_memory(count: int, parallel: ParallelConfig, data_size: int, bytes_pe
     shares = data_size * parallel.context_parallel_size
     states = 2 * FP32 + (FP32 if bytes_per_weight < FP32 else 0)
     return {"weights": count * bytes_per_weight, "gradients": count * FP32, "optimizer": -(-count * states // shares)}
+
+
+def average_memory(sizes: Sequence[int], parallel: ParallelConfig, data_size: int) -> int:
+    """Return the bytes of averaged weights on the rank that keeps most; dealt as `training.ema` deals them.
+
+    Args:
+        sizes: elements of each tensor that the ranks hold.
+        parallel: section `parallel`.
+        data_size: data-parallel replicas.
+    """
+    owners = deal({str(place): size for place, size in enumerate(sizes)}, data_size * parallel.context_parallel_size)
+    held: Counter[int] = Counter()
+    for place, size in enumerate(sizes):
+        held[owners[str(place)]] += size
+    return FP32 * max(held.values())
 
 
 def block_activations(

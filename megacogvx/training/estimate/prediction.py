@@ -17,6 +17,7 @@ from megacogvx.training.estimate.parameters import local_sizes
 from megacogvx.training.estimate.workload import Workload
 
 FILL = 0.94  # of a GPU's memory that a run may count on
+VAE_ENCODER, T5_XXL_ENCODER = 92_215_456, 4_762_310_656  # parameters
 RESERVE = 5_000_000_000  # bytes of CUDA context, NCCL buffers and what the allocator can't use
 ELEMENTWISE = {"fused": 42, "reference": 133}  # bytes moved by a block's forward pass outside products, x D x tokens
 OPTIMIZER_BYTES = 34  # moved per parameter of a rank's share: fp32 weight, moments and gradient read, three written
@@ -82,7 +83,7 @@ def predict(
     size = {"data_size": replicas, "bytes_per_weight": bytes_per_weight}
     memories = [
         memory(config.model, parallel, costliest, stage=stage, packs_per_replica=per_replica, ops=ops,
-               reserve=RESERVE, **size)
+               reserve=RESERVE, averages=config.ema.decay > 0, frozen=frozen_parameters(config), **size)
         for stage in stages
     ]  # fmt: skip
     traffics = [
@@ -178,6 +179,12 @@ def reach(parallel: ParallelConfig, axis: Axis, ranks: int) -> int:
     tensor = parallel.tensor_parallel_size
     inner = {"tensor": 1, "context": tensor, "ring": tensor * parallel.ulysses_size, "data_context": tensor}
     return ranks * inner.get(axis, 10**9)  # stages are as far apart as ranks can be
+
+
+def frozen_parameters(config: TrainConfig) -> int:
+    """Return the parameters of the frozen encoders that run beside the training, of the published sizes."""
+    reads_text = config.text.encoder is not None
+    return int(config.is_image_to_video) * VAE_ENCODER + int(reads_text) * T5_XXL_ENCODER
 
 
 def _optimizer_seconds(model: CogVideoXConfig, parallel: ParallelConfig, replicas: int, machine: Machine) -> float:

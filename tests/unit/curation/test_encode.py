@@ -158,6 +158,28 @@ def test_real_texts_hold_only_their_own_tokens(folder: Path, vae: CogVideoXVAE, 
     assert torch.equal(padded.text[:length], real.text)
 
 
+def test_first_frames_ids_and_8_bit_latents_where_asked(folder: Path, vae: CogVideoXVAE, tmp_path: Path) -> None:
+    text_encoder = TextEncoder.from_folder(folder / "t5", LENGTH)
+    made = ClipEncoder(vae, text_encoder, "token_ids", latent_dtype="fp8_e4m3", first_frame=True)
+    write(folder, tmp_path / "new", made)
+    write(folder, tmp_path / "plain", encoder_of(folder, vae))
+    dataset, plain = IndexedDataset(tmp_path / "new"), IndexedDataset(tmp_path / "plain")
+    info = dataset.encoder
+    assert (info.text_kind, info.text_dtype, info.latent_dtype, info.first_frame) == (
+        "token_ids", "int32", "fp8_e4m3", True,
+    )  # fmt: skip
+    clips = {sample_id(clip): clip for clip in read_clips(folder)}
+    assert dataset.has_first_frame().all()
+    for number in range(len(dataset)):
+        record, stored = dataset.sample(number, first_frame=True), plain.sample(number)
+        clip = clips[record.sample_id]
+        assert torch.equal(record.first_frame, read_clip(clip)[0]), "the pixels that the VAE saw first"
+        assert torch.equal(record.text, text_encoder.token_ids([clip.caption])[0][0].int())
+        assert torch.allclose(record.latents.float(), stored.latents.float(), rtol=0.07, atol=0.002)
+    with pytest.raises(DataError, match="first_frame=True then and False now"):
+        write(folder, tmp_path / "new", ClipEncoder(vae, text_encoder, "token_ids", latent_dtype="fp8_e4m3"))
+
+
 def test_bad_clips_stop_the_job_or_are_counted(folder: Path, vae: CogVideoXVAE, tmp_path: Path) -> None:
     clips = read_clips(folder)
     clips[2] = clips[2].model_copy(update={"path": folder / "absent.mp4"})

@@ -141,10 +141,10 @@ def test_damaged_sample_ends_the_run_where_that_is_asked(folder):
 def test_stuck_read_is_given_up(folder, monkeypatch):
     free, sample = threading.Event(), Corpus.sample
 
-    def stuck(self, index, frames=None):
+    def stuck(self, index, *what):
         if index == 3:
             free.wait(60)
-        return sample(self, index, frames)
+        return sample(self, index, *what)
 
     monkeypatch.setattr(Corpus, "sample", stuck)
     with loader(folder, read_timeout=0.1) as packs:

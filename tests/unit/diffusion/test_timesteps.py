@@ -1,12 +1,24 @@
 """Explicit uniform sampling: the marginal, the variance that the strata remove, independence of layout."""
 
+import importlib.util
 import math
+import sys
+from pathlib import Path
 from statistics import fmean, pvariance
 
 import pytest
 
 from megacogvx.diffusion.config import DiffusionConfig
 from megacogvx.diffusion.timesteps import step_timesteps
+
+
+def load_tool(name):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[3] / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
 
 MODES = ("uniform_sample", "uniform_pack", "independent")
 
@@ -67,6 +79,17 @@ def full_packs(step):
 @pytest.mark.parametrize("weights", [equal_weights, step_weights], ids=["mean over samples", "mean over tokens"])
 def test_strata_remove_the_variance_between_timesteps(weights):
     assert step_loss_variance("uniform_sample", weights) <= 0.01 * step_loss_variance("independent", weights)
+
+
+def test_the_benchmark_finds_the_bound_where_weights_match_and_a_uniform_marginal():
+    bench = load_tool("bench_timesteps")
+    for case in bench.CASES:
+        results = bench.compare(64, case, steps=100)
+        for mode, result in results.items():
+            if (mode, case) in bench.MATCHES:
+                assert result.variance <= 0.01 * results["independent"].variance, (mode, case)
+            assert result.chi_square < bench.chi_square_limit(bench.BINS - 1), (mode, case)
+    assert bench.chi_square_limit(19) == pytest.approx(43.82, rel=0.005)  # from tables
 
 
 def test_strata_of_the_paper_need_packs_of_equal_weight():

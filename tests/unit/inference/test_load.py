@@ -9,7 +9,7 @@ from megacogvx.checkpoint.directory import CheckpointDirectory, files_of, seal
 from megacogvx.config import dump_config
 from megacogvx.diffusion.config import DiffusionConfig
 from megacogvx.errors import CheckpointError, ConfigError
-from megacogvx.inference.load import TransformerCheckpoint, VAECheckpoint, find_checkpoint
+from megacogvx.inference.load import TransformerCheckpoint, VAECheckpoint, find_checkpoint, load_transformer
 from megacogvx.models.transformer.config import CogVideoXConfig
 from megacogvx.models.vae.config import VAEConfig
 
@@ -93,6 +93,12 @@ def test_what_sampling_has_to_know(tmp_path, own, expected):
     assert found.diffusion.snr_shift == 3.0
     assert found.encoder.text_kind == "padded"
     assert found.scaling_factor == expected
+
+
+def test_an_average_that_was_not_kept_is_refused(tmp_path):
+    write(tmp_path, 5, transformer_state())
+    with pytest.raises(ConfigError, match=r"step-00000005 keeps no averaged weights \(ema\.decay was 0\)"):
+        load_transformer(tmp_path, None, None, "ema")
 
 
 def test_vae_and_transformer_have_to_fit(tmp_path):

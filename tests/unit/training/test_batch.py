@@ -10,6 +10,7 @@ from megacogvx.diffusion.config import DiffusionConfig
 from megacogvx.diffusion.schedule import NoiseSchedule
 from megacogvx.pack_layout import build_layout, place_sample
 from megacogvx.training.batch import BatchMaker
+from megacogvx.training.text_condition import TextRows
 
 CHANNELS, TEXT_WIDTH = 4, 6
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4), (3, 2)]  # tensor, context
@@ -115,3 +116,22 @@ def test_a_pack_cut_for_a_rank_gives_the_same_batch(q, rank):
     expected, found = (maker(*cut).prepare(p, [5, 500, 999]) for p in (whole, part))
     assert torch.equal(found.video_SP, expected.video_SP) and torch.equal(found.target_SP, expected.target_SP)
     assert torch.equal(found.text_SE, expected.text_SE)
+
+
+@pytest.mark.parametrize("context", [1, 2])
+def test_a_dropped_text_may_be_the_empty_prompt(context):
+    """Its rows are cut over ranks as those of any text are."""
+    layout = build_layout([place_sample(number, 1, 4, 4, 4, (1, 2, 2)) for number in (1, 2)], (1, 2, 2), multiple=6)
+    draw = torch.Generator().manual_seed(0)
+    latents = [torch.randn(1, 4, 4, 2 * CHANNELS, generator=draw).bfloat16() for _ in range(2)]
+    text = [torch.randn(4, TEXT_WIDTH, generator=draw).bfloat16() for _ in range(2)]
+    empty_LE = torch.arange(4 * TEXT_WIDTH).reshape(4, TEXT_WIDTH).bfloat16()
+    whole = Pack(layout, latents, text, step=9, place=0)
+    rows = []
+    for rank in range(context):
+        dropping = replace(
+            maker(context=(rank, context), conditioning_dropout=1.0), texts=TextRows(TEXT_WIDTH, empty_LE=empty_LE)
+        )
+        rows.append(dropping.prepare(whole, [5, 6]).text_SE)
+    assert torch.equal(torch.cat(rows)[:8], torch.cat([empty_LE, empty_LE]).float())
+    assert not torch.cat(rows)[8:].any()

@@ -204,7 +204,7 @@ def test_stages_are_the_papers():
     assert second.training.start_from == first.training.run_folder and second.vae == first.vae
 
 
-@pytest.mark.parametrize("name", ["demo.yaml", "vae_demo.yaml"])
+@pytest.mark.parametrize("name", ["demo.yaml", "vae_demo.yaml", "progressive_tiny_i2v.yaml"])
 def test_shipped_configs_are_valid(name, request):
     root = VAETrainConfig if name.startswith("vae") else TrainConfig
     loaded = load_config(root, request.config.rootpath / "examples" / "configs" / name)

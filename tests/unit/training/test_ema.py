@@ -9,7 +9,7 @@ from torch import nn
 from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.groups import initialize, shutdown
 from megacogvx.testing.tolerance import assert_close
-from megacogvx.training.ema import WeightAverage
+from megacogvx.training.ema import WeightAverage, deal
 
 
 class Net(nn.Module):
@@ -73,3 +73,30 @@ def test_loading_what_was_saved_gives_the_averages_back(groups):
     assert torch.equal(other.averages["weight"], saved.averages["weight"])
     other.restart()
     assert other.averages["weight"].tolist() == [2.0] * 3
+
+
+def test_tensors_are_dealt_once_and_evenly():
+    """Each has one owner, whatever order the names come in; the fullest rank holds no more than the mean + one."""
+    sizes = {f"weight{n}": (n * 7919) % 100 + 1 for n in range(50)}
+    owners = deal(sizes, 4)
+    assert owners == deal(dict(reversed(sizes.items())), 4) and set(owners) == set(sizes)
+    held = [sum(size for name, size in sizes.items() if owners[name] == rank) for rank in range(4)]
+    assert sum(held) == sum(sizes.values()) and max(held) - min(held) <= max(sizes.values())
+    assert set(deal({"only": 5}, 3).values()) == {0}
+
+
+def test_what_is_no_tensor_is_left_alone(groups):
+    """Transformer Engine keeps FP8's scales in a state's `_extra_state`, which may be None."""
+
+    class WithState(Net):
+        def get_extra_state(self):
+            return None
+
+        def set_extra_state(self, state):
+            raise AssertionError(state)
+
+    average = WeightAverage(WithState(1.0), 0.5, groups)
+    average.update(0)
+    with average.in_use():
+        pass
+    assert set(average.averages) == {"weight", "table", "count"}

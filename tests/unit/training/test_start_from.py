@@ -125,3 +125,12 @@ def test_each_stage_of_the_examples_grows_to_the_next(name):
     for before, after in pairwise(stages):
         assert unfit(before.model, after.model) == []
         assert after.training.start_from == before.training.run_folder
+
+
+@pytest.mark.parametrize(("last", "image"), [("cogvideox_5b_stage4", "cogvideox_5b_i2v"),
+                                              ("progressive_tiny_stage4", "progressive_tiny_i2v")])  # fmt: skip
+def test_image_to_video_grows_out_of_the_last_stage(last, image):
+    configs = Path(__file__).resolve().parents[3] / "examples" / "configs"
+    before, after = (load_config(TrainConfig, configs / f"{name}.yaml") for name in (last, image))
+    assert unfit(before.model, after.model) == [] and after.is_image_to_video and not before.is_image_to_video
+    assert after.training.start_from == before.training.run_folder and after.image.vae is not None

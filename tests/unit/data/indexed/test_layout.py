@@ -30,7 +30,7 @@ def test_documented_offsets(folder, idx):
     """Reads both files with plain `struct`, as the docstring of layout.py says, not with the module's own structs."""
     data = (folder / "shard-00000.bin").read_bytes()
     assert data[:8] == b"MCVXBIN\0" and idx[:8] == b"MCVXIDX\0"
-    assert struct.unpack_from("<HHI", data, 8) == (1, 0, 64) and struct.unpack_from("<HHI", idx, 8) == (1, 0, 128)
+    assert struct.unpack_from("<HHI", data, 8) == (1, 1, 64) and struct.unpack_from("<HHI", idx, 8) == (1, 1, 128)
     assert data[16:32] == idx[16:32]
     assert struct.unpack_from("<II", data, 32) == (8, 8)
     assert struct.unpack_from("<QQQ", idx, 32) == (6, len(data), len(idx))
@@ -114,7 +114,7 @@ def test_another_major_version_is_refused(folder, idx):
     newer = bytearray(idx)
     newer[8] = 2
     newer[120:128] = struct.pack("<Q", digest(bytes(newer[:120])))
-    with pytest.raises(DataError, match=r"version 2\.0"):
+    with pytest.raises(DataError, match=r"version 2\.1"):
         parse_index(bytes(newer), folder / "x.idx")
 
 

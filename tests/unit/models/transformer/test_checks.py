@@ -49,6 +49,20 @@ def test_more_tokens_than_the_rope_grid(height, width, wanted):
     check_pack(larger, pack((1, height, width, 1)))  # what the message promises
 
 
+def test_portrait_clips_fit_where_the_native_size_may_be_turned():
+    """8 x 12 cells natively: 12 x 8 and what is smaller fit with `portrait`, what is large on both sides doesn't."""
+    portrait = CONFIG.model_copy(update={"portrait": True})
+    for height, width in ((12, 8), (10, 6), (8, 12), (2, 12)):
+        check_pack(portrait, pack((1, height, width, 1)))
+    for height, width in ((10, 10), (14, 8), (12, 10)):
+        with pytest.raises(DataError, match="more than the rope grid's 4 x 6"):
+            check_pack(portrait, pack((1, height, width, 1)))
+    with pytest.raises(DataError, match=r"set model\.portrait=true if it is trained on portrait clips too, or model"):
+        check_pack(CONFIG, pack((1, 12, 8, 1)))
+    with pytest.raises(ValueError, match="learned table has rows for the native size alone"):
+        CogVideoXConfig(preset="tiny", portrait=True, use_learned_positional_embeddings=True)
+
+
 def test_the_released_1_5_reads_300_cells_and_no_more():
     config = CogVideoXConfig(preset="cogvideox1_5_5b")
     assert not rope_grid_problem(config, place_sample(0, 2, 300, 300, 226, config.patch))

@@ -7,7 +7,7 @@ from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.data_parallel import wrap
 from megacogvx.parallel.groups import initialize, shutdown
 from megacogvx.parallel.optimizer import build_optimizer
-from megacogvx.training.estimate.memory import FUSED, block_activations, memory, static_memory
+from megacogvx.training.estimate.memory import FUSED, average_memory, block_activations, memory, static_memory
 from megacogvx.training.estimate.parameters import local_sizes
 from megacogvx_kernels import compiled
 
@@ -119,6 +119,20 @@ def test_published_size_by_part():
     assert static == pytest.approx({"weights": 11.14e9, "gradients": 22.28e9, "optimizer": 66.84e9}, rel=1e-3)
     shared = static_memory(weights, ParallelConfig(context_parallel_size=2), 4, 2)
     assert shared["optimizer"] == pytest.approx(static["optimizer"] / 8) and shared["weights"] == static["weights"]
+
+
+def test_averages_are_counted_on_the_rank_that_keeps_most():
+    """As `WeightAverage` deals them: 22.3 GB in fp32 of the 5B model, an eighth of it on each of eight ranks."""
+    config = CogVideoXConfig(preset="cogvideox_5b")
+    whole, shared = (
+        average_memory(local_sizes(config, ParallelConfig()), ParallelConfig(context_parallel_size=context), data)
+        for context, data in ((1, 1), (2, 4))
+    )
+    assert whole == pytest.approx(22.28e9, rel=1e-3) and whole / 8 <= shared <= whole / 8 * 1.01
+    layout = build_layout([place_sample(0, 13, 60, 90, 226, config.patch)], config.patch)
+    size = {"stage": 0, "data_size": 8, "packs_per_replica": 1, "bytes_per_weight": 2, "ops": "fused"}
+    with_averages, without = (memory(config, ParallelConfig(), layout, averages=a, **size) for a in (True, False))
+    assert with_averages.total - without.total == with_averages.average > 0 == without.average
 
 
 @pytest.mark.parametrize(

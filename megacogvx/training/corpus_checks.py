@@ -1,0 +1,74 @@
+"""What a model and a training ask of their dataset, from its index alone: said before any process group exists."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megacogvx.data.corpus import Corpus
+from megacogvx.errors import ConfigError
+from megacogvx.models.transformer.checks import rope_grid_problem
+from megacogvx.models.transformer.config import CogVideoXConfig
+from megacogvx.pack_layout import place_sample
+from megacogvx.training.config import TrainConfig
+from megacogvx.training.image_condition import check_image_vae
+
+
+def check_corpus(config: TrainConfig, corpus: Corpus) -> None:
+    """Check that the model can read what the corpus holds.
+
+    Raises:
+        ConfigError: latent channels or text width differ, its captions are longer than the model's limit, its videos
+            larger than the rope grid, or its texts or first frames are not what this training needs.
+        CheckpointError: `image.vae` is no VAE's checkpoint.
+    """
+    encoder, model = corpus.encoder, config.model
+    wanted = {
+        "model.out_channels": (model.out_channels, encoder.latent_channels),
+        "model.text_embed_dim": (model.text_embed_dim, encoder.text_width),
+    }
+    for key, (ours, theirs) in wanted.items():
+        if ours != theirs:
+            raise ConfigError(f"{key}={ours}, but the dataset was encoded with {theirs}; set {key}={theirs}")
+    longest = int(corpus.columns.text_length.max())
+    if longest > model.max_text_seq_length:
+        raise ConfigError(
+            f"model.max_text_seq_length={model.max_text_seq_length}, but the dataset has a text of {longest} tokens; "
+            f"set it to at least {longest}, or encode again with shorter captions"
+        )
+    _check_sizes(model, corpus)
+    _check_text(config, corpus)
+    if config.is_image_to_video:
+        check_image_vae(config.image, encoder)
+        _check_first_frames(corpus)
+
+
+def _check_sizes(model: CogVideoXConfig, corpus: Corpus) -> None:
+    sizes = np.unique(np.stack([corpus.columns.height, corpus.columns.width]), axis=1)
+    for height, width in sizes.T.tolist():
+        if problem := rope_grid_problem(model, place_sample(0, 1, height, width, 0, model.patch)):
+            raise ConfigError(f"the dataset has videos of {height} x {width} latent cells (h, w): {problem}")
+
+
+def _check_text(config: TrainConfig, corpus: Corpus) -> None:
+    encoder = corpus.encoder
+    if encoder.text_kind == "token_ids" and config.text.encoder is None:
+        raise ConfigError(
+            f"{corpus.datasets[0].folder} holds token ids, which are encoded while training: set text.encoder to the "
+            "folder of its T5, or encode the dataset with --text-kind padded"
+        )
+    if config.diffusion.dropped_text == "empty" and not encoder.pads_text:
+        raise ConfigError(
+            f"diffusion.dropped_text=empty with a dataset of encoder.text_kind={encoder.text_kind}: the empty prompt "
+            "stands for texts of one length only; set dropped_text=zeros, or encode with --text-kind padded"
+        )
+
+
+def _check_first_frames(corpus: Corpus) -> None:
+    for dataset in corpus.datasets:
+        without = np.flatnonzero(~dataset.has_first_frame())
+        if len(without):
+            raise ConfigError(
+                f"{dataset.folder} lacks the first frame of {len(without)} of {len(dataset)} samples (the first is "
+                f"{int(dataset.sample_id[without[0]])}), which image to video needs as pixels: encode it with "
+                "--first-frame, filter those samples out, or set model.in_channels for text to video"
+            )

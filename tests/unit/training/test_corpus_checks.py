@@ -1,0 +1,60 @@
+"""What a training asks of its dataset, said with names before any process group exists."""
+
+import pytest
+
+from megacogvx.config import build_config
+from megacogvx.data.corpus import Corpus
+from megacogvx.errors import ConfigError
+from megacogvx.testing.tiny_conditions import MODEL, TEXT_LENGTH, TEXT_WIDTH, write_vae
+from megacogvx.testing.tiny_dataset import tiny_encoder, write_tiny_dataset
+from megacogvx.training.config import TrainConfig
+from megacogvx.training.corpus_checks import check_corpus
+
+
+def check(folder, model=None, sizes=((1, 4, 4), (3, 4, 6)), kind="padded", first_frame=False, **sections):
+    encoder = tiny_encoder(kind, text_length=TEXT_LENGTH, text_width=TEXT_WIDTH, first_frame=first_frame)
+    write_tiny_dataset(folder / "data", 6, encoder=encoder, sizes=sizes)
+    values = {"model": {**MODEL, "in_channels": 4, **(model or {})}, **sections}
+    config = build_config(TrainConfig, {**values, "data": {"paths": [str(folder / "data")], "tokens_per_pack": 64}})
+    config.validate_layout(1)
+    check_corpus(config, Corpus(config.data))
+
+
+def test_text_to_video_asks_for_no_frozen_encoder(tmp_path):
+    check(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": {"in_channels": 8}}, r"in_channels=8 is image to video.*set image\.vae"),
+        ({"model": {"in_channels": 6}}, r"model\.in_channels=6 must be model\.out_channels=4 .* or 8"),
+        ({"image": {"vae": "x"}}, r"image\.vae=x, but model\.in_channels=4 has no channels for an image"),
+        ({"kind": "token_ids"}, r"holds token ids.*set text\.encoder"),
+        ({"diffusion": {"dropped_text": "empty"}}, r"dropped_text=empty needs .* set text\.encoder"),
+        (
+            {"diffusion": {"dropped_text": "empty"}, "text": {"encoder": "t5"}, "kind": "real"},
+            r"dropped_text=empty with a dataset of encoder\.text_kind=real",
+        ),
+    ],
+)
+def test_what_is_missing_is_named(tmp_path, options, message):
+    with pytest.raises(ConfigError, match=message):
+        check(tmp_path, **options)
+
+
+def test_a_dataset_without_first_frames_is_named(tmp_path):
+    options = {"model": {"in_channels": 8}, "image": {"vae": str(write_vae(tmp_path))}}
+    with pytest.raises(ConfigError, match=r"data lacks the first frame of 6 of 6 samples \(the first is 1000\)"):
+        check(tmp_path, **options)
+    check(tmp_path / "with", first_frame=True, **options)
+
+
+def test_every_size_is_held_to_the_rope_grid_not_the_largest_of_each_side(tmp_path):
+    """Landscape and portrait clips: each fits the native size or its transpose, their largest sides together don't."""
+    sizes = ((1, 4, 6), (1, 6, 4))
+    with pytest.raises(ConfigError, match=r"videos of 6 x 4 latent cells.*model\.portrait=true"):
+        check(tmp_path, sizes=sizes)
+    check(tmp_path / "both", {"portrait": True}, sizes=sizes)
+    with pytest.raises(ConfigError, match="videos of 6 x 6 latent cells"):
+        check(tmp_path / "square", {"portrait": True}, sizes=(*sizes, (1, 6, 6)))

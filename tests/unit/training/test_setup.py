@@ -1,0 +1,43 @@
+"""What a run folder holds already decides whether this config may go on there."""
+
+import json
+
+import pytest
+
+from megacogvx.checkpoint.directory import CheckpointDirectory, files_of, seal
+from megacogvx.config import build_config, dump_config
+from megacogvx.errors import CheckpointError
+from megacogvx.training.config import TrainConfig
+from megacogvx.training.setup import _open_run
+
+
+def run(folder, stored):
+    """Open a run of a tiny model in `folder`, whose checkpoint says that its section `model` was `stored`."""
+    directory = CheckpointDirectory(folder / "checkpoints")
+    partial = directory.begin(5)
+    (partial / "state.json").write_text(json.dumps({"config": {"model": stored}}))
+    directory.commit(5, {name: seal(partial, name) for name in files_of(partial)})
+    values = {"model": {"preset": "tiny"}, "data": {"paths": ["x"], "tokens_per_pack": 64}}
+    config = build_config(TrainConfig, {**values, "training": {"run_folder": str(folder)}})
+    return _open_run(config, config.training, section="model")
+
+
+def model(**changes):
+    values = {"preset": "tiny", **changes}
+    config = build_config(TrainConfig, {"model": values, "data": {"paths": ["x"], "tokens_per_pack": 64}})
+    return dump_config(config.model)
+
+
+def test_the_same_model_goes_on(tmp_path):
+    assert run(tmp_path, model())[0].latest() is not None
+
+
+def test_a_key_that_the_checkpoint_is_older_than_has_its_default(tmp_path):
+    older = model()
+    del older["portrait"]
+    run(tmp_path, older)
+
+
+def test_another_model_is_refused_by_name(tmp_path):
+    with pytest.raises(CheckpointError, match=r"holds another model: model\.num_layers, model\.portrait differ"):
+        run(tmp_path, model(num_layers=3, portrait=True))
