@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import xxhash
@@ -122,6 +122,14 @@ def prepare(arguments: argparse.Namespace, place: LaunchEnvironment) -> tuple[li
     )
 
 
+class Fields(TypedDict):
+    """The tensors of one record, as `DatasetWriter.add_item` takes them."""
+
+    latents: torch.Tensor
+    text: torch.Tensor
+    first_frame: torch.Tensor | None
+
+
 @dataclass
 class ClipEncoder:
     """A VAE and a text encoder, and how they are applied.
@@ -170,9 +178,9 @@ class ClipEncoder:
         """
         new = [caption for caption in dict.fromkeys(captions) if caption not in self._texts]
         if new:
-            is_ids = self.text_kind == "token_ids"
-            texts, lengths_B = self.text_encoder.token_ids(new) if is_ids else self.text_encoder.encode(new)
-            for caption, text, length in zip(new, texts, lengths_B.tolist(), strict=True):
+            encode = self.text_encoder.token_ids if self.text_kind == "token_ids" else self.text_encoder.encode
+            texts_B, lengths_B = encode(new)
+            for caption, text, length in zip(new, texts_B, lengths_B.tolist(), strict=True):
                 kept = text[:length] if self.text_kind == "real" else text
                 self._texts[caption] = to_field(kept, self.text_dtype)
         texts = [self._texts[caption] for caption in captions]
@@ -261,7 +269,7 @@ def sample_id(clip: Clip) -> int:
 
 def _records(
     clips: Sequence[Clip], encoder: ClipEncoder, skip_bad: bool, skipped: Counter[str], label: str
-) -> Iterator[tuple[Clip, dict[str, torch.Tensor | None]]]:
+) -> Iterator[tuple[Clip, Fields]]:
     """Encode the clips of a shard, in order, to the fields of their records; captions in batches."""
     for place, clip in enumerate(log.progress(clips, label)):
         if place % CAPTIONS_AT_ONCE == 0:
@@ -276,7 +284,7 @@ def _records(
             logger.warning("left out: %s", error)
             skipped["clip that is missing, damaged or of a size that the VAE can't take"] += 1
             continue
-        yield clip, {"latents": moments, "text": texts[place % CAPTIONS_AT_ONCE], "first_frame": image}
+        yield clip, Fields(latents=moments, text=texts[place % CAPTIONS_AT_ONCE], first_frame=image)
 
 
 def _measured(clips: Sequence[Clip], count: int, encoder: ClipEncoder, skip_bad: bool) -> Iterator[torch.Tensor]:

@@ -27,8 +27,9 @@ def config_of(groups: ParallelGroups, folder: Path, run: str, steps: int, **para
         (folder / "sections.json").write_text(json.dumps({**sections, "ema": {"decay": 0.8}}))
     parallel_groups.barrier(groups)
     values = json.loads((folder / "sections.json").read_text())
-    values["training"] |= {"steps": steps, "run_folder": str(folder / run), "validate_every": 2}
-    return build_config(TrainConfig, {**values, "parallel": {"device": "cpu", "timeout_minutes": 2.0, **parallel}})
+    values["training"] |= {"steps": steps, "run_folder": str(folder / run), "validate_every": 2, "precision": "fp32"}
+    place = {"device": groups.device.type, "timeout_minutes": 2.0}
+    return build_config(TrainConfig, {**values, "parallel": {**place, **parallel}})
 
 
 def train_on(

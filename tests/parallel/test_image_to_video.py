@@ -32,9 +32,8 @@ def _first_loss_of_one_process(groups, folder):
     config, solo = config_of(groups, folder, "none", 1), alone(groups)
     corpus = Corpus(config.data)
     plan = PackPlan(corpus.columns, config.data, 3, config.model.patch, cost_coefficients(config.model))
-    model = CogVideoXTransformer(
-        config.model, transformer_core(config.model, config.parallel, solo, torch.float32), solo
-    )
+    core = transformer_core(config.model, config.parallel, solo, torch.float32)
+    model = CogVideoXTransformer(config.model, core, solo).to(solo.device)
     initialize_weights(model, 3)
     with PackLoader(corpus, plan, with_images=True) as loader:
         packs = next(loader)
@@ -54,8 +53,8 @@ def test_the_first_step_is_one_processs_and_a_restart_on_another_layout_goes_on(
     from megacogvx.testing.tiny_run import train_on
 
     first = _first_loss_of_one_process(groups, folder)
-    _, groups = train_on(groups, folder, "run", 2, tensor_parallel_size=2)
-    rows, _ = train_on(groups, folder, "run", 4, context_parallel_size=2)
-    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    _, groups = train_on(groups, folder, "run", 1, tensor_parallel_size=2)
+    rows, _ = train_on(groups, folder, "run", 2, context_parallel_size=2)
+    assert [row["step"] for row in rows] == [0, 1]
     assert rows[0]["loss"] == pytest.approx(first, rel=BOUND)
-    assert rows[3]["validation_loss_ema"] != rows[3]["validation_loss"]
+    assert rows[1]["validation_loss_ema"] != rows[1]["validation_loss"]

@@ -205,7 +205,7 @@ def _sample(key: str, tensors: dict[str, Any], metadata: dict[str, Any], where: 
     for name in ("latents", "text"):
         tensor = tensors.get(name)
         is_plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and not tensor.is_complex()
-        if not is_plain or not (name == "text" or tensor.is_floating_point()):
+        if tensor is None or not is_plain or not (name == "text" or tensor.is_floating_point()):
             found = ", ".join(map(str, tensors)) or "nothing"
             raise DataError(f"{where} lacks a tensor of floats called {name!r}; it holds {found}")
     image = tensors.get("first_frame")

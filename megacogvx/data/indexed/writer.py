@@ -129,7 +129,7 @@ class DatasetWriter:
             RECORD_HEADER, magic, *latents.shape, len(text), sample_id, text_at, text_hash, len(note),
             digest(note) % 2**32, len(self),
         )  # fmt: skip
-        image = b"" if first_frame is None else _bytes_of(first_frame)
+        image = memoryview(b"") if first_frame is None else _bytes_of(first_frame)
         image_header = b"" if first_frame is None else _image_header(first_frame, image, sample_id)
         try:
             for piece in (header, latent_data, text_data if own_text else b"", note, image_header, image):
