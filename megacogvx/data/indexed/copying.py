@@ -41,7 +41,7 @@ class RecordCopier:
         (
             self._record, self._frames, self._height, self._width, self._text, self._tokens, self._text_hash,
             self._note, self._note_bytes, self._note_hash, self._frame_hash,
-        ) = (memoryview(index.columns[name]) for name in names)  # fmt: skip
+        ) = (index.columns[name].data for name in names)  # fmt: skip
 
     def whole(self, row: int, out: np.ndarray) -> int:
         """Copy a whole record unchecked: latents from 0 on, text from the next multiple of 64.
@@ -95,13 +95,13 @@ class RecordCopier:
         for place, frame in enumerate(frames):
             piece = out[place * frame_bytes : (place + 1) * frame_bytes]
             source.copy(start + place * frame_bytes, piece)
-            if _hash(piece) != self._frame_hash[first + frame]:
+            if _hash(piece.data) != self._frame_hash[first + frame]:
                 raise self._damaged(row, f"latent frame {frame}")
         piece = out[text_place:end]
         source.copy(text, piece)
-        if _hash(piece) != self._text_hash[row]:
+        if _hash(piece.data) != self._text_hash[row]:
             raise self._damaged(row, "the text")
-        if _hash(source.view(note, note_bytes)) != self._note_hash[row]:
+        if _hash(source.view(note, note_bytes).data) != self._note_hash[row]:
             raise self._damaged(row, "the metadata")
         return aligned(end)
 

@@ -106,7 +106,7 @@ class Shard:
             )
         self._check_header()
         self.access = access
-        self._columns = [memoryview(self.index.columns[name]) for name in READ_COLUMNS]
+        self._columns = [self.index.columns[name].data for name in READ_COLUMNS]
         encoder = self.index.encoder
         self._dtypes = field_dtype(encoder.latent_dtype), field_dtype(encoder.text_dtype)
         self._seen = np.zeros(len(self.index) if verify == "once" else 0, bool)

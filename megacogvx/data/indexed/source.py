@@ -95,7 +95,7 @@ class FileSource:
 
     def copy(self, start: int, out: np.ndarray) -> None:
         """Read into `out`."""
-        view, done = memoryview(out), 0
+        view, done = out.data, 0
         try:
             if self._file is None:
                 self._file = self.path.open("rb", buffering=0)
