@@ -114,7 +114,6 @@ def mosaic(folder: Path) -> Reader:
 def litdata(folder: Path) -> Reader:
     """litData, local chunks of 64 MB, two `bytes` leaves, through the cache that its StreamingDataset reads."""
     from litdata.streaming.cache import Cache
-    from litdata.streaming.sampler import ChunkedIndex
 
     out = str(folder / "litdata")
     writer = Cache(out, chunk_bytes="64MB")
@@ -125,7 +124,7 @@ def litdata(folder: Path) -> Reader:
     peer = Cache(out, chunk_bytes="64MB")
 
     def read(number: int, buffer: np.ndarray) -> None:
-        sample = peer[ChunkedIndex(number, peer._get_chunk_index_from_index(number)[0])]
+        sample = peer[number]
         fill(buffer, sample["latents"], sample["text"])
 
     return read
@@ -196,6 +195,7 @@ def arrow(folder: Path) -> Reader:
     return read
 
 
+IN_ORDER = ("webdataset",)  # no random access, so nothing can be said of samples of one size
 PEERS: dict[str, tuple[str, Callable[[Path], Reader]]] = {  # name -> (module that has to be there, how it is read)
     "safetensors": ("safetensors", safetensors_files),
     "safetensors, one file": ("safetensors", safetensors_one),
