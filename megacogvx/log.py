@@ -13,7 +13,17 @@ from collections.abc import Iterable, Iterator
 from typing import TextIO, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 Item = TypeVar("Item")
 PLAIN_LINE_SECONDS = 10.0  # between two progress lines when the output is a file
@@ -75,7 +85,7 @@ def progress(items: Iterable[Item], label: str, total: int | None = None, *, pla
     if _rank != 0:
         yield from items
     elif sys.stderr.isatty():
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeElapsedColumn(),
                    TextColumn("left"), TimeRemainingColumn())  # fmt: skip
         with Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task(label, total=total)
@@ -88,6 +98,13 @@ def progress(items: Iterable[Item], label: str, total: int | None = None, *, pla
         yield from _plain_progress(items, label, total)
 
 
+class _Rate(ProgressColumn):
+    """Items a second."""
+
+    def render(self, task: Task) -> Text:
+        return Text("" if task.speed is None else f"{task.speed:.3g} a second")
+
+
 def _plain_progress(items: Iterable[Item], label: str, total: int | None) -> Iterator[Item]:
     logger, start = get_logger("megacogvx.progress"), time.monotonic()
     last = start
@@ -96,5 +113,8 @@ def _plain_progress(items: Iterable[Item], label: str, total: int | None) -> Ite
         now = time.monotonic()
         if now - last >= PLAIN_LINE_SECONDS:
             last = now
-            left = f", {(now - start) / done * (total - done):.0f} s left" if total else ""
-            logger.info("%s: %d of %s%s", label, done, total if total is not None else "?", left)
+            seconds = (now - start) / done
+            left = f", {seconds * (total - done):.0f} s left" if total else ""
+            logger.info(
+                "%s: %d of %s, %.3g a second%s", label, done, total if total is not None else "?", 1 / seconds, left
+            )

@@ -2,27 +2,32 @@
 """Read 400 samples of 0.05-8 MB at random, alternately with raw memcpy of the same bytes; then a 700k-token pack.
 
 One process reads for a while by each method in turn, so that what else the machine does falls on all of them; the table
-tells each method's rate and its ratio to memcpy by CPU time (median of the passes). Peers that aren't installed are
-left out: run the script in an environment of each peer's own, `--methods memcpy NAME` writes the samples anew.
+tells each method's rate and its ratio to memcpy by CPU time (median of the passes). Every method copies latents and
+text of a sample into one and the same buffer, which exists before. Peers live in environments of their own: the same
+script runs in each of them, writes the samples anew, and reports its ratio to memcpy there.
 
-python tools/bench_data.py                               this format, beside safetensors and Megatron-LM's layout
-python tools/bench_data.py --open 10000000               also the time to open so many samples
+python tools/bench_data.py                                     this format, and the peers that are installed here
+python tools/bench_data.py --peer mosaic=ENVIRONMENT/bin/python --peer energon=OTHER/bin/python
+python tools/bench_data.py --open 10000000                     also the time to open so many samples
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import mmap
-import resource
+import json
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from bench_data_peers import IN_ORDER, PEERS, Reader
 from rich.console import Console
 from rich.table import Table
 
@@ -30,15 +35,17 @@ from megacogvx.data.corpus import Corpus, DataConfig
 from megacogvx.data.indexed import DatasetWriter, EncoderInfo, IndexedDataset, finish_dataset
 from megacogvx.data.indexed.layout import COLUMNS, write_index
 from megacogvx.data.indexed.manifest import write_atomically
+from megacogvx.data.indexed.reader import Record
 from megacogvx.data.pack import read_pack
 from megacogvx.log import progress
 
 SAMPLES, PASSES = 400, 7
+LARGE = (41, 96, 170)  # latents of ten seconds of 768 x 1360, 43 MB of moments; four of them fill 700k tokens
+CLASSES = ((0.0, 99.0), (0.0, 0.2), (0.2, 1.0), (1.0, 99.0))  # MB
 ENCODER = EncoderInfo(
     text_kind="real", text_length=226, text_width=64, latent_channels=16, latent_scale_factor=1.0,
     vae_fingerprint="random", text_encoder_fingerprint="random",
 )  # fmt: skip
-Reader = Callable[[int, torch.Tensor], int]  # copies sample n into a bf16 buffer, returns how many values
 
 
 def sizes() -> list[tuple[int, int, int]]:
@@ -48,11 +55,11 @@ def sizes() -> list[tuple[int, int, int]]:
     return [(t, 16, 2 * max(1, int(size * 1e6 / (t * 16 * 128)))) for t, size in zip(frames, megabytes, strict=True)]
 
 
-def write(folder: Path) -> None:
-    """Write the samples; what is in them doesn't matter."""
+def write(folder: Path, sizes: Sequence[tuple[int, int, int]]) -> None:
+    """Write samples of these latent sizes; what is in them doesn't matter."""
     draw = torch.Generator().manual_seed(0)
     with DatasetWriter(folder, ENCODER) as writer:
-        for number, size in enumerate(progress(sizes(), "write")):
+        for number, size in enumerate(progress(sizes, "write")):
             latents = torch.randint(-(2**15), 2**15, (*size, 32), generator=draw, dtype=torch.int16)
             text = torch.randn(20 + number % 200, 64, generator=draw).bfloat16()
             writer.add_item(latents=latents.view(torch.bfloat16), text=text, sample_id=number, metadata={})
@@ -60,100 +67,53 @@ def write(folder: Path) -> None:
     finish_dataset(folder)
 
 
-def copy(tensors: list[torch.Tensor], buffer: torch.Tensor) -> int:
-    """Copy bf16 `tensors` one after the other into a buffer; returns how many values."""
-    done = 0
-    for tensor in tensors:
-        count = tensor.numel()
-        buffer[done : done + count].copy_(tensor.reshape(-1))
-        done += count
-    return done
-
-
 def memcpy(folder: Path) -> Reader:
     """Raw copies out of the mapped .bin, latents and text of each record as one span known beforehand."""
-    index = IndexedDataset(folder, "never").shards[0].index
-    with (folder / "shard-00000.bin").open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
-    data = torch.frombuffer(mapped, dtype=torch.bfloat16, count=len(mapped) // 2)
-    columns = index.columns
+    columns = IndexedDataset(folder, "never").shards[0].index.columns
+    data = np.memmap(folder / "shard-00000.bin", np.uint8, "c").view(np.ndarray)
     starts = columns["record"].astype(int) + 64
     ends = columns["text_offset"].astype(int) + columns["text_length"].astype(int) * 128
-    spans = list(zip((starts // 2).tolist(), (ends // 2).tolist(), strict=True))
+    spans = list(zip(starts.tolist(), ends.tolist(), strict=True))
 
-    def read(number: int, buffer: torch.Tensor) -> int:
+    def read(number: int, buffer: np.ndarray) -> None:
         start, end = spans[number]
-        buffer[: end - start].copy_(data[start:end])
-        return end - start
+        buffer[: end - start] = data[start:end]
 
     return read
 
 
 def ours(folder: Path, **options: str) -> Reader:
-    """`IndexedDataset.sample`."""
+    """`IndexedDataset.read_into`."""
+    return IndexedDataset(folder, **options).read_into  # type: ignore[arg-type, return-value]
+
+
+def ours_as_tensors(folder: Path, **options: str) -> Reader:
+    """`IndexedDataset.sample`, and a copy of its two tensors."""
     dataset = IndexedDataset(folder, **options)  # type: ignore[arg-type]
 
-    def read(number: int, buffer: torch.Tensor) -> int:
-        record = dataset.sample(number)
-        return copy([record.latents, record.text], buffer)
-
-    return read
-
-
-def safetensors_files(folder: Path) -> Reader:
-    """A file of both tensors per sample."""
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    dataset = IndexedDataset(folder, "never")
-    (folder / "peer").mkdir(exist_ok=True)
-    for number in range(SAMPLES):
-        record = dataset.sample(number)
-        save_file(
-            {"latents": record.latents.clone(), "text": record.text.clone()}, folder / f"peer/{number}.safetensors"
-        )
-
-    def read(number: int, buffer: torch.Tensor) -> int:
-        with safe_open(folder / f"peer/{number}.safetensors", "pt") as file:
-            return copy([file.get_tensor("latents"), file.get_tensor("text")], buffer)
-
-    return read
-
-
-def megatron(folder: Path) -> Reader:
-    """Megatron-LM's IndexedDataset, bf16 as uint16, latents and text as two sequences of one prefix."""
-    from megatron.core.datasets.indexed_dataset import IndexedDataset as MegatronDataset
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    dataset, prefix = IndexedDataset(folder, "never"), str(folder / "megatron")
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
-    for number in range(SAMPLES):
-        record = dataset.sample(number)
+    def read(number: int, buffer: np.ndarray) -> None:
+        record, out, done = dataset.sample(number), torch.from_numpy(buffer).view(torch.bfloat16), 0
         for tensor in (record.latents, record.text):
-            builder.add_item(tensor.reshape(-1).view(torch.uint16))
-        builder.end_document()
-    builder.finalize(f"{prefix}.idx")
-    peer = MegatronDataset(prefix)
-
-    def read(number: int, buffer: torch.Tensor) -> int:
-        return copy([torch.from_numpy(peer[2 * number + part]).view(torch.bfloat16) for part in (0, 1)], buffer)
+            out[done : done + tensor.numel()].copy_(tensor.view(-1))
+            done += tensor.numel()
 
     return read
 
 
 METHODS: dict[str, tuple[str, Callable[[Path], Reader]]] = {
-    "memcpy": ("torch", memcpy),
-    "ours": ("torch", lambda folder: ours(folder, verify="never")),
-    "ours, verified": ("torch", ours),
-    "ours, pread": ("torch", lambda folder: ours(folder, verify="never", access="pread")),
-    "safetensors": ("safetensors", safetensors_files),
-    "megatron": ("megatron", megatron),
+    "memcpy": ("numpy", memcpy),
+    "ours": ("numpy", lambda folder: ours(folder, verify="never")),
+    "ours, verified": ("numpy", ours),
+    "ours, pread": ("numpy", lambda folder: ours(folder, verify="never", access="pread")),
+    "ours, as tensors": ("numpy", lambda folder: ours_as_tensors(folder, verify="never")),
+    **PEERS,
 }
+Ratios = dict[str, list[tuple[float, float]]]  # per method (MB/s, ratio to memcpy) of each size class
 
 
 def measure(readers: dict[str, Reader], numbers: list[int], passes: int) -> dict[str, list[float]]:
     """Return the CPU seconds of each pass over `numbers`, the methods taking turns."""
-    buffer = torch.zeros(48 << 20, dtype=torch.bfloat16)
+    buffer = np.zeros(48 << 20, np.uint8)
     seconds: dict[str, list[float]] = {name: [] for name in readers}
     for turn in progress(range(passes + 1), "read"):
         for name, read in readers.items():
@@ -165,24 +125,74 @@ def measure(readers: dict[str, Reader], numbers: list[int], passes: int) -> dict
     return seconds
 
 
-def pack_rate(folder: Path, verify: str) -> float:
-    """Return bytes per CPU second of assembling a 700k-token pack of real bytes in one buffer."""
+def ratios(folder: Path, names: list[str], passes: int) -> Ratios:
+    """Measure the methods `names`, memcpy among them, in this process."""
+    readers = {name: METHODS[name][1](folder) for name in names}
+    megabytes = np.array([np.prod(size) * 64 / 1e6 for size in sizes()])
+    result: Ratios = {name: [] for name in names}
+    for low, high in CLASSES:
+        numbers = np.random.default_rng(1).permutation(np.flatnonzero((megabytes >= low) & (megabytes < high)))
+        repeated = numbers.tolist() * (1 if high > 1 else 5)
+        asked = {name: read for name, read in readers.items() if high - low > 98.5 or name not in IN_ORDER}
+        seconds = measure(asked, repeated, passes)
+        for name in asked:
+            ratio = statistics.median(a / b for a, b in zip(seconds["memcpy"], seconds[name], strict=True))
+            result[name].append((megabytes[repeated].sum() / statistics.median(seconds[name]), ratio))
+    return result
+
+
+def peer_ratios(name: str, python: str, passes: int) -> Ratios:
+    """Measure one peer in its own environment; what doesn't run there is named, and left out."""
+    paths = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "kernels")]
+    command = [python, __file__, "--methods", "memcpy", name, "--passes", str(passes), "--json"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        Console(stderr=True).print(f"{name} does not run: {done.stderr.strip().splitlines()[-1]}")
+        return {}
+    found: Ratios = json.loads(done.stdout.splitlines()[-1])
+    return {name: found[name], f"memcpy beside {name}": found["memcpy"]}
+
+
+def pack_rates(folder: Path, verify: str) -> tuple[float, float]:
+    """Return bytes per CPU second of assembling a 700k-token pack in memory that exists, and that over reads alone."""
     corpus = Corpus(DataConfig(paths=(str(folder),), tokens_per_pack=700_000, verify=verify))  # type: ignore[arg-type]
-    lengths, indices = corpus.columns.lengths((1, 2, 2)), []
-    for index in np.argsort(-lengths).tolist() * 64:
-        if lengths[indices].sum() + lengths[index] <= 700_000:
-            indices.append(index)
-    buffer, rates = torch.zeros(128 << 20, dtype=torch.bfloat16), []
-    for _ in range(PASSES):
-        began = time.process_time()
-        pack = read_pack(corpus, indices, (1, 2, 2), 700_000, 0, 0)
-        count = copy([*pack.latents, *pack.text], buffer)
-        rates.append(2 * count / (time.process_time() - began))
-    return statistics.median(rates)
+    memory, taken = torch.zeros(256 << 20, dtype=torch.uint8), 0
+    buffer = memory.numpy()
+
+    def allocate(size: int) -> torch.Tensor:
+        nonlocal taken
+        taken += size
+        return memory[taken - size : taken]
+
+    def read(index: int, frames: range | None, first_frame: bool) -> Record:
+        return corpus.sample_in(allocate, index, frames, first_frame)
+
+    rates, over = [], []
+    for _ in range(PASSES + 1):
+        began, taken, place = time.process_time(), 0, 0
+        read_pack(corpus, range(len(corpus)), (1, 2, 2), 700_000, 0, 0, read=read)
+        packed = time.process_time()
+        for index in range(len(corpus)):
+            place += corpus.read_into(index, buffer[place:])
+        assert place == taken, (place, taken)
+        rates.append(taken / (packed - began))
+        over.append((time.process_time() - packed) / (packed - began))
+    return statistics.median(rates[1:]), statistics.median(over[1:])
 
 
-def open_seconds(folder: Path, count: int, per_shard: int = 100_000) -> tuple[float, float]:
-    """Return (seconds to open a dataset of `count` samples, index bytes per sample); its .bin files hold nothing."""
+def reader_memory(folder: Path) -> int:
+    """Return the bytes of memory of its own that opening and reading every sample once takes, the buffer apart."""
+    buffer = np.full(16 << 20, 1, np.uint8)  # touched, so that its pages are there
+    before = _anonymous()
+    dataset = IndexedDataset(folder)
+    for number in range(len(dataset)):
+        dataset.read_into(number, buffer)
+    return _anonymous() - before
+
+
+def open_times(folder: Path, count: int, per_shard: int = 100_000) -> str:
+    """Open a dataset of `count` samples of one latent frame, whose .bin files hold nothing; tell how it went."""
     folder.mkdir()
     stride = 4096
     for shard in progress(range(-(-count // per_shard)), "make indexes"):
@@ -197,9 +207,22 @@ def open_seconds(folder: Path, count: int, per_shard: int = 100_000) -> tuple[fl
         _write_hollow(folder, f"shard-{shard:05d}", columns, 64 + stride * n)
     finish_dataset(folder)
     size = sum(path.stat().st_size for path in folder.glob("*.idx"))
-    began = time.perf_counter()
-    IndexedDataset(folder)
-    return time.perf_counter() - began, size / count
+    anonymous, began, busy = _anonymous(), time.perf_counter(), time.process_time()
+    dataset = IndexedDataset(folder)
+    opened, busy = time.perf_counter() - began, time.process_time() - busy
+    memory = (_anonymous() - anonymous) / 2**20
+    _ = dataset.shards[0].source
+    first = time.perf_counter() - began - opened
+    return (
+        f"{count:,} samples opened in {opened:.2f} s ({busy:.2f} s of CPU), {memory:.1f} MiB more memory of its own; a "
+        f"shard's first use {first * 1e3:.0f} ms more; index {size / count:.0f} bytes a sample of one latent frame"
+    )
+
+
+def _anonymous() -> int:
+    """Return the bytes of memory that are this process's own, without mapped files."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
 
 
 def _write_hollow(folder: Path, name: str, columns: dict[str, np.ndarray], bin_bytes: int) -> None:
@@ -215,39 +238,51 @@ def _write_hollow(folder: Path, name: str, columns: dict[str, np.ndarray], bin_b
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--methods", nargs="*", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON", help="a peer's own interpreter")
     parser.add_argument("--passes", type=int, default=PASSES)
     parser.add_argument("--open", type=int, default=0, help="also open a dataset of so many samples")
+    parser.add_argument("--json", action="store_true", help="print the ratios alone, as one line of JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root) / "dataset"
-        write(folder)
-        chosen = [name for name in arguments.methods if importlib.util.find_spec(METHODS[name][0].split(".")[0])]
-        readers = {name: METHODS[name][1](folder) for name in chosen}
-        table = Table(title=f"{SAMPLES} samples, CPU time, median of {arguments.passes} passes")
-        for column in ("size", "method", "MB/s", "of memcpy"):
-            table.add_column(column, justify="left" if column == "method" else "right")
-        megabytes = np.array([np.prod(size) * 64 / 1e6 for size in sizes()])
-        for low, high in ((0.0, 99.0), (0.0, 0.2), (0.2, 1.0), (1.0, 99.0)):
-            numbers = np.flatnonzero((megabytes >= low) & (megabytes < high))
-            numbers = np.random.default_rng(1).permutation(numbers)
-            seconds = measure(readers, numbers.tolist(), arguments.passes)
-            for name in chosen:
-                ratio = statistics.median(a / b for a, b in zip(seconds["memcpy"], seconds[name], strict=True))
-                rate = megabytes[numbers].sum() / statistics.median(seconds[name])
-                table.add_row("all" if high - low > 50 and not low else f"{low:g}-{high:g}", name, f"{rate:,.0f}",
-                              f"{ratio:.2f}")  # fmt: skip
+        if arguments.methods:
+            write(folder, sizes())
+        chosen = [name for name in arguments.methods if _is_installed(METHODS[name][0])]
+        found = ratios(folder, chosen, arguments.passes) if chosen else {}
+        if arguments.json:
+            sys.stdout.write(json.dumps(found) + "\n")
+            return
+        for peer in arguments.peer:
+            found |= peer_ratios(*peer.split("=", 1), arguments.passes)
         console = Console()
-        console.print(table)
-        for verify in ("never", "always"):
-            console.print(f"700k-token pack, verify={verify}: {pack_rate(folder, verify) / 1e9:.2f} GB/s")
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        console.print(_table(found, arguments.passes))
+        if "ours" in chosen:
+            console.print(f"memory of a reader: {reader_memory(folder) / 2**20:.2f} MiB")
+            write(Path(root) / "large", [LARGE] * 4)
+        for verify in ("never", "always") if "ours" in chosen else ():
+            rate, over = pack_rates(Path(root) / "large", verify)
+            console.print(f"700k-token pack, verify={verify}: {rate / 1e9:.2f} GB/s, {over:.2f} of the read rate")
         if arguments.open:
-            seconds_open, per_sample = open_seconds(Path(root) / "many", arguments.open)
-            memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-            console.print(f"{arguments.open:,} samples opened in {seconds_open:.2f} s, {memory:.0f} MiB more memory")
-            console.print(f"index: {per_sample:.0f} bytes a sample")
+            console.print(open_times(Path(root) / "many", arguments.open))
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of a package that isn't there
+        return False
+
+
+def _table(found: Ratios, passes: int) -> Table:
+    table = Table(title=f"{SAMPLES} samples: MB/s of CPU time, and of memcpy beside it; median of {passes} passes")
+    table.add_column("method")
+    for low, high in CLASSES:
+        table.add_column("all" if high - low > 98.5 else f"{low:g}-{high:g} MB" if high < 99 else f"from {low:g} MB")
+    for name, cells in found.items():
+        table.add_row(name, *(f"{rate:,.0f}  {ratio:.2f}" for rate, ratio in cells))
+    return table
 
 
 if __name__ == "__main__":

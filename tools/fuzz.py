@@ -1,7 +1,8 @@
 #!/usr/bin/env python
-"""Fuzz every parser of outside bytes in the data room, and kill a dataset's writer at random moments.
+"""Fuzz every parser of outside bytes in the data room; kill a dataset's writer, and fill its disk, at random moments.
 
-python tools/fuzz.py                                     2,000 mutations a parser and 200 kills (an hour on one core)
+python tools/fuzz.py                           2,000 mutations a parser, 200 kills, 200 full disks (an hour on one core)
+python tools/fuzz.py --targets megatron-peer   Megatron-LM's own reader on its index: every error counts as "other"
 python tools/fuzz.py --targets index --start 17 --count 1        one mutation again
 
 Progress is kept in --state; the same command goes on where an interrupted one was. The exit status is 1 when a mutation
@@ -23,25 +24,28 @@ from rich.table import Table
 from megacogvx.data.indexed.manifest import write_atomically
 from megacogvx.log import progress
 from megacogvx.testing.fuzz import fuzz
-from megacogvx.testing.fuzz_targets import targets
-from megacogvx.testing.kill_writer import kill_and_resume
+from megacogvx.testing.fuzz_targets import PEER, targets
+from megacogvx.testing.kill_writer import fill_and_resume, kill_and_resume
 
+WRITERS = {"kill": kill_and_resume, "full-disk": fill_and_resume}
 BATCH = 50  # mutations between two notes of progress
 
 
 def main() -> int:
     """Run what is left, and print a table."""
     with tempfile.TemporaryDirectory() as folder:
-        names = [*targets(Path(folder)), "kill"]
+        names = [*targets(Path(folder)), *WRITERS]
         parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-        parser.add_argument("--targets", nargs="+", choices=names, default=names)
-        parser.add_argument("--count", type=int, default=2000, help="mutations of each parser; a tenth of it kills")
+        parser.add_argument("--targets", nargs="+", choices=names, default=[name for name in names if name != PEER])
+        parser.add_argument(
+            "--count", type=int, default=2000, help="mutations of each parser; a tenth of it kills and full disks"
+        )
         parser.add_argument("--start", type=int, default=0, help="first seed")
         parser.add_argument("--state", type=Path, default=Path("fuzz.json"), help="progress (default fuzz.json)")
         arguments = parser.parse_args()
         state = json.loads(arguments.state.read_text()) if arguments.state.is_file() else {}
         for name in arguments.targets:
-            count = max(1, arguments.count // 10) if name == "kill" else arguments.count
+            count = max(1, arguments.count // 10) if name in WRITERS else arguments.count
             run(name, Path(folder), range(arguments.start, arguments.start + count), state, arguments.state)
     return report(state, arguments.targets)
 
@@ -50,13 +54,13 @@ def run(name: str, folder: Path, seeds: range, state: dict, path: Path) -> None:
     """Run the seeds of one target that are still to be done."""
     key = f"{name} {seeds.start}-{seeds.stop}"
     entry = state.setdefault(key, {"next": seeds.start, "outcomes": {}, "findings": []})
-    target = None if name == "kill" else targets(folder)[name]()
+    target = None if name in WRITERS else targets(folder)[name]()
     for start in progress(range(entry["next"], seeds.stop, BATCH), key):
         part = range(start, min(start + BATCH, seeds.stop))
         if target is None:
             outcomes, findings = Counter[str](), []
             for seed in part:
-                problem = kill_and_resume(folder / f"kill-{seed}", seed)
+                problem = WRITERS[name](folder / f"{name}-{seed}", seed)
                 outcomes[problem or "nothing lost"] += 1
                 findings += [(seed, problem, "")] if problem else []
         else:

@@ -1,10 +1,11 @@
-"""Caption files: which part of which video shows what. JSON Lines, or CSV with the same columns."""
+"""Caption files: which image, or part of a video, shows what. JSON Lines, CSV or Parquet with the same columns."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ class Caption(Section):
     """One row of a caption file.
 
     Attributes:
-        video: file name of the video, relative to the folder of videos.
+        video: file name of the video, relative to the folder of videos; or `image`, a picture's.
         caption: what is seen, in words.
         start, end: seconds; the part of the video that the caption describes.
         image_at: seconds; the row is the single frame shown then, instead of a part.
@@ -29,6 +30,17 @@ class Caption(Section):
     start: float = Field(0.0, ge=0)
     end: float | None = Field(None, gt=0)
     image_at: float | None = Field(None, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _image(cls, values: Any) -> Any:
+        """A picture is a video of one frame."""
+        if not isinstance(values, dict) or "image" not in values:
+            return values
+        if set(values) & {"video", "start", "end", "image_at"}:
+            raise ValueError("image stands instead of video, start, end and image_at")
+        return {**{name: value for name, value in values.items() if name != "image"}, "video": values["image"],
+                "image_at": 0.0}  # fmt: skip
 
     @model_validator(mode="after")
     def _agree(self) -> Caption:
@@ -44,19 +56,16 @@ class Caption(Section):
 
 
 def read_captions(path: Path) -> list[Caption]:
-    """Read a caption file; `.csv` is CSV with a heading line, everything else JSON Lines.
+    """Read a caption file; `.csv` is CSV with a heading line, `.parquet` Parquet, everything else JSON Lines.
 
     Raises:
-        DataError: the file is missing, empty or not UTF-8, or a row breaks a rule; all such rows are named by line.
+        DataError: the file is missing, empty, damaged or not UTF-8, or a row breaks a rule; all such rows are named by
+            line (of Parquet: by row, from 1 on).
     """
     if not path.is_file():
         raise DataError(f"caption file {path} does not exist")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"caption file {path} is not UTF-8: {error}") from None
     captions, problems = [], []
-    for number, row in _csv_rows(text) if path.suffix.lower() == ".csv" else _json_rows(text):
+    for number, row in _rows(path):
         try:
             captions.append(Caption(**_mapping(row)))
         except ValidationError as error:
@@ -71,13 +80,50 @@ def read_captions(path: Path) -> list[Caption]:
     return captions
 
 
+def _rows(path: Path) -> Iterable[tuple[int, Any]]:
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        return _parquet_rows(path)
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")  # spreadsheets write a byte order mark
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise DataError(
+            f"caption file {path}: line {line} is not UTF-8 ({error.reason} at byte {error.start} of the file); "
+            "save it as UTF-8"
+        ) from None
+    return _csv_rows(text, path) if suffix == ".csv" else _json_rows(text)
+
+
+def _parquet_rows(path: Path) -> list[tuple[int, Any]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise DataError(
+            f"caption file {path}: reading Parquet needs pyarrow (pip install 'megacogvx[lists]')"
+        ) from None
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"caption file {path} is not readable as Parquet: {error}") from None
+    return [
+        (number, {name: value for name, value in row.items() if value is not None})
+        for number, row in enumerate(rows, 1)
+    ]
+
+
 def _json_rows(text: str) -> list[tuple[int, Any]]:
     return [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
 
 
-def _csv_rows(text: str) -> list[tuple[int, Any]]:
-    reader = csv.DictReader(io.StringIO(text))
-    return [(reader.line_num, {name: value for name, value in row.items() if value != ""}) for row in reader]
+def _csv_rows(text: str, path: Path) -> list[tuple[int, Any]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        return [(reader.line_num, {name: value for name, value in row.items() if value != ""}) for row in reader]
+    except csv.Error as error:
+        raise DataError(f"caption file {path}: line {reader.line_num}: {error}") from None
 
 
 def _mapping(row: Any) -> dict[str, Any]:
@@ -89,7 +135,7 @@ def _mapping(row: Any) -> dict[str, Any]:
 
 def _explain(problem: Any) -> str:
     name = ".".join(str(part) for part in problem["loc"])
-    known = ", ".join(Caption.model_fields)
+    known = ", ".join([*Caption.model_fields, "image"])
     if problem["type"] == "extra_forbidden":
         return f"unknown column {name}; known: {known}"
     return f"{name}: {problem['msg']}" if name else problem["msg"].removeprefix("Value error, ")

@@ -69,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--clips-per-shard", type=int, default=1024, help="default 1024")
     add("--rank", type=int, help="which of the processes this is (default: from torchrun or Slurm)")
     add("--ranks", type=int, help="number of processes (default: from torchrun or Slurm)")
+    add("--ray", type=int, default=0, metavar="ACTORS", help="run as a Ray Data job of so many actors (default 0: no)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
     add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the encoders; records are bf16 (default fp32)")
     add("--skip-bad", action="store_true", help="leave out and count clips that can't be read instead of stopping")
@@ -85,6 +86,25 @@ def run(arguments: argparse.Namespace) -> None:
     rank, ranks = _rank_of(arguments, place)
     log.set_rank(rank, f"rank{rank}")
     _check(arguments)
+    if arguments.ray:
+        from megacogvx.curation.encode_ray import encode_with_ray  # Ray is optional
+
+        skipped = encode_with_ray(arguments)
+    else:
+        clips, encoder, job = prepare(arguments, place)
+        skipped = write_dataset(
+            arguments.output, clips, encoder, job, rank=rank, ranks=ranks, skip_bad=arguments.skip_bad
+        )
+    for reason, count in sorted(skipped.items()):
+        logger.warning("left out: %d x %s", count, reason)
+
+
+def prepare(arguments: argparse.Namespace, place: LaunchEnvironment) -> tuple[list[Clip], ClipEncoder, EncodeJob]:
+    """Read the list and load the encoders that `arguments` name; returns clips, encoder and the job's description.
+
+    Raises:
+        DataError: clips or encoders can't be read.
+    """
     device = _device(arguments.device, place)
     dtype = torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
     clips = distinct(read_clips(arguments.clips))
@@ -97,10 +117,11 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.text_dtype,
         arguments.first_frame,
     )
-    job = encoder.job(clips, arguments.clips_per_shard, arguments.scaling_factor, arguments.measure_clips)
-    skipped = write_dataset(arguments.output, clips, encoder, job, rank=rank, ranks=ranks, skip_bad=arguments.skip_bad)
-    for reason, count in sorted(skipped.items()):
-        logger.warning("left out: %d x %s", count, reason)
+    return (
+        clips,
+        encoder,
+        encoder.job(clips, arguments.clips_per_shard, arguments.scaling_factor, arguments.measure_clips),
+    )
 
 
 class Fields(TypedDict):

@@ -124,9 +124,11 @@ class Balancer:
         rank = np.arange(len(order)) - np.searchsorted(place[order], place[order])  # within its pack, best first
         order = order[rank < CHOICES]
         changed: set[int] = set()
-        for best in order[np.argsort((badness - now[place])[order], kind="stable")].tolist():
-            pack, give = int(packs[place[best]]), drops.candidates(drop[best])
-            if pack not in changed and self._change(pack, give, offer.take(int(rows[best]))):
+        order = order[np.argsort((badness - now[place])[order], kind="stable")]
+        for pack, given, row in zip(packs[place[order]].tolist(), drop[order], rows[order].tolist(), strict=True):
+            if pack in changed or (take := offer.take(row)) is None:
+                continue
+            if self._change(pack, drops.candidates(given), take):
                 changed.add(pack)
         return changed
 
@@ -144,9 +146,9 @@ class Balancer:
         badness[(left < 0) | (left > widest)] = NEVER
         return badness, rows
 
-    def _change(self, pack: int, give: list[int], take: list[int] | None) -> bool:
-        """Drop `give` into the reserve and take `take` from it, if that is there and no twin."""
-        if take is None or not self._fits(pack, give, take):
+    def _change(self, pack: int, give: list[int], take: list[int]) -> bool:
+        """Drop `give` into the reserve and take `take` from it, if that is no twin."""
+        if not self._fits(pack, give, take):
             return False
         for candidate in give:
             self._drop(pack, candidate)

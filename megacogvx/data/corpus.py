@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
@@ -14,7 +13,8 @@ from pydantic import Field, field_validator, model_validator
 from megacogvx.config import Section
 from megacogvx.data.indexed.layout import EncoderInfo, canonical_json, digest
 from megacogvx.data.indexed.manifest import differing_keys
-from megacogvx.data.indexed.reader import IndexedDataset, Record
+from megacogvx.data.indexed.reader import Allocate, IndexedDataset, Record
+from megacogvx.data.indexed.remote import folder_at
 from megacogvx.errors import ConfigError, DataError
 from megacogvx.pack_layout import PackSample, Triple, place_sample, tokens_of
 
@@ -50,14 +50,16 @@ class DataConfig(Section):
     """Config section `data`: which samples, and how many of them make a step.
 
     Attributes:
-        paths: dataset folders, or `[weight, folder]` pairs. Without weights the datasets are one, every sample once per
-            epoch; with weights each dataset gets its share of the samples, and is shuffled and repeated by itself.
+        paths: dataset folders, or their URLs (`s3://...`), or `[weight, folder]` pairs. Without weights the datasets
+            are one, every sample once per epoch; with weights each dataset gets its share of the samples, and is
+            shuffled and repeated by itself.
         tokens_per_pack: token budget of a pack, text and video; a multiple of tensor x context ranks.
         packs_per_step: packs of one optimizer step, over all data-parallel ranks; a multiple of them.
         samples_per_step: the same as samples, in place of `packs_per_step`; converted once, by the mean length of the
             corpus's samples, so that every step has equally many packs.
         verify: compare checksums at every read, at the first read of a sample, or never.
-        access: map the files, or read from them ("pread", for network file systems: a read that hangs can be given up).
+        access: map the files, or read from them ("pread", for network file systems: a read that hangs can be given up);
+            what lies at a URL is always read, by range requests.
         prefetch: steps that the loader's thread reads ahead.
         on_bad_sample: what can't be read keeps its place as zeros without loss and is counted; or it ends the run.
         max_bad_in_a_row: bad samples in a row, in the order of the plan, at which the run ends after all.
@@ -196,7 +198,7 @@ class Corpus:
             DataError: a dataset can't be opened, is empty, comes from another encoder than the first, or a sample id
                 occurs twice.
         """
-        folders = [Path(path if isinstance(path, str) else path[1]) for path in config.paths]
+        folders = [folder_at(path if isinstance(path, str) else path[1]) for path in config.paths]
         if len({folder.resolve() for folder in folders}) < len(folders):
             listed = ", ".join(map(str, folders))
             raise ConfigError(f"data.paths names a folder twice: {listed}; change its weight instead")
@@ -229,6 +231,18 @@ class Corpus:
         """
         dataset, number = self.locate(index)
         return dataset.sample(number, frames, first_frame)
+
+    def sample_in(
+        self, allocate: Allocate, index: int, frames: range | None = None, first_frame: bool = False
+    ) -> Record:
+        """Return `sample(index, frames, first_frame)` in memory of the caller; see `IndexedDataset.sample_in`."""
+        dataset, number = self.locate(index)
+        return dataset.sample_in(allocate, number, frames, first_frame)
+
+    def read_into(self, index: int, out: np.ndarray, frames: range | None = None) -> int:
+        """Copy latents and text of corpus index `index` into `out`; see `IndexedDataset.read_into`."""
+        dataset, number = self.locate(index)
+        return dataset.read_into(number, out, frames)
 
     def place(self, index: int, patch: Triple) -> PackSample:
         """Return the sample's entry of a pack's table, from the index alone."""

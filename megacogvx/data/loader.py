@@ -10,7 +10,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -201,8 +201,9 @@ def _load_step(source: _Source, guarded: GuardedReader, step: int) -> _Loaded:
         if plan.config.on_bad_sample == "stop":
             return corpus.sample(index, frames, first_frame)
         what = f"sample {int(corpus.columns.sample_id[index])} of {corpus.locate(index)[0].folder}"
-        record = guarded(lambda: corpus.sample(index, frames, first_frame), what)
-        return record if not torch.cuda.is_available() else _pinned(record)
+        if torch.cuda.is_available():
+            return guarded(lambda: corpus.sample_in(_pinned, index, frames, first_frame), what)
+        return guarded(lambda: corpus.sample(index, frames, first_frame), what)
 
     planned, num_tokens = plan.step(step), plan.config.tokens_per_pack
     packs = [
@@ -213,6 +214,6 @@ def _load_step(source: _Source, guarded: GuardedReader, step: int) -> _Loaded:
     return _Loaded(packs, layouts, plan.state())
 
 
-def _pinned(record: Record) -> Record:
-    """Copy into pinned memory, from which a copy to the GPU doesn't wait."""
-    return replace(record, latents=record.latents.pin_memory(), text=record.text.pin_memory())
+def _pinned(size: int) -> torch.Tensor:
+    """Return pinned memory, from which a copy to the GPU doesn't wait; torch keeps what is given back for the next."""
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)

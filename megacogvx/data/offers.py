@@ -107,10 +107,12 @@ class Offer:
 
     def take(self, row: int) -> list[int] | None:
         """Return the oldest candidates of row `row`, which are used up by that; None if there are not enough left."""
-        chosen = [place for place in (int(self._one[row]), int(self._two[row])) if place < len(self._queues)]
-        if any(self._left[place] < chosen.count(place) for place in chosen):
+        one, two, left = int(self._one[row]), int(self._two[row]), self._left
+        if left[one] <= (one == two) or left[two] < 1:
             return None
-        self._left[chosen] -= 1 if len(set(chosen)) == len(chosen) else 2
+        chosen = [place for place in (one, two) if place < len(self._queues)]
+        for place in chosen:
+            left[place] -= 1
         return [self._queues[place].pop(0) for place in chosen]
 
     def near(self, tokens: np.ndarray, costs: np.ndarray, bins: int) -> np.ndarray:

@@ -6,6 +6,7 @@ import io
 import json
 import struct
 import tarfile
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
+from megacogvx.curation.captions import read_captions
 from megacogvx.data.clips import Clip, read_clips, write_clips
 from megacogvx.data.exchange.importers import read_folder, read_tar
 from megacogvx.data.exchange.megatron import read_megatron
@@ -28,6 +30,9 @@ from megacogvx.testing.fuzz import mutate
 from megacogvx.testing.tiny_dataset import tiny_encoder, write_tiny_dataset
 
 WITH_IMAGES = tiny_encoder("token_ids", latent_dtype="fp8_e4m3", first_frame=True)
+
+
+PEER = "megatron-peer"  # not ours: asked for by name only, to compare
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,8 @@ def targets(folder: Path) -> dict[str, Callable[[], Target]]:
         "pt": lambda: _tensors(folder / "pt", ".pt"),
         "safetensors": lambda: _tensors(folder / "safetensors", ".safetensors"),
         "megatron": lambda: _megatron(folder / "megatron"),
+        PEER: lambda: _megatron_peer(folder / PEER),
+        "captions": lambda: _captions(folder / "captions"),
         "clip-list": lambda: _clip_list(folder / "clip-list"),
         "video": lambda: _video(folder / "video"),
     }
@@ -122,8 +129,35 @@ def _tensors(folder: Path, suffix: str) -> Target:
         torch.save(_sample_tensors(0), folder / "0.pt")
     else:
         safetensors.torch.save_file(_sample_tensors(0), folder / "0.safetensors")
-    size = (folder / f"0{suffix}").stat().st_size
-    return Target(folder / f"0{suffix}", lambda: _within(read_folder(folder), size))
+    size, marker = (folder / f"0{suffix}").stat().st_size, folder.parent / "code-ran"
+
+    def parse() -> bool:
+        try:
+            return _within(read_folder(folder), size)
+        finally:
+            assert not marker.exists(), "the file's code ran"
+
+    def mutation(data: bytes, seed: int) -> bytes:
+        if suffix != ".pt" or seed % 4:
+            return mutate(data, seed)
+        hostile = _code(marker)  # alone, as in torch's oldest format, or inside its newest
+        return mutate(hostile, seed) if seed % 8 else _in_archive(data, hostile)
+
+    return Target(folder / f"0{suffix}", parse, mutation)
+
+
+def _code(path: Path) -> bytes:
+    """Return a pickle, of protocol 0, that makes an empty file at `path` when it is loaded without care."""
+    return f"c__builtin__\nopen\n(V{path}\nVw\ntR.".encode()
+
+
+def _in_archive(data: bytes, hostile: bytes) -> bytes:
+    """Return torch's archive `data` with `hostile` in place of its data.pkl."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(out, "w") as target:
+        for name in source.namelist():
+            target.writestr(name, hostile if name.endswith("data.pkl") else source.read(name))
+    return out.getvalue()
 
 
 def _within(samples: Any, size: int) -> bool:
@@ -171,6 +205,42 @@ def _megatron(folder: Path) -> Target:
     (folder / "shapes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     paths = (folder / "latents", folder / "text", folder / "shapes.jsonl")
     return Target(folder / "latents.idx", lambda: _shapes(read_megatron(*paths)))
+
+
+def _megatron_peer(folder: Path) -> Target:
+    """The same files, read by Megatron-LM's own reader; its errors are of many types."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset as MegatronDataset
+
+    target = _megatron(folder)
+
+    def parse() -> list[bytes]:
+        peer = MegatronDataset(str(folder / "latents"))
+        return [peer[number].tobytes() for number in range(len(peer))]
+
+    return Target(target.path, parse)
+
+
+def _captions(folder: Path) -> Target:
+    """A CSV list; what comes out is what stands in it, since text has no checksum: names must stay in the folder."""
+    folder.mkdir(parents=True)
+    rows = 'video,start,end,caption\na.mp4,0,2,ein Kätzchen\nb.mp4,1,2.5,"Déjà, vu"\n'
+    (folder / "list.csv").write_text(rows, encoding="utf-8")
+    size = len(rows.encode())
+
+    def parse() -> bool:
+        captions = read_captions(folder / "list.csv")
+        inside = all(not Path(c.video).is_absolute() and ".." not in Path(c.video).parts for c in captions)
+        return inside and sum(len(c.caption.encode()) for c in captions) <= size
+
+    return Target(folder / "list.csv", parse, _broken_text)
+
+
+def _broken_text(data: bytes, seed: int) -> bytes:
+    """Bytes at random, or a byte that no UTF-8 text holds there."""
+    if seed % 3:
+        return mutate(data, seed)
+    place = seed // 3 * 7 % len(data)
+    return data[:place] + (b"\xff", b"\xc3", b"\xed\xa0\x80", b"\0")[seed // 3 % 4] + data[place:]
 
 
 def _clip_list(folder: Path) -> Target:

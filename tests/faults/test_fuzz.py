@@ -5,14 +5,14 @@ import pytest
 from megacogvx.errors import DataError
 from megacogvx.testing.fuzz import fuzz, mutate
 from megacogvx.testing.fuzz_targets import targets
-from megacogvx.testing.kill_writer import kill_and_resume
+from megacogvx.testing.kill_writer import fill_and_resume, kill_and_resume
 
 
 @pytest.mark.parametrize(
     "name",
     [
         "index", "bin", "manifest", "column", "recover", "fields-index", "fields-bin", "fields-recover", "tar", "pt",
-        "safetensors", "megatron", "clip-list", "video",
+        "safetensors", "megatron", "captions", "clip-list", "video",
     ],
 )  # fmt: skip
 def test_damaged_files_are_refused_or_read_the_same(tmp_path, name):
@@ -60,3 +60,8 @@ def test_mutations_are_a_function_of_the_seed():
 @pytest.mark.parametrize("seed", range(3))
 def test_killed_at_a_random_moment_nothing_finished_is_lost(tmp_path, seed):
     assert kill_and_resume(tmp_path / "dataset", seed) == ""
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_on_a_disk_that_fills_up_nothing_finished_is_lost(tmp_path, seed):
+    assert fill_and_resume(tmp_path / "dataset", seed) == ""

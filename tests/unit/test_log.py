@@ -74,21 +74,24 @@ def test_progress_in_a_file_writes_a_line_every_ten_seconds(lines, clock):
     seen = list(log.progress(work(clock, range(10), 4.0), "encode", total=10))
     assert seen == list(range(10))
     assert [line[9:] for line in lines()] == [
-        "encode: 3 of 10, 28 s left",
-        "encode: 6 of 10, 16 s left",
-        "encode: 9 of 10, 4 s left",
+        "encode: 3 of 10, 0.25 a second, 28 s left",
+        "encode: 6 of 10, 0.25 a second, 16 s left",
+        "encode: 9 of 10, 0.25 a second, 4 s left",
     ]
 
 
 def test_progress_without_a_total_does_not_guess(lines, clock):
     assert list(log.progress(work(clock, "ab", 11.0), "scan")) == ["a", "b"]
-    assert [line[9:] for line in lines()] == ["scan: 1 of ?", "scan: 2 of ?"]
+    assert [line[9:] for line in lines()] == ["scan: 1 of ?, 0.0909 a second", "scan: 2 of ?, 0.0909 a second"]
 
 
 def test_progress_takes_the_total_from_a_sequence(lines, clock):
     for _ in log.progress(["a", "b"], "scan"):
         clock[0] += 11.0
-    assert [line[9:] for line in lines()] == ["scan: 1 of 2, 11 s left", "scan: 2 of 2, 0 s left"]
+    assert [line[9:] for line in lines()] == [
+        "scan: 1 of 2, 0.0909 a second, 11 s left",
+        "scan: 2 of 2, 0.0909 a second, 0 s left",
+    ]
 
 
 def progress_on_a_terminal(monkeypatch, rank):

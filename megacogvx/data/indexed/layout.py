@@ -311,36 +311,42 @@ def write_index(uuid: bytes, encoder: EncoderInfo, bin_bytes: int, columns: Mapp
     return header + schema + bytes(directory_offset - IDX_HEADER.size - len(schema)) + directory + body
 
 
-def parse_index(data: bytes, path: Path, check_columns: bool = True) -> ShardIndex:
+def parse_index(
+    data: bytes | memoryview, path: Path | str, check_columns: bool = True, check_rows: bool = True
+) -> ShardIndex:
     """Read the bytes of an `.idx` and check everything that can be checked without the `.bin`.
 
     Args:
-        data: the whole file.
+        data: the whole file; the columns are views of it.
         path: named in messages.
         check_columns: also compare the hash of each column.
+        check_rows: also check every row, which takes longer than all the rest; otherwise call `check_rows` before the
+            first of them is used.
 
     Raises:
         DataError: anything is not as `layout.py` says.
     """
-    where = str(path)
+    where, data = str(path), memoryview(data)
     (_, major, minor, _, uuid, count, bin_bytes, idx_bytes, num_columns, alignment, schema_at, schema_bytes,
-     directory_at, directory_hash) = unseal(IDX_HEADER, data, IDX_MAGIC, where)  # fmt: skip
+     directory_at, directory_hash) = unseal(IDX_HEADER, bytes(data[: IDX_HEADER.size]), IDX_MAGIC, where)  # fmt: skip
     check_version(major, minor, where)
     if idx_bytes != len(data):
         raise DataError(f"{where} has {len(data)} bytes, its header says {idx_bytes}: truncated, or written to since")
     if alignment != ALIGNMENT or bin_bytes > MAX_SHARD_BYTES or num_columns > 256:
         raise DataError(f"{where}: alignment {alignment}, {bin_bytes} bytes or {num_columns} columns are out of range")
-    schema = _span(data, schema_at, schema_bytes, f"{where}: schema")
-    directory = _span(data, directory_at, num_columns * DIRECTORY_ENTRY.size, f"{where}: column directory")
+    schema = bytes(_span(data, schema_at, schema_bytes, f"{where}: schema"))
+    directory = bytes(_span(data, directory_at, num_columns * DIRECTORY_ENTRY.size, f"{where}: column directory"))
     if digest(schema + directory) != directory_hash:
         raise DataError(f"{where}: schema or column directory is damaged (its checksum differs)")
     encoder = parse_encoder(load_json(schema, f"{where}: schema"), where)
     columns = _columns(data, directory, columns_of(encoder), where, check_columns)
     index = ShardIndex(
         uuid, encoder, bin_bytes, idx_bytes, columns,
-        digest(data[: IDX_HEADER.size] + schema + directory),
+        digest(bytes(data[: IDX_HEADER.size]) + schema + directory),
     )  # fmt: skip
-    _check_rows(index, count, where)
+    _check_lengths(index, count, where)
+    if check_rows:
+        check_index_rows(index, where)
     return index
 
 
@@ -357,13 +363,15 @@ def parse_encoder(values: Any, where: str) -> EncoderInfo:
         raise DataError(f"{where}: encoder.{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
 
 
-def _span(data: bytes, start: int, length: int, where: str) -> bytes:
+def _span(data: memoryview, start: int, length: int, where: str) -> memoryview:
     if start + length > len(data):  # Python integers: no wrap at 2^64
         raise DataError(f"{where} reaches to byte {start + length} of {len(data)}")
     return data[start : start + length]
 
 
-def _columns(data: bytes, directory: bytes, names: Mapping[str, str], where: str, check: bool) -> dict[str, np.ndarray]:
+def _columns(
+    data: memoryview, directory: bytes, names: Mapping[str, str], where: str, check: bool
+) -> dict[str, np.ndarray]:
     columns = {}
     for raw_name, code, offset, length, stored in DIRECTORY_ENTRY.iter_unpack(directory):
         name = raw_name.rstrip(b"\0").decode("ascii", "replace")
@@ -382,14 +390,24 @@ def _columns(data: bytes, directory: bytes, names: Mapping[str, str], where: str
     return columns
 
 
-def _check_rows(index: ShardIndex, count: int, where: str) -> None:
-    """Check that all records lie in order, aligned and inside the `.bin`; nothing here trusts the columns."""
+def _check_lengths(index: ShardIndex, count: int, where: str) -> None:
+    """Check that every column has an entry per record, or per latent frame."""
     lengths = {name: len(column) for name, column in index.columns.items()}
     names = columns_of(index.encoder)
-    expected = {name: int(index.frame_start[-1]) if name == "frame_hash" else count for name in names}
+    frames = int(index.columns["frames"].sum(dtype=np.int64))
+    expected = {name: frames if name == "frame_hash" else count for name in names}
     for name in names:
         if lengths[name] != expected[name]:
             raise DataError(f"{where}: column {name} has {lengths[name]} entries instead of {expected[name]}")
+
+
+def check_index_rows(index: ShardIndex, where: str) -> None:
+    """Check that all records lie in order, aligned and inside the `.bin`; nothing here trusts the columns.
+
+    Raises:
+        DataError: one does not.
+    """
+    names, count = columns_of(index.encoder), len(index)
     if not count:
         return
     offsets = [index.columns[name] for name in names if name == "record" or name.endswith("_offset")]

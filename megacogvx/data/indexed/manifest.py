@@ -8,6 +8,7 @@ A shard becomes part of the dataset with the manifest's next generation; appendi
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from megacogvx.data.indexed.layout import (
     load_json,
     parse_index,
 )
+from megacogvx.data.indexed.remote import Folder
 from megacogvx.errors import DataError
 
 MANIFEST = "manifest.json"
@@ -59,7 +61,7 @@ class Manifest(Section):
         return digest(canonical_json(self.model_dump(mode="json")))
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Folder) -> Manifest:
     """Read and check FOLDER/manifest.json.
 
     Raises:
@@ -123,15 +125,24 @@ def finish_dataset(folder: Path, shards: Sequence[str] | None = None) -> Manifes
     return manifest
 
 
-def read_index(folder: Path, name: str, check_columns: bool = True) -> ShardIndex:
+def read_index(
+    folder: Folder, name: str, check_columns: bool = True, check_rows: bool = True, mapped: bool = False
+) -> ShardIndex:
     """Read FOLDER/NAME.idx and check it, and the size of the .bin beside it.
+
+    Args:
+        folder: of the dataset.
+        name: of the shard.
+        check_columns, check_rows: see `parse_index`.
+        mapped: map the file, so that processes share its pages; otherwise it is read into memory.
 
     Raises:
         DataError: one of the files is missing, has another size than the index says, or is damaged.
     """
     path = folder / f"{name}.idx"
     try:
-        index = parse_index(path.read_bytes(), path, check_columns)
+        data = _mapped(path) if mapped and isinstance(path, Path) else path.read_bytes()
+        index = parse_index(data, str(path), check_columns, check_rows)
         bin_bytes = (folder / f"{name}.bin").stat().st_size
     except OSError as error:
         raise DataError(f"shard {name} of {folder}: {error.strerror}: {error.filename}") from None
@@ -166,6 +177,14 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _mapped(path: Path) -> memoryview:
+    """Return a file's bytes as a view of its mapping, read-only; an empty file can't be mapped."""
+    with path.open("rb") as file:
+        if not os.fstat(file.fileno()).st_size:
+            return memoryview(b"")
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def _entry(name: str, index: ShardIndex) -> ShardEntry:

@@ -32,6 +32,9 @@ def merge_datasets(sources: Sequence[Path], folder: Path) -> Manifest:
     """
     _refuse_existing(folder)
     datasets = [IndexedDataset(source) for source in sources]
+    remote = [dataset.folder for dataset in datasets if not isinstance(dataset.folder, Path)]
+    if remote:
+        raise DataError(f"{remote[0]} is not on a file system here; copy it first, or train on both: data.paths blends")
     for dataset in datasets[1:]:
         differing = differing_keys(datasets[0].encoder, dataset.encoder)
         if differing:
@@ -46,7 +49,7 @@ def merge_datasets(sources: Sequence[Path], folder: Path) -> Manifest:
         for shard in dataset.shards:
             names.append(shard_name(len(names)))
             for suffix in ("bin", "idx"):  # the .idx is the commit mark
-                _place(dataset.folder / f"{shard.name}.{suffix}", folder / f"{names[-1]}.{suffix}")
+                _place(Path(dataset.folder) / f"{shard.name}.{suffix}", folder / f"{names[-1]}.{suffix}")
     sync_folder(folder)
     manifest = finish_dataset(folder, names)
     for name in set.intersection(*(set(side_columns(source)) for source in sources)):

@@ -21,6 +21,7 @@ import numpy as np
 
 from megacogvx.data.indexed.layout import MAJOR, MINOR, check_version, digest, sealed, unseal
 from megacogvx.data.indexed.manifest import write_atomically
+from megacogvx.data.indexed.remote import Folder
 from megacogvx.errors import DataError
 
 COLUMN_MAGIC = b"MCVXCOL\0"
@@ -53,12 +54,12 @@ def write_side_column(folder: Path, name: str, values: np.ndarray, sample_ids: n
         COLUMN_HEADER, COLUMN_MAGIC, MAJOR, MINOR, COLUMN_HEADER.size, len(values), _ids_hash(sample_ids), digest(data)
     )
     generation = max(_generations(folder, name), default=0) + 1
-    path = _path(folder, name, generation)
+    path = folder / FOLDER / _file_name(name, generation)
     write_atomically(path, header + data)
     return path
 
 
-def read_side_column(folder: Path, name: str, sample_ids: np.ndarray) -> np.ndarray:
+def read_side_column(folder: Folder, name: str, sample_ids: np.ndarray) -> np.ndarray:
     """Return the newest generation of column `name`: float32 `[n]`.
 
     Raises:
@@ -70,7 +71,7 @@ def read_side_column(folder: Path, name: str, sample_ids: np.ndarray) -> np.ndar
             f"dataset {folder} has no side column {name!r} (it has: {', '.join(side_columns(folder)) or 'none'}); "
             "write it with `megacogvx data column`"
         )
-    path = _path(folder, name, max(generations))
+    path = folder / FOLDER / _file_name(name, max(generations))
     expected = COLUMN_HEADER.size + 4 * len(sample_ids)
     if path.stat().st_size != expected:
         raise DataError(
@@ -88,21 +89,21 @@ def read_side_column(folder: Path, name: str, sample_ids: np.ndarray) -> np.ndar
     return np.frombuffer(values, "<f4")
 
 
-def side_columns(folder: Path) -> list[str]:
+def side_columns(folder: Folder) -> list[str]:
     """Return the names of the side columns of a dataset."""
     names = (re.fullmatch(rf"({COLUMN_NAME})\.g\d+\.col", path.name) for path in (folder / FOLDER).glob("*.col"))
     return sorted({match[1] for match in names if match})
 
 
-def _generations(folder: Path, name: str) -> list[int]:
+def _generations(folder: Folder, name: str) -> list[int]:
     matches = (
         re.fullmatch(rf"{re.escape(name)}\.g(\d+)\.col", path.name) for path in (folder / FOLDER).glob(f"{name}.g*.col")
     )
     return [int(match[1]) for match in matches if match]
 
 
-def _path(folder: Path, name: str, generation: int) -> Path:
-    return folder / FOLDER / f"{name}.g{generation:04d}.col"
+def _file_name(name: str, generation: int) -> str:
+    return f"{name}.g{generation:04d}.col"
 
 
 def _ids_hash(sample_ids: np.ndarray) -> int:

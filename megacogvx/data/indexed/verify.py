@@ -9,6 +9,7 @@ import numpy as np
 
 from megacogvx.data.indexed.manifest import differing_keys, read_manifest
 from megacogvx.data.indexed.reader import Shard
+from megacogvx.data.indexed.remote import Folder, RemotePath, folder_at
 from megacogvx.errors import DataError
 from megacogvx.log import progress
 
@@ -24,7 +25,7 @@ class VerifyReport:
         notes: harmless leftovers, such as temporary files of a killed writer.
     """
 
-    folder: Path
+    folder: Folder
     shards: int = 0
     samples: int = 0
     bytes: int = 0
@@ -32,13 +33,13 @@ class VerifyReport:
     notes: list[str] = field(default_factory=list)
 
 
-def verify_dataset(folder: Path | str) -> VerifyReport:
+def verify_dataset(folder: Folder | str) -> VerifyReport:
     """Check the manifest, every shard's index, every record's header and every checksum of `folder`.
 
     Returns:
         The report; nothing is raised for damage.
     """
-    report = VerifyReport(Path(folder))
+    report = VerifyReport(folder_at(folder))
     try:
         manifest = read_manifest(report.folder)
     except DataError as error:
@@ -82,8 +83,12 @@ def _verify_ids(ids: list[np.ndarray], report: VerifyReport) -> None:
 
 
 def _note_leftovers(report: VerifyReport, names: set[str]) -> None:
-    for path in sorted(report.folder.glob("*.tmp")):
+    for path in _listed(report.folder, "*.tmp"):
         report.notes.append(f"{path.name} is left from a writer that was interrupted (or is still at work)")
-    for path in sorted(report.folder.glob("*.idx")):
+    for path in _listed(report.folder, "*.idx"):
         if path.stem not in names:
             report.notes.append(f"shard {path.stem} is finished but not in the manifest; finish_dataset takes it in")
+
+
+def _listed(folder: Folder, pattern: str) -> list[Path] | list[RemotePath]:
+    return sorted(folder.glob(pattern), key=str)  # type: ignore[return-value]

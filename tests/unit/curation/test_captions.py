@@ -1,3 +1,5 @@
+import json
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -54,6 +56,56 @@ def test_a_bad_csv_is_a_data_error(tmp_path: Path) -> None:
         read_captions(tmp_path / "c.csv")
 
 
+ROWS = (
+    {"video": "a.mp4", "start": 1.0, "end": 2.5, "caption": "Déjà vu"},
+    {"image": "b.png", "caption": "a picture"},
+)
+
+
+def test_pictures_are_rows_too(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (tmp_path / "a.csv").write_text(
+        "\ufeffvideo,image,start,end,caption\na.mp4,,1,2.5,Déjà vu\n,b.png,,,a picture\n", encoding="utf-8"
+    )
+    rows = read_captions(tmp_path / "a.jsonl")
+    assert rows == read_captions(tmp_path / "a.csv")
+    assert rows[1] == Caption(video="b.png", image_at=0.0, caption="a picture")
+    (tmp_path / "b.jsonl").write_text(
+        '{"image": "b.png", "end": 1, "caption": "c"}\n{"image": "../b.png", "caption": "c"}\n'
+    )
+    with pytest.raises(DataError, match=r"line 1: image stands instead of.*line 2: .*leads out of the folder"):
+        read_captions(tmp_path / "b.jsonl")
+
+
+def test_parquet_says_the_same(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    parquet.write_table(pyarrow.Table.from_pylist([{"image": None, **ROWS[0]}, ROWS[1]]), tmp_path / "a.parquet")
+    assert read_captions(tmp_path / "a.parquet") == read_captions(tmp_path / "a.jsonl")
+    data = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(data[:-20])
+    with pytest.raises(DataError, match="not readable as Parquet"):
+        read_captions(tmp_path / "a.parquet")
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=r"megacogvx\[lists\]"):
+        read_captions(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_broken_utf8_names_its_line(tmp_path: Path, suffix: str) -> None:
+    heading = b"video,end,caption\n" if suffix == "csv" else b"\n"
+    row = b"a.mp4,1,c\n" if suffix == "csv" else b'{"video": "a.mp4", "end": 1, "caption": "c"}\n'
+    (tmp_path / f"c.{suffix}").write_bytes(heading + row + row.replace(b"c", b"\xc3(", 1) + row)
+    with pytest.raises(DataError, match="line 3 is not UTF-8"):
+        read_captions(tmp_path / f"c.{suffix}")
+
+
 def test_missing_empty_and_binary_files_are_data_errors(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         read_captions(tmp_path / "c.jsonl")
@@ -61,7 +113,7 @@ def test_missing_empty_and_binary_files_are_data_errors(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no row"):
         read_captions(tmp_path / "c.jsonl")
     (tmp_path / "c.jsonl").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DataError, match="not UTF-8"):
+    with pytest.raises(DataError, match="line 1 is not UTF-8"):
         read_captions(tmp_path / "c.jsonl")
 
 
