@@ -71,7 +71,7 @@ class WeightAverage:
         finally:
             self.model.load_state_dict(own)
 
-    def sharded_state_dict(self, metadata: dict[str, Any], *, is_loading: bool = False) -> dict[str, Any]:
+    def sharded_state_dict(self) -> dict[str, Any]:
         """Return the averages as sharded tensors, cut as the model's; loading writes into them."""
         sharded = sharded_state_dict(self.model, self.groups, prefix=PREFIX)
         return {

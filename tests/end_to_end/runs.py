@@ -31,6 +31,5 @@ PIPELINE = ("parallel.pipeline_parallel_size=2",)
 REFERENCE = Run("one process", (Part(1, STEPS),))
 RUNS = (
     Run("tensor parallel, then context parallel", (Part(2, 2, TENSOR), Part(2, STEPS, CONTEXT))),
-    Run("data parallel, then one process", (Part(2, 2), Part(1, STEPS))),
-    Run("pipeline stages, then one process", (Part(2, 2, PIPELINE), Part(1, STEPS))),
+    Run("pipeline stages, then data parallel", (Part(2, 2, PIPELINE), Part(2, STEPS))),
 )

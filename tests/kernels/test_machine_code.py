@@ -6,8 +6,10 @@ files are compiled for one of them.
 
 import pytest
 
+SLOW = pytest.mark.slow  # `make kernels` reads all three
 
-@pytest.mark.parametrize("architecture", [90, 80, 100])
+
+@pytest.mark.parametrize("architecture", [90, pytest.param(80, marks=SLOW), pytest.param(100, marks=SLOW)])
 def test_every_kernel_keeps_its_budget(machine_code, cannot, toolchain, architecture):
     for program in ("nvcc", *machine_code.PROGRAMS):
         if toolchain.find_cuda_program(program) is None:

@@ -35,6 +35,18 @@ def write_rows(path, rows):
 
 @pytest.fixture
 def inputs(tmp_path):
+    return write_inputs(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory):
+    """A folder of inputs and the report on them, which several tests read: drawing it takes seconds."""
+    folder = write_inputs(tmp_path_factory.mktemp("reported"))
+    report.run(whole(folder))
+    return folder
+
+
+def write_inputs(tmp_path):
     run, vae, samples = tmp_path / "run", tmp_path / "vae", tmp_path / "samples"
     write_rows(run / "metrics.jsonl", training_rows())
     (run / "config.yaml").write_text("model:\n  preset: tiny  # <kept>\n")
@@ -82,13 +94,12 @@ def words_of(content):
     return re.sub(r"\s+", " ", html.unescape(bare))
 
 
-def test_page_needs_no_other_file(inputs):
-    report.run(whole(inputs))
-    content = (inputs / "report.html").read_text()
+def test_page_needs_no_other_file(reported):
+    content = (reported / "report.html").read_text()
     assert set(re.findall(r'(?:src|href)="(\w*:?)', content)) <= {"data:", "#", ""}
     assert not re.search(r"<script|<link|@import|url\((?!#)", content)
     assert "default-src 'none'" in content
-    assert not list(inputs.glob("*.part"))
+    assert not list(reported.glob("*.part"))
 
 
 def test_a_vae_with_lpips_discriminator_and_averages_is_drawn(inputs):
@@ -102,8 +113,8 @@ def test_a_vae_with_lpips_discriminator_and_averages_is_drawn(inputs):
     assert "random net" not in content and "random weights" not in words_of(content)
 
 
-def test_page_holds_what_the_folders_hold(inputs):
-    content = report.build(whole(inputs))
+def test_page_holds_what_the_folders_hold(reported):
+    content = (reported / "report.html").read_text()
     text = words_of(content)
     for expected in (
         "1.000 → 0.500", "75.0 %", "tp2 cp1 dp1 → tp1 cp2 dp1", "21.5 dB", "60 steps, 240 samples, 6,000 tokens",
@@ -114,13 +125,13 @@ def test_page_holds_what_the_folders_hold(inputs):
         assert expected in text, expected
     assert "Missing" not in text
     assert "/opt/somewhere" not in content
-    film = base64.b64encode((inputs / "samples" / "sample-000.mp4").read_bytes()).decode()
+    film = base64.b64encode((reported / "samples" / "sample-000.mp4").read_bytes()).decode()
     assert f"data:video/mp4;base64,{film}" in content
-    assert base64.b64encode((inputs / "vae" / "reconstructions" / "clip0.png").read_bytes()).decode() in content
+    assert base64.b64encode((reported / "vae" / "reconstructions" / "clip0.png").read_bytes()).decode() in content
 
 
-def test_text_is_escaped(inputs):
-    content = report.build(whole(inputs))
+def test_text_is_escaped(reported):
+    content = (reported / "report.html").read_text()
     assert "<b>fox" not in content
     assert "a &lt;b&gt;fox&lt;/b&gt; &amp; &quot;friends&quot;" in content
 
