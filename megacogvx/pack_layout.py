@@ -68,6 +68,7 @@ class LocalPack:
         context_tokens: positions that this context rank holds together with its tensor ranks; attention's share.
         tokens: positions that this very rank holds (equal to `context_tokens` without sequence parallelism).
         video_index, text_index: int64 tensors, places within `tokens` that are video / text.
+        order: int64 `[S_local]`, where each token stands in the video rows with the text rows behind them.
         video_slices, text_slices: the same rows, by sample.
         modulation_rows: int64 `[S_local]`, row of each token in a modulation table `[M * 2, ...]`: 2 m for video,
             2 m + 1 for text.
@@ -79,6 +80,7 @@ class LocalPack:
     tokens: range
     video_index: torch.Tensor
     text_index: torch.Tensor
+    order: torch.Tensor
     video_slices: tuple[RowSlice, ...]
     text_slices: tuple[RowSlice, ...]
     modulation_rows: torch.Tensor
@@ -191,11 +193,13 @@ class PackLayout:
                     place = torch.arange(low - begin, high - begin)
                     repeated.append(torch.where(place < frame_rows, sample.repeated_frames, 0))
         is_text = rows % 2 == 1
+        behind = len(rows) - int(is_text.sum())  # the first text row
         return LocalPack(
             context_tokens=range(context_start, context_start + tensor[1] * share),
             tokens=tokens,
             video_index=torch.nonzero(~is_text).flatten().to(device),
             text_index=torch.nonzero(is_text).flatten().to(device),
+            order=torch.where(is_text, behind + is_text.cumsum(0), (~is_text).cumsum(0)).sub(1).to(device),
             video_slices=tuple(video),
             text_slices=tuple(text),
             modulation_rows=rows.to(device),

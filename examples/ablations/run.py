@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/ablations"))
-    parser.add_argument("--only", nargs="+", default=None, metavar="NAME", help="of variants.yaml")
+    parser.add_argument("--only", action="append", metavar="NAME", help="of variants.yaml; more than once for several")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments, log = parser.parse_args(), get_logger(__name__)
     for name, changes in read_yaml(HERE / "variants.yaml").items():

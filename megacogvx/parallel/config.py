@@ -24,16 +24,17 @@ class ParallelConfig(Section):
         pipeline_layers: layers of each stage, such as [9, 11, 11, 11]; None splits as evenly as possible.
         device: "auto" takes the GPUs if the machine has at least one per local process, else the CPU.
         timeout_minutes: a collective that takes longer fails, in minutes.
-        recompute: what is computed again in the backward pass instead of being kept. "selective": the elementwise
-            parts (norms with modulation, QK-norm with rotation, gates, GELU); "keep_attention": everything of a block
-            but the attention itself; "full": each block from its input; "block:N": the same for the first N blocks of
-            each pipeline stage.
+        recompute: what is computed again in the backward pass instead of being kept. "none": GELU alone, which costs
+            no matrix product; "selective": all elementwise parts (norms with modulation, QK-norm with rotation,
+            gates, GELU); "keep_attention": everything of a block but the attention itself; "full": each block from
+            its input; "block:N": the same for the first N blocks of each pipeline stage. With Transformer Engine's
+            layers "none" keeps GELU's output, too.
         data_parallel: how gradients and optimizer states lie on the data ranks. "distributed_optimizer": every rank
             holds the weights, and a share of the states (ZeRO stage 1); "megatron_fsdp" is refused, with the reason.
         overlap_grad_reduce: reduce each bucket of gradients while the backward pass goes on.
         attention_backend: the kernel of `packed_attention`; "auto" chooses for each pack: on Hopper FlashAttention 3
             where it is installed, else one dense cuDNN call a sample where samples are long, else a kernel for
-            samples of unequal length; "reference" elsewhere.
+            samples of unequal length; "reference", which is torch's own, elsewhere.
         transformer_impl: whose linear layers: megatron-core's own ("local"), or Transformer Engine's.
         fp8_recipe: how Transformer Engine's linear layers scale FP8; "none": they stay in the weights' precision. The
             recipes have no history, so recompute and resumed runs give the same.

@@ -98,8 +98,11 @@ def _of_tensors(
         "recompute of a function none of whose inputs needs gradients"
     )
 
+    # What lives as long as the graph holds no tensor, so that each is freed once its gradient is known.
+    others = [None if place in places else argument for place, argument in enumerate(arguments)]
+
     def run(*tensors: torch.Tensor) -> Any:
-        filled = list(arguments)
+        filled = list(others)
         for place, tensor in zip(places, tensors, strict=True):
             filled[place] = tensor
         results = function(*filled)

@@ -9,6 +9,7 @@ project is drawn in full and then cut.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import mappings
@@ -23,6 +24,7 @@ from torch import nn
 from megacogvx.errors import ConfigError
 from megacogvx.parallel import te_linear
 from megacogvx.parallel.groups import ParallelGroups
+from megacogvx_kernels.gelu_linear import gelu_linear
 
 
 class ColumnLinear(ColumnParallelLinear):
@@ -39,7 +41,8 @@ class ColumnLinear(ColumnParallelLinear):
 
         Backward: the gradient of x is summed over the tensor ranks; under sequence parallelism each keeps its tokens.
         """
-        return super().forward(x_SBD)[0]
+        result, bias = super().forward(x_SBD)
+        return result.add_(bias)  # in its place: megatron-core's own sum would be one more tensor of this width
 
 
 class RowLinear(RowParallelLinear):
@@ -57,6 +60,17 @@ class RowLinear(RowParallelLinear):
         Backward: the gradient of x is gathered over tokens under sequence parallelism, else copied.
         """
         return super().forward(x_SBD)[0]
+
+
+class GeluRowLinear(RowLinear):
+    """`y = gelu(x) W^T + b`, cut as a `RowLinear`; keeps x and not gelu(x) for the backward pass (op `gelu_linear`)."""
+
+    def _forward_impl(
+        self, input: torch.Tensor, weight: torch.Tensor, *, gradient_accumulation_fusion: bool, **_: Any
+    ) -> torch.Tensor:
+        """Stand where megatron-core multiplies a row-parallel layer's own shards; nothing is sent here."""
+        assert not gradient_accumulation_fusion, "gelu_linear returns the weight's gradient"
+        return gelu_linear(input, weight)
 
 
 class ModulationLinear(nn.Module):
@@ -114,7 +128,7 @@ def column_linear(in_features: int, out_features: int, core: TransformerConfig, 
         init_method=te_linear.never_called,
         bias=True,
         gather_output=False,
-        skip_bias_add=False,
+        skip_bias_add=True,  # `forward` adds it
         tp_group=groups.tensor_group,
     )
     # megatron-core marks the weight while it initialises it, which is off here. Without the mark the gradient norm
@@ -123,8 +137,20 @@ def column_linear(in_features: int, out_features: int, core: TransformerConfig, 
     return layer
 
 
-def row_linear(in_features: int, out_features: int, core: TransformerConfig, groups: ParallelGroups) -> nn.Module:
+def row_linear(
+    in_features: int,
+    out_features: int,
+    core: TransformerConfig,
+    groups: ParallelGroups,
+    kind: type[RowLinear] = RowLinear,
+) -> nn.Module:
     """Make a linear layer whose input features are cut over the tensor ranks.
+
+    Args:
+        in_features, out_features: widths of the whole layer.
+        core: megatron-core's settings.
+        groups: process groups.
+        kind: which of the classes here; Transformer Engine has `RowLinear`'s counterpart alone.
 
     Raises:
         ConfigError: `in_features` doesn't divide by the tensor ranks.
@@ -132,7 +158,7 @@ def row_linear(in_features: int, out_features: int, core: TransformerConfig, gro
     _check_divides("in_features", in_features, groups)
     if core.transformer_impl == "transformer_engine":
         return te_linear.row_linear(in_features, out_features, core, groups)
-    layer = RowLinear(
+    layer = kind(
         in_features,
         out_features,
         config=core,

@@ -17,6 +17,7 @@ from megacogvx.models.transformer.flops import training_flops
 from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.groups import initialize, shutdown
 from megacogvx.testing.tolerance import assert_all_close, assert_close
+from megacogvx.training.estimate.memory import block_activations
 
 CONFIG = CogVideoXConfig(preset="tiny", num_layers=2, attention_head_dim=16, text_embed_dim=24)
 EQUAL, MIXED = ((3, 8, 12, 5),) * 2, ((3, 8, 12, 5), (1, 4, 6, 3), (2, 6, 16, 4))
@@ -112,6 +113,23 @@ def test_the_packs_of_the_gpu_part_have_the_stated_lengths_and_flops():
 )
 def test_kernels_are_told_apart_by_name(kernel, part):
     assert bench_step_gpu.part_of(kernel) == part
+
+
+def test_the_switch_for_the_gpu_runs_its_part_and_nothing_else(monkeypatch):
+    ran = []
+    monkeypatch.setattr(bench_step_gpu, "main", lambda: ran.append("gpu"))
+    monkeypatch.setattr(bench_step, "initialize", lambda config: ran.append("cpu"))
+    monkeypatch.setattr(sys, "argv", ["bench_step.py", "--gpu"])
+    bench_step.main()
+    assert ran == ["gpu"]
+
+
+@pytest.mark.parametrize("policy", bench_step_gpu.KEPT_PER_TOKEN)
+def test_the_memory_that_the_gpu_part_expects_is_the_estimates(policy):
+    case = bench_step_gpu.case_of(*bench_step_gpu.PACKS[1][:2])
+    kept = block_activations(case.config, ParallelConfig(recompute=policy), case.layout, 0, 2, "fused")
+    expected = bench_step_gpu.KEPT_PER_TOKEN[policy] * case.config.hidden_size * case.layout.num_tokens
+    assert kept == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says so only where there is no GPU")

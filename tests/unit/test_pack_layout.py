@@ -209,6 +209,8 @@ def test_what_a_rank_knows_of_its_tokens_is_a_cut_of_what_one_rank_knows(tensor,
     assert torch.equal(torch.cat([rank.repeated for rank in ranks]), whole.repeated)
     for kind in ("video_index", "text_index"):
         assert torch.equal(torch.cat([getattr(rank, kind) + rank.tokens.start for rank in ranks]), getattr(whole, kind))
+    for rank in ranks:
+        assert torch.equal(torch.cat([rank.video_index, rank.text_index])[rank.order], torch.arange(len(rank.tokens)))
 
 
 @given(layouts())

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megacogvx_kernels.packed_attention import reference
+from megacogvx_kernels.packed_attention import on_cpu, reference
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,12 @@ class Packed:
 
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def torchs_own(tensors: Tensors, packed: Packed) -> torch.Tensor:
+    """The definition; on a CPU the same through `on_cpu`, which keeps less."""
+    attention = on_cpu if tensors[0].device.type == "cpu" else reference
+    return attention.packed_attention(*tensors, packed.boundaries)
 
 
 def cudnn(tensors: Tensors, packed: Packed) -> torch.Tensor:
@@ -85,7 +91,7 @@ def transformer_engine(tensors: Tensors, packed: Packed) -> torch.Tensor:
 
 
 KERNELS: dict[str, Callable[[Tensors, Packed], torch.Tensor]] = {
-    "reference": lambda tensors, packed: reference.packed_attention(*tensors, packed.boundaries),
+    "reference": torchs_own,
     "cudnn": cudnn,
     "flash2": flash2,
     "flash3": flash3,

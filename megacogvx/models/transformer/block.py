@@ -35,6 +35,10 @@ class CogVideoXBlock(nn.Module):
     def __init__(self, config: CogVideoXConfig, core: CoreConfig, groups: ParallelGroups, policy: str = "none") -> None:
         super().__init__()
         self.policy = policy
+        # "full": once more within what is computed again, so that none of it is there while the MLP, the widest part,
+        # has its backward pass; but q and k not where context ranks would have to exchange them once more.
+        self._discards_norm = policy in ("selective", "full")
+        self._discards_q_and_k = policy == "selective" or (policy == "full" and groups.ulysses_group.size() == 1)
         dtype = core.params_dtype
         self.attention_modulation: ModulationLinear = ExpertModulation(config, core, groups)
         self.attention_norm = nn.LayerNorm(config.hidden_size, config.norm_eps, dtype=dtype)
@@ -71,7 +75,7 @@ class CogVideoXBlock(nn.Module):
         local: LocalPack,
     ) -> torch.Tensor:
         below = Discarded(self.policy == "keep_attention")
-        q_and_k = Discarded(self.policy == "selective")
+        q_and_k = Discarded(self._discards_q_and_k)
         # fmt: off
         q_SNK, k_SNK, v_SNK = below.run(self._below, hidden_S1D, modulation1_R3D, layout, local, q_and_k)
         out_SNK = self.attention.attend(q_SNK, k_SNK, v_SNK, layout)                         # [S/r, N/(t u), K]
@@ -90,7 +94,7 @@ class CogVideoXBlock(nn.Module):
         q_and_k: Discarded,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return what attention reads: q, k and v, `[S/r, N/(t u), K]` each."""
-        norm = Discarded(self.policy == "selective")
+        norm = Discarded(self._discards_norm)
         normed_S1D = norm.run(self._modulate, self.attention_norm, hidden_S1D, modulation1_R3D, local)
         heads = self.attention.heads(normed_S1D, layout, local, q_and_k)
         norm.until(heads[2])

@@ -22,7 +22,13 @@ OFS = 2.0  # the motion offset that the 1.5 image-to-video weights were made wit
 
 
 class PackEmbedding(nn.Module):
-    """Video rows and text rows of one rank -> its tokens; positions are added where the model has any to add."""
+    """Video rows and text rows of one rank -> its tokens; positions are added where the model has any to add.
+
+    The weights are whole on every tensor rank, unlike the AdaLN projections (14% of the 5B model), which are cut.
+    The two projections here hold 12.8 of its 5,570 M parameters (0.23%; 0.27% with the time embedding and the head's
+    projection) and do 0.004% of the FLOPs of a 480 x 720 video. Each rank projects its own tokens alone, so cutting the
+    features would save a share of 77 MB (bf16 weights, fp32 gradients) and add an exchange of all tokens `[S, D]`.
+    """
 
     positions: torch.Tensor
 
@@ -57,9 +63,8 @@ class PackEmbedding(nn.Module):
             text_LD = text_LD + self._learned(layout, local.text_slices, is_text=True)
         elif not self.config.use_rotary_positional_embeddings:
             video_VD = video_VD + self._sincos(layout, local).to(video_VD)
-        hidden_SD = video_VD.new_empty(len(local.tokens), self.config.hidden_size)
-        hidden_SD = hidden_SD.index_copy(0, local.video_index, video_VD).index_copy(0, local.text_index, text_LD)
-        return hidden_SD[:, None]
+        # A copy into place would keep both for its gradient.
+        return torch.cat([video_VD, text_LD]).index_select(0, local.order)[:, None]
 
     def _sincos(self, layout: PackLayout, local: LocalPack) -> torch.Tensor:
         """Return the codes of this rank's video tokens, fp64 `[V_local, D]`."""

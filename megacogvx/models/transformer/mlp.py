@@ -12,20 +12,28 @@ from torch import nn
 from megacogvx.models.transformer.config import CogVideoXConfig
 from megacogvx.parallel.groups import ParallelGroups
 from megacogvx.parallel.recompute import Discarded
-from megacogvx.parallel.tensor_parallel import column_linear, row_linear
+from megacogvx.parallel.tensor_parallel import GeluRowLinear, column_linear, row_linear
 
 
 class MLP(nn.Module):
-    """D -> 4 D -> D with the tanh form of GELU; both modalities share it."""
+    """D -> 4 D -> D with the tanh form of GELU; both modalities share it.
+
+    Every recompute policy computes GELU again in the backward pass: it costs no matrix product, and its output would be
+    the widest thing that a block keeps. Transformer Engine's layers, which keep what they multiply, leave it to the
+    policy.
+    """
 
     def __init__(self, config: CogVideoXConfig, core: TransformerConfig, groups: ParallelGroups) -> None:
         super().__init__()
         self.fc1 = column_linear(config.hidden_size, config.ffn_hidden_size, core, groups)
-        self.fc2 = row_linear(config.ffn_hidden_size, config.hidden_size, core, groups)
+        self.fc2 = row_linear(config.ffn_hidden_size, config.hidden_size, core, groups, GeluRowLinear)
 
     def forward(self, hidden_S1D: torch.Tensor, discard: bool = False) -> torch.Tensor:
-        """Return `[S_local, 1, D]`; `discard` computes GELU again in the backward pass."""
+        """Return `[S_local, 1, D]`; `discard`: Transformer Engine's layers, too, shall have GELU computed again."""
+        inner_S1F = self.fc1(hidden_S1D)
+        if isinstance(self.fc2, GeluRowLinear):
+            return self.fc2(inner_S1F)
         gelu = Discarded(discard)
-        out_S1D = self.fc2(gelu.run(partial(F.gelu, approximate="tanh"), self.fc1(hidden_S1D)))
+        out_S1D = self.fc2(gelu.run(partial(F.gelu, approximate="tanh"), inner_S1F))
         gelu.until(out_S1D)
         return out_S1D

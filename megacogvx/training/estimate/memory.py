@@ -2,8 +2,9 @@
 
 The two inventories say what a block's ops keep for each token, in multiples of D. `REFERENCE` is what the plain
 definitions of `megacogvx_kernels` keep, as autograd records it; `FUSED` is one pass per op with its statistics, as
-the CUDA ops and a flash attention keep it (40 D, 24 D and 4 D bytes a token in bf16 for "none", "selective" and
-"keep_attention"; Korthikanti et al. 2022, section 4 counts a language model's block the same way).
+the CUDA ops and a flash attention keep it (32 D, 24 D and 4 D bytes a token in bf16 for "none", "selective" and
+"keep_attention"; Korthikanti et al. 2022, section 4 counts a language model's block the same way). GELU's output is
+kept by Transformer Engine's layers alone, 8 D bytes more for "none".
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Kept:
         fp32: where nothing is recomputed it is kept in fp32, whatever the weights' dtype is.
         only_bf16: a copy that fp32 weights don't need.
         only_split: a copy that the exchange between context ranks leaves.
+        only_te: kept by Transformer Engine's linear layers; ours compute it again.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Kept:
     fp32: bool = False
     only_bf16: bool = False
     only_split: bool = False
+    only_te: bool = False
 
 
 _BOTH = (SELECTIVE, KEEP)
@@ -59,7 +62,7 @@ FUSED = (
     Kept("second norm's input", 1),
     Kept("modulated tokens, read by fc1", 1, _BOTH),
     Kept("fc1's output", 4),
-    Kept("GELU's output, read by fc2", 4, _BOTH),
+    Kept("GELU's output, read by fc2", 4, _BOTH, only_te=True),
     Kept("fc2's output, read by the gate", 1),
 )
 REFERENCE = (
@@ -70,15 +73,14 @@ REFERENCE = (
     Kept("copies of q and k", 2, _BOTH, fp32=True, only_bf16=True),
     Kept("q and k, rotated", 2, _BOTH),
     Kept("v, exchanged", 1, only_split=True),
-    Kept("attention's output of each sample", 1, absent=()),
-    Kept("the same, joined", 1, absent=()),
+    Kept("attention's output", 1, absent=()),
     Kept("attention's projection, read by the gate", 1, fp32=True),
     Kept("first gate, spread over tokens", 1, _BOTH, fp32=True),
     Kept("second norm's input", 1, fp32=True),
     Kept("second norm's output and scale", 2, _BOTH, fp32=True),
     Kept("modulated tokens, read by fc1", 1, _BOTH),
     Kept("fc1's output", 4),
-    Kept("GELU's output, read by fc2", 4, _BOTH),
+    Kept("GELU's output, read by fc2", 4, _BOTH, only_te=True),
     Kept("second gate, spread over tokens", 1, _BOTH, fp32=True),
     Kept("fc2's output, read by the gate", 1, fp32=True),
 )
@@ -213,6 +215,7 @@ def _bytes_per_token(
         if policy not in entry.absent
         and not (entry.only_bf16 and bytes_per_weight == FP32)
         and not (entry.only_split and parallel.context_parallel_size == 1)
+        and not (entry.only_te and parallel.transformer_impl == "local")
     )
     heads = config.num_attention_heads
     statistics = heads * FP32  # attention's log-sum-exp
@@ -231,8 +234,8 @@ def end_activations(
     video = sum(sample.video_length for sample in layout.samples)
     text = layout.num_tokens - video
     kept = 0
-    if stage == 0:  # rows that the projections read, and their results, whose shape the scatter into tokens keeps
-        kept += bytes_per_weight * (video * (config.row_size_in + width) + text * (config.text_embed_dim + width))
+    if stage == 0:  # rows that the projections read
+        kept += bytes_per_weight * (video * config.row_size_in + text * config.text_embed_dim)
     if stage == parallel.pipeline_parallel_size - 1:
         narrow, wide = _HEAD[ops]
         kept += video * (width * (narrow * bytes_per_weight + wide * FP32) + config.row_size_out * FP32)

@@ -20,6 +20,7 @@ FILL = 0.94  # of a GPU's memory that a run may count on
 VAE_ENCODER, T5_XXL_ENCODER = 92_215_456, 4_762_310_656  # parameters
 RESERVE = 5_000_000_000  # bytes of CUDA context, NCCL buffers and what the allocator can't use
 ELEMENTWISE = {"fused": 42, "reference": 133}  # bytes moved by a block's forward pass outside products, x D x tokens
+GELU = 16  # of these, GELU's
 OPTIMIZER_BYTES = 34  # moved per parameter of a rank's share: fp32 weight, moments and gradient read, three written
 
 
@@ -128,7 +129,7 @@ def _compute_seconds(
     attention = pair_flops(model) * squares
     products = forward_flops(model, layout, padding=True) - attention
     moved = ELEMENTWISE[ops] * model.hidden_size * layout.num_tokens * model.num_layers
-    again = _computed_again(model, parallel)
+    again = _computed_again(model, parallel, ops)
     seconds = {
         "matrix products": share
         * products
@@ -142,18 +143,19 @@ def _compute_seconds(
     return seconds
 
 
-def _computed_again(model: CogVideoXConfig, parallel: ParallelConfig) -> dict[str, float]:
-    """Return which share of a forward pass the recompute policy repeats."""
+def _computed_again(model: CogVideoXConfig, parallel: ParallelConfig, ops: Ops) -> dict[str, float]:
+    """Return which share of a forward pass the recompute policy repeats; our own MLP always repeats GELU."""
     policy, whole = parallel.recompute, 0.0
     if policy.startswith("block:"):
         whole = min(1.0, int(policy.removeprefix("block:")) * parallel.pipeline_parallel_size / model.num_layers)
     elif policy == "full":
         whole = 1.0
-    kept = policy == "keep_attention"
+    kept, selective = policy == "keep_attention", policy == "selective"
+    gelu = 0.0 if selective or parallel.transformer_impl != "local" else GELU / ELEMENTWISE[ops]
     return {
         "products": 1.0 if kept else whole,
         "attention": whole,
-        "elementwise": 1.0 if kept or policy == "selective" else whole,
+        "elementwise": (1.0 if kept or selective else whole) + gelu,
     }
 
 

@@ -1,5 +1,8 @@
+import weakref
+
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megacogvx import draws
@@ -140,7 +143,36 @@ def test_each_recompute_policy_keeps_less_than_the_one_before(groups):
     kept = {policy: _bytes_kept(groups, policy) for policy in POLICIES}
     assert kept["none"] > kept["selective"] > kept["keep_attention"] > kept["full"], kept
     assert kept["full"] < kept["block:1"] < kept["none"], kept
-    assert kept["selective"] < 0.7 * kept["none"] and kept["keep_attention"] < 0.5 * kept["selective"], kept
+    assert kept["selective"] < 0.8 * kept["none"] and kept["keep_attention"] < 0.5 * kept["selective"], kept
+
+
+@pytest.mark.parametrize("policy", ["full", "keep_attention"])
+def test_the_input_of_a_block_is_freed_once_its_gradient_is_known(groups, policy):
+    model, inputs, alive = _model(groups, recompute=policy), [], []
+    model.blocks["1"].register_forward_pre_hook(lambda _, arguments: inputs.append(weakref.ref(arguments[0])))
+    model.blocks["0"].attention.qkv.weight.register_post_accumulate_grad_hook(lambda _: alive.append(inputs[0]()))
+    torch.cat(_run(model, (0, 1, 2))).sum().backward()
+    assert len(inputs) == 1 and alive == [None]
+
+
+@pytest.mark.parametrize("policy", ["none", "selective"])
+def test_no_tensor_has_a_number_for_each_pair_of_tokens(groups, policy):
+    model, largest = _model(groups, recompute=policy), []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            largest.extend(x.numel() for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor))
+            return result
+
+    tokens = 640  # of the pack and nearly of its one long sample; the widest tensor a token has is the MLP's
+    sample = place_sample(0, 10, 16, 16, 0, CONFIG.patch)
+    layout = build_layout([sample], CONFIG.patch)
+    assert layout.num_tokens == tokens > 2 * CONFIG.ffn_hidden_size
+    rows = torch.ones(tokens, CONFIG.row_size_in)
+    with Sizes():
+        model(rows, torch.ones(0, CONFIG.text_embed_dim), torch.tensor([1, 0]), layout).sum().backward()
+    assert max(largest) == tokens * CONFIG.ffn_hidden_size
 
 
 def test_bf16_parameters_stay_near_fp32(groups):

@@ -5,6 +5,7 @@ from megacogvx.models.transformer import PRESETS, CogVideoXConfig, CogVideoXTran
 from megacogvx.models.transformer.parameters import parameter_count, with_parameters_of
 from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.groups import initialize, shutdown
+from megacogvx.parallel.tensor_parallel import is_cut
 
 ABLATIONS = (
     {"block": "shared_adaln"},
@@ -42,6 +43,23 @@ def test_the_closed_form_counts_every_ablation(preset, change, groups):
 
 def test_the_published_5b_model_has_the_published_number():
     assert parameter_count(CogVideoXConfig(preset="cogvideox_5b")) == 5_570_283_072
+
+
+def test_what_is_whole_on_every_tensor_rank_is_not_worth_cutting(groups):
+    """The figures in the docstring of `PackEmbedding`."""
+    config = CogVideoXConfig(preset="cogvideox_5b")
+    core = transformer_core(config, ParallelConfig(), groups, torch.bfloat16)
+    with torch.device("meta"):
+        model = CogVideoXTransformer(config, core, groups)
+
+    def share(chosen):
+        found = [p.numel() for name, p in model.named_parameters() if p.dim() == 2 and chosen(name, p)]
+        return sum(found) / parameter_count(config)
+
+    assert share(lambda name, p: name.startswith("embedding.")) == pytest.approx(0.0023, rel=0.01)
+    assert share(lambda name, p: not is_cut(p)) == pytest.approx(0.0027, rel=0.02)
+    assert share(lambda name, p: "blocks" in name and "modulation" in name) == pytest.approx(0.142, rel=0.01)
+    assert all(is_cut(p) for name, p in model.named_parameters() if "modulation" in name and p.dim() == 2)
 
 
 def test_equal_parameters_are_the_nearest_number_of_layers():
