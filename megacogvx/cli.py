@@ -25,6 +25,7 @@ VERBS = {
     "doctor": ("megacogvx.parallel.doctor", "look whether these machines are fit to train"),
     "convert": ("megacogvx.conversion.convert", "convert a checkpoint between our, diffusers' and SAT's format"),
     "inspect": ("megacogvx.conversion.inspect", "show what a checkpoint of any format holds, or how two differ"),
+    "evaluate": ("megacogvx.evaluation.evaluate", "measure how well a VAE keeps videos and images"),
     "generate": ("megacogvx.inference.generate", "generate a video from a prompt"),
     "report": ("megacogvx.evaluation.report", "draw runs and samples as one HTML page"),
 }

@@ -17,9 +17,17 @@ class DataError(MegacogvxError):
     """A video, caption file, dataset or record can't be read, or doesn't hold what its index says."""
 
 
+class AgreedError(DataError):
+    """A `DataError` that every rank raises at the same place, so that what they have begun together can be finished."""
+
+
 class CheckpointError(MegacogvxError):
     """A checkpoint is missing, half written, damaged or of another model."""
 
 
 class LaunchError(MegacogvxError):
     """The program was started with too few processes, or without what its layout needs."""
+
+
+class EndpointError(MegacogvxError):
+    """A service that was named, such as the language model that writes prompts out, doesn't answer as it should."""

@@ -34,6 +34,7 @@ from megacogvx.models.transformer.flops import training_flops
 from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.groups import ParallelGroups, initialize
 from megacogvx.testing import length_distribution as lengths
+from megacogvx.testing.peak_memory import peak_bytes as peak_bytes_of
 from megacogvx.testing.tolerance import relative_error
 
 EXPECTED = """Expected (matrix products and attention are 94% of a step on a CPU, and both sides do the same ones):
@@ -90,15 +91,7 @@ def take_turns(sides: list[Side], case: Case, rounds: int) -> None:
 def peak_bytes(side: Side) -> int:
     """Return the most bytes that the tensors of one forward and backward hold at a time, the gradients among them."""
     side.model.zero_grad(set_to_none=True)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        side.run()
-    held = peak = 0
-    assert profiler.profiler is not None
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
+    return peak_bytes_of(side.run)
 
 
 def compare(side: Side, reference: Side, dtype: torch.dtype) -> str:

@@ -15,7 +15,8 @@ class CheckpointConfig(Section):
     Attributes:
         keep_last: complete checkpoints that stay, the newest; None keeps all.
         keep_every: a checkpoint whose step is a multiple of this stays for ever; None: none does.
-        background: write while the training goes on; a step then waits for the copy of the states alone.
+        background: write while the training goes on; a step then waits for the copy of the states alone, which takes
+            as much memory of the host as they do.
         failed_saves: how many saves in a row may fail (a full disk, say) before the run stops; the training goes on
             meanwhile and the last good checkpoint stays.
         on_damaged: what a resumed run does when its newest checkpoint is damaged: go back to the newest good one, or

@@ -21,7 +21,7 @@ from megacogvx.log import get_logger
 
 MANIFEST = "manifest.json"
 FORMAT = "megacogvx-checkpoint"
-VERSION = 1
+VERSION = 2  # 1 had no checksum of the manifest itself
 TRACKER = "latest_checkpointed_iteration.txt"  # megatron-core's name and form, for scripts; nothing here reads it
 STEP_NAME = re.compile(r"step-(\d{8,})")
 # What a name may end with: a checkpoint that is being written, or was when the program ended; an older checkpoint of
@@ -168,8 +168,8 @@ def read_manifest(path: Path) -> tuple[int, dict[str, FileEntry]]:
         manifest = json.loads(text)
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"{file} is of format {manifest['format']!r}, not {FORMAT!r}")
-        if manifest["version"] > VERSION:
-            raise CheckpointError(f"{file} has version {manifest['version']}; this program reads up to {VERSION}")
+        if manifest["version"] != VERSION:
+            raise CheckpointError(f"{file} has version {manifest['version']}; this program reads version {VERSION}")
         step, entries = int(manifest["step"]), {name: FileEntry(**entry) for name, entry in manifest["files"].items()}
         _check_manifest(path, text, step, entries)
         return step, entries
@@ -210,8 +210,8 @@ def damaged_files(path: Path, entries: dict[str, FileEntry], names: Iterable[str
 
 
 def files_of(path: Path) -> list[str]:
-    """Return the names of all files below `path` but the manifest, in a fixed order."""
-    names = (file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+    """Return the names of all that lies below `path` but folders and the manifest, in a fixed order."""
+    names = (file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_symlink() or not file.is_dir())
     return sorted(name for name in names if name != MANIFEST)
 
 
@@ -252,15 +252,20 @@ def write_durably(file: Path, text: str) -> None:
 
 
 def _render(step: int, entries: dict[str, FileEntry]) -> str:
-    """Return the one text of a manifest."""
+    """Return the one text of a manifest, the checksum of what it says included."""
     files = {name: vars(entry) for name, entry in sorted(entries.items())}
-    return json.dumps({"format": FORMAT, "version": VERSION, "step": step, "files": files}, indent=1)
+    manifest = {"format": FORMAT, "version": VERSION, "step": step, "files": files}
+    digest = xxhash.xxh3_64(json.dumps(manifest, indent=1).encode()).hexdigest()
+    return json.dumps({**manifest, "xxh3": digest}, indent=1)
 
 
 def _check_manifest(path: Path, text: str, step: int, entries: dict[str, FileEntry]) -> None:
-    """Refuse a manifest that differs from what is written for its own content, by as little as a bit."""
+    """Refuse a manifest that differs from what is written for its own content, by as little as a bit.
+
+    A bit of a file's size or checksum would otherwise be blamed on that file.
+    """
     if text != _render(step, entries):
-        raise ValueError("it is not as it was written")
+        raise ValueError("it is not as it was written: its own checksum is wrong")
     named = STEP_NAME.fullmatch(path.name)
     if named and int(named[1]) != step:
         raise ValueError(f"it is of step {step}")

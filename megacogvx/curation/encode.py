@@ -28,9 +28,11 @@ from megacogvx.data.indexed.layout import MAX_ID, FloatDtype, TextDtype, TextKin
 from megacogvx.data.indexed.writer import shard_name
 from megacogvx.data.transforms import to_model_range
 from megacogvx.errors import ConfigError, DataError
+from megacogvx.inference.coding import add_coding_arguments, coding_of
 from megacogvx.inference.load import load_vae
 from megacogvx.models.text_encoder import TextEncoder
 from megacogvx.models.vae.model import CogVideoXVAE
+from megacogvx.models.vae.tiling import WHOLE, Coding
 from megacogvx.models.weights import weights_fingerprint
 from megacogvx.parallel.groups import LaunchEnvironment, launch_environment
 
@@ -61,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--latent-dtype", choices=dtypes, default="bf16", help="of the stored moments (default bf16)")
     add("--text-dtype", choices=dtypes, default="bf16", help="of stored embeddings (default bf16; ids are int32)")
     add("--first-frame", action="store_true", help="store each clip's first frame as pixels, for image to video")
-    add("--frames-per-chunk", type=int, help="frames that the VAE encodes together, 8 for released ones (default: all)")
+    add_coding_arguments(parser)
     add("--scaling-factor", type=float, help="latents times this have unit variance (default: 1 / measured deviation)")
     add("--measure-clips", type=int, default=64, help="clips that the scale is measured on (default 64)")
     add("--clips-per-shard", type=int, default=1024, help="default 1024")
@@ -90,7 +92,7 @@ def run(arguments: argparse.Namespace) -> None:
         load_vae(arguments.vae, device, dtype),
         TextEncoder.from_folder(arguments.text_encoder, arguments.text_length, device, dtype),
         arguments.text_kind,
-        arguments.frames_per_chunk,
+        coding_of(arguments),
         arguments.latent_dtype,
         arguments.text_dtype,
         arguments.first_frame,
@@ -118,7 +120,7 @@ class ClipEncoder:
         text_encoder: maps captions to embeddings_BLE.
         text_kind: "padded": a record holds all L embeddings; "real": only those of the caption's own tokens;
             "token_ids": no embedding, but the ids of the padded caption.
-        frames_per_chunk: frames that the VAE encodes together; None for the whole clip.
+        coding: how much the VAE encodes at once.
         latent_dtype, embedding_dtype: how values are stored.
         first_frame: whether records hold the clip's first frame as pixels.
     """
@@ -126,7 +128,7 @@ class ClipEncoder:
     vae: CogVideoXVAE
     text_encoder: TextEncoder
     text_kind: TextKind = "padded"
-    frames_per_chunk: int | None = None
+    coding: Coding = WHOLE
     latent_dtype: FloatDtype = "bf16"
     embedding_dtype: FloatDtype = "bf16"
     first_frame: bool = False
@@ -146,7 +148,7 @@ class ClipEncoder:
         """
         parameter = next(self.vae.parameters())
         video_BCTHW = to_model_range(read_clip(clip))[None].to(parameter.device, parameter.dtype)
-        moments_B2CTHW = self.vae.encode(video_BCTHW, self.frames_per_chunk)
+        moments_B2CTHW = self.vae.encode(video_BCTHW, self.coding)
         return to_field(moments_B2CTHW[0].permute(1, 2, 3, 0), self.latent_dtype)
 
     def texts(self, captions: Sequence[str]) -> list[torch.Tensor]:
@@ -180,7 +182,7 @@ class ClipEncoder:
             text_encoder_fingerprint=self.text_encoder.fingerprint,
             latent_channels=self.vae.config.latent_channels,
             vae_fingerprint=weights_fingerprint(self.vae),
-            frames_per_chunk=self.frames_per_chunk,
+            coding=str(self.coding),
             scale=scaling_factor,
             measured_clips=0 if scaling_factor is not None else min(measured, len(clips)),
             latent_dtype=self.latent_dtype,
@@ -296,7 +298,7 @@ def _finish(folder: Path, shards: list[str]) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    for name in ("text_length", "measure_clips", "clips_per_shard", "frames_per_chunk", "scaling_factor"):
+    for name in ("text_length", "measure_clips", "clips_per_shard", "scaling_factor"):
         value = getattr(arguments, name)
         if value is not None and value <= 0:
             raise ConfigError(f"--{name.replace('_', '-')} {value} must be positive")

@@ -30,7 +30,7 @@ class EncodeJob(Section):
         clips_per_shard: clips; with `clips` it decides what each shard holds.
         text_kind, text_length, text_width, text_encoder_fingerprint: of the embeddings.
         latent_channels, vae_fingerprint: of the moments.
-        frames_per_chunk: frames that the VAE encodes together; None for whole clips.
+        coding: how much the VAE encodes at once, in words.
         measured_clips: how many clips the scale is measured on; 0 when it is given.
         scale: what latents are multiplied with before diffusion; None: not measured yet.
         latent_dtype, text_dtype: of the stored values.
@@ -45,7 +45,7 @@ class EncodeJob(Section):
     text_encoder_fingerprint: str
     latent_channels: int
     vae_fingerprint: str
-    frames_per_chunk: int | None
+    coding: str
     measured_clips: int
     scale: float | None
     latent_dtype: FloatDtype = "bf16"

@@ -9,11 +9,11 @@ from __future__ import annotations
 import queue
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from megacogvx.errors import DataError
+from megacogvx.errors import AgreedError, DataError
 from megacogvx.log import get_logger
 
 T = TypeVar("T")
@@ -93,10 +93,15 @@ class FaultCounter:
         in_a_row: bad samples since the last good one, in the order of the plan.
     """
 
-    def __init__(self, limit: int) -> None:
-        """End the run at `limit` bad samples in a row."""
-        self.limit, self.in_a_row = limit, 0
-        self.counts: Counter[str] = Counter()
+    def __init__(self, limit: int, state: Mapping[str, Any] | None = None) -> None:
+        """End the run at `limit` bad samples in a row; `state`: from `state()` of an earlier start of the run."""
+        state = state or {}
+        self.limit, self.in_a_row = limit, int(state.get("in_a_row", 0))
+        self.counts: Counter[str] = Counter(state.get("counts", {}))
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed run goes on from, ready for JSON."""
+        return {"counts": dict(self.counts), "in_a_row": self.in_a_row}
 
     def add(self, faults: Sequence[int], sample_ids: Sequence[int]) -> None:
         """Count the samples of a step.
@@ -106,7 +111,7 @@ class FaultCounter:
             sample_ids: of the samples, in the order of the plan.
 
         Raises:
-            DataError: `limit` samples in a row are bad.
+            AgreedError: `limit` samples in a row are bad.
         """
         for fault, sample_id in zip(faults, sample_ids, strict=True):
             self.in_a_row = self.in_a_row + 1 if fault else 0
@@ -116,7 +121,7 @@ class FaultCounter:
             self.counts[reason] += 1
             logger.warning("sample %d is %s: its place holds zeros without loss", sample_id, reason)
             if self.in_a_row >= self.limit:
-                raise DataError(
+                raise AgreedError(
                     f"{self.in_a_row} samples in a row can't be read, the last one is {sample_id} ({reason}); bad "
                     f"samples so far: {dict(self.counts)}. Check the storage and `megacogvx data verify`; the limit is "
                     f"data.max_bad_in_a_row={self.limit}"

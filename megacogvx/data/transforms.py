@@ -57,6 +57,20 @@ def crop(frames_THW3: torch.Tensor, size: Size, position: tuple[float, float] = 
     return frames_THW3[:, top : top + size[0], left : left + size[1]]
 
 
+def cover(frames_THW3: torch.Tensor, size: Size, pixel_aspect: float = 1.0) -> torch.Tensor:
+    """Resize uint8 frames [T, H, W, 3] until `size` = (height, width) is covered, and keep the centre of that size.
+
+    Args:
+        frames_THW3: the frames, as stored.
+        size: of the result, pixels; square ones.
+        pixel_aspect: width of a stored pixel divided by its height.
+    """
+    height, width = frames_THW3.shape[1], frames_THW3.shape[2] * pixel_aspect
+    scale = max(size[0] / height, size[1] / width)
+    covering = max(size[0], round(height * scale)), max(size[1], round(width * scale))
+    return crop(resize(frames_THW3, covering), size)
+
+
 def multiple_size(height: int, width: int, multiple: int) -> Size:
     """Return the largest (height, width) within the given one that `multiple` divides.
 

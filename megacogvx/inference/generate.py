@@ -1,32 +1,36 @@
-"""The verb `generate`: prompts to MP4 files, on one process or under torchrun with the layouts of training.
+"""The verb `generate`: text, images or videos to MP4 files, on one process or under torchrun with training's layouts.
 
-Text encoder, transformer and VAE are loaded one after the other and never held together. Each replica (data-parallel
-rank) makes every n-th prompt; its first rank decodes and writes.
+Language model, text encoder, VAE and transformer are loaded one after the other and never held together. Each replica
+(data-parallel rank) makes every n-th video that isn't finished. Its ranks sample each of them together, and share the
+VAE's work: whole videos each, or the frames of every video.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from megacogvx.conversion.settings import Conventions
 from megacogvx.data.transforms import to_pixels
-from megacogvx.data.video import written_beside
 from megacogvx.diffusion.schedule import NoiseSchedule
-from megacogvx.errors import ConfigError
-from megacogvx.inference.denoise import Denoiser, SamplingSettings
-from megacogvx.inference.load import TransformerCheckpoint, VAECheckpoint, load_transformer, load_vae
-from megacogvx.inference.video_file import write_mp4, write_png_frames
+from megacogvx.inference.conditions import ConditionEncoder, read_first_frame, read_start
+from megacogvx.inference.denoise import Denoiser
+from megacogvx.inference.load import load_transformer, load_vae
+from megacogvx.inference.options import add_options, upsampler_name, upsampler_of
+from megacogvx.inference.outputs import Outputs
+from megacogvx.inference.plan import Plan, plan_of
+from megacogvx.inference.prompt_upsampler import PromptUpsampler
+from megacogvx.inference.requests import Job
+from megacogvx.inference.work import Work, list_work
 from megacogvx.log import get_logger, progress
 from megacogvx.models.text_encoder import TextEncoder
-from megacogvx.models.vae.config import VAEConfig
+from megacogvx.models.vae.model import CogVideoXVAE
+from megacogvx.pack_layout import repeated_frames
 from megacogvx.parallel.config import ParallelConfig
+from megacogvx.parallel.frame_parallel import gather_frames, shard_latents
+from megacogvx.parallel.gather import share
 from megacogvx.parallel.groups import (
     ParallelGroups,
     barrier,
@@ -40,228 +44,210 @@ EXAMPLE = """\
 example:
   megacogvx generate --checkpoint runs/transformer --vae runs/vae --text-encoder t5 \\
       --prompt "a dog runs along a beach" --frames 49 --height 480 --width 720 --output samples
-  torchrun --nproc-per-node 2 -m megacogvx generate --tensor-parallel-size 2 ...
+  megacogvx generate ... --image dog.png --prompt "the dog runs"          (an image-to-video model)
+  megacogvx generate ... --video clip.mp4 --strength 0.7 --prompt "a watercolour of a dog"
+  torchrun --nproc-per-node 2 -m megacogvx generate --tensor-parallel-size 2 --prompts-file prompts.jsonl ...
 
-Writes OUT/sample-000.mp4 and, beside it, sample-000.json with the prompt, the seed and all settings.
+Writes OUT/sample-000.mp4 and, beside it, sample-000.json with the prompt, the seed and all settings. The same command
+again goes on where it was interrupted; OUT must be a folder that all processes see.
 """
 
 logger = get_logger(__name__)
 
 
-@dataclass(frozen=True)
-class VideoSize:
-    """What is asked for: frames, and pixels of height and width."""
-
-    frames: int
-    height: int
-    width: int
-
-    def check(self, vae: VAEConfig, patch_size: int) -> None:
-        """Check that latents of this size exist and divide into patches.
-
-        Raises:
-            ConfigError: every size that doesn't work, with the nearest ones that do.
-        """
-        period = 2 * vae.temporal_compression_ratio if vae.temporal_compression_ratio > 1 else 1
-        pixels = vae.spatial_compression_ratio * patch_size
-        problems = []
-        if self.frames < 1 or self.frames % period != 1 % period:
-            below = max(1, (self.frames - 1) // period * period + 1)
-            problems.append(f"--frames {self.frames} must be {period}k + 1; nearest: {below}, {below + period}")
-        for name, size in (("--height", self.height), ("--width", self.width)):
-            if size < pixels or size % pixels:
-                below = size // pixels * pixels
-                near = f"{below}, {below + pixels}" if below else str(pixels)
-                problems.append(f"{name} {size} must be a multiple of {pixels} pixels; nearest: {near}")
-        if problems:
-            raise ConfigError("; ".join(problems))
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `generate`."""
-    add = parser.add_argument
-    add(
-        "--checkpoint", type=Path, required=True, help="run folder of a transformer (newest checkpoint) or a checkpoint"
-    )
-    add("--weights", choices=("live", "ema"), default="live", help="ema: the moving average, if the run kept one")
-    add("--vae", type=Path, required=True, help="run folder or checkpoint of the VAE that encoded its dataset")
-    add("--text-encoder", type=Path, required=True, help="folder with tokenizer/ and text_encoder/ (T5)")
-    add("--prompt", action="append", default=[], help="what to show; may be given several times")
-    add("--prompts-file", type=Path, help="a text file with one prompt a line")
-    add("--output", type=Path, default=Path("samples"), help="folder for the videos (default: samples)")
-    add("--frames", type=int, help="frames to make, 8k + 1 (default: the model's native length)")
-    add("--height", type=int, help="pixels, a multiple of 16 (default: the model's native size)")
-    add("--width", type=int, help="pixels, a multiple of 16 (default: the model's native size)")
-    add("--fps", type=float, default=8.0, help="frames per second of the files (default: 8)")
-    add("--steps", type=int, default=50, help="sampling steps (default: 50)")
-    add("--sampler", choices=("ddim", "dpm"), default="ddim", help="ddim: deterministic; dpm: stochastic, second order")
-    add("--guidance-scale", type=float, default=6.0, help="classifier-free guidance; 1 turns it off (default: 6)")
-    add("--guidance", choices=("constant", "monotone", "legacy"), default="constant",
-        help="the scale over the steps; legacy: as in the released samplers")  # fmt: skip
-    add("--negative-prompt", help='what to steer away from; "" is the empty prompt (default: as the weights expect it)')
-    add("--seed", type=int, default=0, help="of all noise (default: 0)")
-    add(
-        "--latents-per-chunk",
-        type=int,
-        help="latent frames decoded together: less memory, visible seams (default: all)",
-    )
-    add("--png", action="store_true", help="write each frame as a PNG as well")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on a GPU, fp32 on a CPU")
-    add("--tensor-parallel-size", type=int, default=1, help="ranks that share the linear layers (default: 1)")
-    add("--context-parallel-size", type=int, default=1, help="ranks that share the tokens (default: 1)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Generate every prompt's video.
+    """Generate every video that is asked for.
 
     Raises:
-        ConfigError: a size, a step count or the layout doesn't work; said before any model is loaded.
-        CheckpointError, DataError: a checkpoint or the text encoder can't be read.
+        ConfigError: a size, a step count, a request or the layout doesn't work; said before any model is loaded.
+        CheckpointError, DataError: a checkpoint, the text encoder, an image or a video can't be read.
+        EndpointError: the language model that is to write prompts out doesn't answer.
         LaunchError: the processes don't fit the layout.
     """
-    prompts = read_prompts(arguments.prompt, arguments.prompts_file)
-    transformer, vae = TransformerCheckpoint.find(arguments.checkpoint), VAECheckpoint.find(arguments.vae)
-    size, settings = video_size(arguments, transformer, vae), sampling_settings(arguments, transformer.conventions)
-    size.check(vae.config, transformer.config.patch_size)
-    settings.check(transformer.diffusion.num_train_timesteps)
-    if not arguments.fps > 0:
-        raise ConfigError(f"--fps {arguments.fps} must be positive")
-    transformer.check_vae(vae)
     parallel = ParallelConfig(
         tensor_parallel_size=arguments.tensor_parallel_size,
         context_parallel_size=arguments.context_parallel_size,
         device=arguments.device,
     )
+    plan = plan_of(arguments, parallel, upsampler_name(arguments))
     check_world_size(parallel, launch_environment().world_size)
     groups = initialize(parallel, arguments.seed)
     try:
-        generate(prompts, size, settings, transformer, vae, arguments, groups)
-        barrier(groups)
+        generate(plan, groups, lambda: upsampler_of(arguments, groups.device))
     finally:
         shutdown()
 
 
-def generate(
-    prompts: list[str],
-    size: VideoSize,
-    settings: SamplingSettings,
-    transformer: TransformerCheckpoint,
-    vae: VAECheckpoint,
-    arguments: argparse.Namespace,
-    groups: ParallelGroups,
-) -> None:
-    """Make the videos of this replica's prompts: encode all, denoise all, decode all."""
-    dtype = torch.bfloat16 if _is_bf16(arguments.precision, groups.device) else torch.float32
-    mine = dict(list(enumerate(prompts))[groups.data[0] :: groups.data[1]])
-    began = time.perf_counter()
-    texts = encode_prompts(list(mine.values()), arguments, transformer, groups.device, dtype)
-    denoiser = Denoiser(
-        load_transformer(transformer.path, groups, dtype, arguments.weights),
-        NoiseSchedule(transformer.diffusion),
-        groups,
-    )
-    channels, *latent_size = vae.config.latent_shape(size.frames, size.height, size.width)
-    shape = (latent_size[0], channels, latent_size[1], latent_size[2])
-    latents = {}
-    for place, (text_LE, null_LE) in zip(mine, texts, strict=True):
-        latents[place] = denoiser.sample(text_LE, null_LE, shape, settings, place)
-    del denoiser
-    if (groups.tensor[0], groups.context[0]) != (0, 0):
-        return
-    decoder = load_vae(vae.path, groups.device, dtype)
-    for place, latents_TCHW in progress(latents.items(), "decode", len(latents)):
-        z_BCTHW = (latents_TCHW / transformer.scaling_factor).transpose(0, 1)[None].to(dtype)
-        with torch.no_grad():
-            video_CTHW = decoder.decode(z_BCTHW, arguments.latents_per_chunk)[0]
-        facts = {
-            "prompt": mine[place], "negative_prompt": arguments.negative_prompt, "place": place, **asdict(size),
-            "fps": arguments.fps, **asdict(settings), "precision": "bf16" if dtype == torch.bfloat16 else "fp32",
-            "layout": f"tp{groups.tensor[1]} cp{groups.context[1]} dp{groups.data[1]}",
-            "transformer": str(transformer.path), "transformer_step": transformer.step, "vae": str(vae.path),
-            "scaling_factor": transformer.scaling_factor, "seconds": round(time.perf_counter() - began, 1),
-        }  # fmt: skip
-        write_sample(to_pixels(video_CTHW), arguments.output / f"sample-{place:03d}", size, facts, arguments.png)
+def generate(plan: Plan, groups: ParallelGroups, upsampler: Callable[[], PromptUpsampler] = PromptUpsampler) -> None:
+    """Make the videos of this replica: write prompts out, encode, sample, decode; all ranks call it together."""
+    dtype = torch.bfloat16 if _is_bf16(plan.precision, groups.device) else torch.float32
+    outputs = Outputs(plan.output, plan.png, plan.contact_sheet, plan.overwrite)
+    everything = list_work(plan, outputs, groups, dtype, upsampler)
+    mine = everything[groups.data[0] :: groups.data[1]]
+    unsampled = [work for work in mine if not work.is_sampled]
+    texts = encode_texts(plan, unsampled, groups.device, dtype) if unsampled else {}
+    conditions = encode_conditions(plan, unsampled, groups, dtype)
+    latents: dict[str, torch.Tensor] = {}
+    if any(not work.is_sampled for work in everything):
+        latents = sample(plan, unsampled, texts, conditions, outputs, groups, dtype)
+    decode(plan, mine, latents, outputs, groups, dtype)
+    barrier(groups)
+    if groups.is_first:
+        outputs.clear()
 
 
-def encode_prompts(
-    prompts: list[str],
-    arguments: argparse.Namespace,
-    transformer: TransformerCheckpoint,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return (embedding of the prompt, embedding of no prompt), each `[L, E]`, as the dataset's texts were made.
+def encode_texts(
+    plan: Plan, todo: Sequence[Work], device: torch.device, dtype: torch.dtype
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Return by job (embedding of the text, embedding of no text), each `[L, E]` on the CPU, as the dataset's are.
 
-    Without a negative prompt the second is what the weights expect: zeros of the first one's length, as dropped texts
-    are in training, or the empty prompt.
+    Every distinct text is encoded once. Without a negative prompt the second is what the weights expect: zeros of the
+    first one's length, as dropped texts are in training, or the empty prompt.
     """
-    length, pads = transformer.encoder.text_length, transformer.encoder.pads_text
-    encoder = TextEncoder.from_folder(arguments.text_encoder, length, device, dtype)
-    if encoder.width != transformer.config.text_embed_dim:
-        raise ConfigError(
-            f"text encoder {arguments.text_encoder} has width {encoder.width}, the model was trained with "
-            f"model.text_embed_dim={transformer.config.text_embed_dim}; use the encoder that made its dataset"
-        )
+    info, conventions = plan.transformer.encoder, plan.transformer.conventions
+    encoder = TextEncoder.from_folder(plan.text_encoder, info.text_length, device, dtype)
+    known: dict[str, torch.Tensor] = {}
 
     def encode(text: str) -> torch.Tensor:
-        embeddings_BLE, lengths_B = encoder.encode([text])
-        return embeddings_BLE[0] if pads else embeddings_BLE[0, : int(lengths_B[0])]
+        if text not in known:
+            embeddings_BLE, lengths_B = encoder.encode([text])
+            length = info.text_length if info.pads_text else int(lengths_B[0])
+            known[text] = embeddings_BLE[0, :length].cpu()
+        return known[text]
 
-    texts = [encode(prompt) for prompt in prompts]
-    if arguments.negative_prompt is None and transformer.conventions.unconditional_text == "zeros":
-        return [(text_LE, torch.zeros_like(text_LE)) for text_LE in texts]
-    negative_LE = encode(arguments.negative_prompt or "")
-    return [(text_LE, negative_LE) for text_LE in texts]
-
-
-def write_sample(frames_THWC: torch.Tensor, stem: Path, size: VideoSize, facts: dict[str, Any], png: bool) -> None:
-    """Write STEM.mp4, STEM.json and, where asked for, STEM/frame-0000.png and so on."""
-    expected = (size.frames, size.height, size.width, 3)
-    assert frames_THWC.shape == expected, f"decoded {tuple(frames_THWC.shape)}, asked for {expected}"
-    write_mp4(frames_THWC, stem.with_suffix(".mp4"), facts["fps"])
-    if png:
-        write_png_frames(frames_THWC, stem)
-    with written_beside(stem.with_suffix(".json")) as beside:
-        beside.write_text(json.dumps(facts, indent=1) + "\n")
-    logger.info("wrote %s: %d frames of %d x %d", stem.with_suffix(".mp4"), size.frames, size.height, size.width)
+    texts = {}
+    for work in progress(todo, "encode texts"):
+        text_LE, negative = encode(work.text), work.job.negative_prompt
+        is_zeros = negative is None and conventions.unconditional_text == "zeros"
+        texts[work.job.name] = text_LE, torch.zeros_like(text_LE) if is_zeros else encode(negative or "")
+    return texts
 
 
-def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
-    """Return the prompts of the command line, then those of the file, empty lines left out.
+def encode_conditions(
+    plan: Plan, todo: Sequence[Work], groups: ParallelGroups, dtype: torch.dtype
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Return by job the scaled latents of its image (`image_CHW`) and of the video it starts from (`video_TCHW`).
 
-    Raises:
-        ConfigError: there is none, or the file can't be read.
+    Unless the ranks of a replica share frames, each encodes some of the jobs and gives the others the result.
     """
-    lines: list[str] = []
-    if file is not None:
-        try:
-            lines = [line.strip() for line in file.read_text().splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--prompts-file {file} can't be read: {error}") from None
-    if not prompts and not lines:
-        raise ConfigError("there is no prompt; give --prompt TEXT, or --prompts-file with one prompt a line")
-    return [*prompts, *lines]
+    starting = [work.job for work in todo if work.job.image is not None or plan.starts_from_video(work.job)]
+    if not starting:
+        return {}
+    encoder = ConditionEncoder(
+        load_vae(plan.vae.path, groups.device, dtype), plan.transformer.scaling_factor,
+        plan.transformer.conventions.image_latent_scale, plan.coding, plan.image_noise,
+        groups if plan.vae_over_ranks else None,
+    )  # fmt: skip
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for number, job in enumerate(progress(starting, "encode images and videos")):
+        source = number % groups.replica[1]
+        is_mine = plan.vae_over_ranks or source == groups.replica[0]
+        parts = _conditions(plan, job, encoder, is_mine)
+        found[job.name] = {name: share(part, source, groups).cpu() for name, part in parts.items()}
+    return found
 
 
-def video_size(arguments: argparse.Namespace, transformer: TransformerCheckpoint, vae: VAECheckpoint) -> VideoSize:
-    """Return the size that is asked for, the model's native one where an option is left out."""
-    model, ratio = transformer.config, vae.config.spatial_compression_ratio
-    native = (model.sample_frames, model.sample_height * ratio, model.sample_width * ratio)
-    asked = (arguments.frames, arguments.height, arguments.width)
-    return VideoSize(*(default if given is None else given for given, default in zip(asked, native, strict=True)))
+def _conditions(plan: Plan, job: Job, encoder: ConditionEncoder, is_mine: bool) -> dict[str, torch.Tensor]:
+    """Return a job's conditions, or tensors of their shapes for another rank to fill."""
+    size, (frames, *cell) = (plan.size.height, plan.size.width), plan.latent_shape
+    draw = job.settings.seed, job.place
+    parts = {}
+    if job.image is not None:
+        empty = torch.empty(*cell)
+        parts["image_CHW"] = encoder.image(read_first_frame(job.image, size), *draw) if is_mine else empty
+    if job.video is not None and plan.starts_from_video(job):
+        empty = torch.empty(frames, *cell)
+        if is_mine:
+            parts["video_TCHW"] = encoder.video(read_start(job.video, size, plan.size.frames, plan.fps), *draw)
+        else:
+            parts["video_TCHW"] = empty
+    return parts
 
 
-def sampling_settings(arguments: argparse.Namespace, conventions: Conventions | None = None) -> SamplingSettings:
-    """Return the settings of the sampling loop that the options ask for, and those that the weights do."""
-    return SamplingSettings(
-        num_steps=arguments.steps,
-        sampler=arguments.sampler,
-        guidance=arguments.guidance,
-        guidance_scale=arguments.guidance_scale,
-        seed=arguments.seed,
-        repeated_frames=(conventions or Conventions()).repeated_frames,
-    )
+def sample(
+    plan: Plan,
+    todo: Sequence[Work],
+    texts: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    conditions: Mapping[str, Mapping[str, torch.Tensor]],
+    outputs: Outputs,
+    groups: ParallelGroups,
+    dtype: torch.dtype,
+) -> dict[str, torch.Tensor]:
+    """Sample the latents of videos, and keep each on disk as soon as it is there.
+
+    All ranks call it together, for they load the transformer together; one whose replica has nothing to do as well.
+
+    Returns:
+        By job, latents `[T, C, H, W]` fp32 on the CPU.
+    """
+    transformer = plan.transformer
+    latents: dict[str, torch.Tensor] = {}
+    if copies := repeated_frames(plan.latent_shape[0], transformer.config.patch_size_t):
+        logger.info("model.patch_size_t=%d: %d more latent frames are sampled in front and dropped",
+                    transformer.config.patch_size_t, copies)  # fmt: skip
+    model = load_transformer(transformer.path, groups, dtype, plan.weights)
+    denoiser = Denoiser(model, NoiseSchedule(transformer.diffusion), groups)
+    bar = progress(range(sum(plan.steps_of(work.job) for work in todo)), f"sample {len(todo)} videos")
+    for work in todo:
+        began, job = time.perf_counter(), work.job
+        text_LE, null_LE = texts[job.name]
+        latents_TCHW = denoiser.sample(
+            text_LE, null_LE, plan.latent_shape, job.settings, job.place, **conditions.get(job.name, {}),
+            on_step=lambda: next(bar),
+        )  # fmt: skip
+        work.facts["seconds"] = round(time.perf_counter() - began, 1)
+        latents[job.name] = latents_TCHW.cpu()
+        if groups.replica[0] == 0:
+            outputs.keep_latents(job.name, latents_TCHW, work.facts)
+    next(bar, None)
+    return latents
+
+
+def decode(
+    plan: Plan,
+    todo: Sequence[Work],
+    latents: Mapping[str, torch.Tensor],
+    outputs: Outputs,
+    groups: ParallelGroups,
+    dtype: torch.dtype,
+) -> None:
+    """Decode and write the files: each rank of a replica some of the videos, or all ranks each video's frames.
+
+    Args:
+        plan: what is made.
+        todo: the videos of this replica.
+        latents: by job, those that were sampled just now; the others lie on disk.
+        outputs, groups, dtype: where to, on which ranks, in which precision.
+    """
+    if not plan.vae_over_ranks:
+        todo = todo[groups.replica[0] :: groups.replica[1]]
+    if not todo:
+        return
+    decoder = load_vae(plan.vae.path, groups.device, dtype)
+    for work in progress(todo, "decode"):
+        began, name = time.perf_counter(), work.job.name
+        latents_TCHW = latents[name] if name in latents else outputs.kept_latents(name)
+        z_BCTHW = (latents_TCHW / plan.transformer.scaling_factor).transpose(0, 1)[None].to(groups.device, dtype)
+        frames_THWC = to_pixels(_decoded(decoder, z_BCTHW, plan, groups)[0])
+        if plan.vae_over_ranks and groups.replica[0]:
+            continue
+        expected = (plan.size.frames, plan.size.height, plan.size.width, 3)
+        assert frames_THWC.shape == expected, f"decoded {tuple(frames_THWC.shape)}, asked for {expected}"
+        work.facts["seconds"] = round(work.facts["seconds"] + time.perf_counter() - began, 1)
+        outputs.write(name, frames_THWC, work.facts)
+
+
+@torch.no_grad()
+def _decoded(decoder: CogVideoXVAE, z_BCTHW: torch.Tensor, plan: Plan, groups: ParallelGroups) -> torch.Tensor:
+    if not plan.vae_over_ranks:
+        return decoder.decode(z_BCTHW, plan.coding)
+    shard = shard_latents(z_BCTHW.shape[2], groups.replica_group)
+    return gather_frames(decoder.decode(shard.cut(z_BCTHW), plan.coding, shard=shard), groups.replica_group)
 
 
 def _is_bf16(precision: str, device: torch.device) -> bool:

@@ -11,9 +11,12 @@ from pathlib import Path
 
 import torch
 
-from megacogvx.checkpoint.distributed import MODEL, load
+from megacogvx.checkpoint.distributed import load
 from megacogvx.checkpoint.find import Checkpoint, find_checkpoint
+from megacogvx.checkpoint.run_state import MODEL
 from megacogvx.checkpoint.whole import load_whole
+from megacogvx.conversion import diffusers
+from megacogvx.conversion.part import ReadOptions
 from megacogvx.conversion.settings import Conventions
 from megacogvx.data.indexed.layout import EncoderInfo
 from megacogvx.diffusion.config import DiffusionConfig
@@ -70,18 +73,28 @@ class TransformerCheckpoint(Checkpoint):
         """What the VAE's latents were multiplied by in training."""
         return self.diffusion.scaling_factor or self.encoder.latent_scale_factor
 
+    @property
+    def expects_image(self) -> bool:
+        """Whether this is an image-to-video model."""
+        return self.config.in_channels == 2 * self.config.out_channels
+
+    def check_weights(self, weights: str) -> None:
+        """Raise `ConfigError` when the checkpoint doesn't keep this set of weights."""
+        if weights == EMA and not self.resolved.get("ema", {}).get("decay"):
+            raise ConfigError(f"{self.path} keeps no averaged weights (ema.decay was 0); take the live ones")
+
     def check_vae(self, vae: VAECheckpoint) -> None:
-        """Raise `ConfigError` when this VAE can't decode what the transformer makes."""
+        """Raise `ConfigError` when this VAE can't decode what the transformer makes, or nothing could be made."""
         if vae.config.latent_channels != self.config.out_channels:
             raise ConfigError(
                 f"the VAE {vae.path} has latent_channels={vae.config.latent_channels}, the transformer {self.path} "
                 f"makes model.out_channels={self.config.out_channels}; use the VAE that encoded its dataset"
             )
-        if self.config.in_channels != self.config.out_channels:
+        if self.config.in_channels not in (self.config.out_channels, 2 * self.config.out_channels):
             raise ConfigError(
                 f"the transformer {self.path} has model.in_channels={self.config.in_channels} for "
-                f"{self.config.out_channels} channels of noise: it expects an image as well, and only text to video "
-                "is generated here"
+                f"model.out_channels={self.config.out_channels} of noise; what works is the same number, or twice as "
+                "many for image to video"
             )
 
 
@@ -122,15 +135,14 @@ def load_transformer(
         DataError: a weight is NaN or infinite.
     """
     checkpoint = TransformerCheckpoint.find(path)
-    if weights == EMA and not checkpoint.resolved.get("ema", {}).get("decay"):
-        raise ConfigError(f"{checkpoint.path} keeps no averaged weights (ema.decay was 0); take the live ones")
+    checkpoint.check_weights(weights)
     parallel = ParallelConfig(
         tensor_parallel_size=groups.tensor[1], context_parallel_size=groups.context[1], ring_size=groups.ring[1]
     )
     model = CogVideoXTransformer(
         checkpoint.config, transformer_core(checkpoint.config, parallel, groups, dtype), groups
     ).to(groups.device)
-    load(checkpoint.path, model, None, groups, weights=EMA if weights == EMA else MODEL)
+    load(checkpoint.path, model, None, groups, weights=f"{EMA}." if weights == EMA else MODEL)
     check_finite(model, str(checkpoint.path))
     kind = ", averaged weights" if weights == EMA else ""
     logger.info("transformer of step %d from %s%s", checkpoint.step, checkpoint.path, kind)
@@ -143,7 +155,7 @@ def load_vae(path: Path, device: torch.device, dtype: torch.dtype) -> CogVideoXV
     If its run kept averaged weights (`ema.decay`), those are taken.
 
     Args:
-        path: run folder or checkpoint.
+        path: run folder or checkpoint of ours, or a diffusers folder: a pipeline's or its `vae/`.
         device, dtype: where the model goes, and its weights' dtype.
 
     Returns:
@@ -153,10 +165,24 @@ def load_vae(path: Path, device: torch.device, dtype: torch.dtype) -> CogVideoXV
         CheckpointError: `path` holds no complete checkpoint of a VAE, or it is damaged.
         DataError: a weight is NaN or infinite.
     """
+    published = diffusers.find(path).get("vae")
+    model = _trained_vae(path) if published is None else _published_vae(published)
+    check_finite(model, str(path))
+    return model.to(device, dtype).eval().requires_grad_(False)
+
+
+def _trained_vae(path: Path) -> CogVideoXVAE:
     checkpoint = VAECheckpoint.find(path)
     model = CogVideoXVAE(checkpoint.config)
     averaged = bool(checkpoint.resolved.get("ema", {}).get("decay"))
     load_whole(checkpoint.path, model, "ema." if averaged else "model.")
-    check_finite(model, str(checkpoint.path))
     logger.info("VAE of step %d from %s%s", checkpoint.step, checkpoint.path, ", averaged weights" if averaged else "")
-    return model.to(device, dtype).eval().requires_grad_(False)
+    return model
+
+
+def _published_vae(folder: Path) -> CogVideoXVAE:
+    part = diffusers.open_part("vae", folder, ReadOptions())
+    model = CogVideoXVAE(part.vae.vae)
+    model.load_state_dict({name: part.tensors.read(name) for name in part.tensors.infos})
+    logger.info("VAE from the diffusers folder %s", folder)
+    return model

@@ -156,6 +156,19 @@ def find_files(folder: Path) -> dict[str, Path]:
     return files
 
 
+def width_of(folder: Path | str) -> int:
+    """Read E, the width of an encoder's embeddings, from its config alone.
+
+    Raises:
+        DataError: files are missing (all are named), or the config doesn't say.
+    """
+    config = find_files(Path(folder))["config.json"]
+    try:
+        return int(json.loads(config.read_text())["d_model"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{config} is not the config of a T5 encoder: {error!r}") from None
+
+
 def _shards(index: Path) -> list[str]:
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))

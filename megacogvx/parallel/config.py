@@ -28,6 +28,9 @@ class ParallelConfig(Section):
             parts (norms with modulation, QK-norm with rotation, gates, GELU); "keep_attention": everything of a block
             but the attention itself; "full": each block from its input; "block:N": the same for the first N blocks of
             each pipeline stage.
+        data_parallel: how gradients and optimizer states lie on the data ranks. "distributed_optimizer": every rank
+            holds the weights, and a share of the states (ZeRO stage 1); "megatron_fsdp" is refused, with the reason.
+        overlap_grad_reduce: reduce each bucket of gradients while the backward pass goes on.
         attention_backend: the kernel of `packed_attention`; "auto" chooses for each pack: on Hopper FlashAttention 3
             where it is installed, else one dense cuDNN call a sample where samples are long, else a kernel for
             samples of unequal length; "reference" elsewhere.
@@ -45,6 +48,8 @@ class ParallelConfig(Section):
     timeout_minutes: float = Field(10.0, gt=0)
     recompute: str = Field("none", pattern=r"^(none|selective|keep_attention|full|block:[1-9]\d*)$")
 
+    data_parallel: Literal["distributed_optimizer", "megatron_fsdp"] = "distributed_optimizer"
+    overlap_grad_reduce: bool = False
     attention_backend: Literal["auto", "reference", "cudnn", "flash2", "flash3", "varlen", "transformer_engine"] = (
         "auto"
     )
@@ -63,6 +68,13 @@ class ParallelConfig(Section):
             raise ValueError(
                 f"attention_backend={self.attention_backend} doesn't return what ring_size={self.ring_size} has to "
                 "merge; use attention_backend=auto, or ring_size=1"
+            )
+        if self.data_parallel == "megatron_fsdp":
+            raise ValueError(
+                "data_parallel=megatron_fsdp is not offered: megatron-core 0.16.1 wraps models in Megatron-FSDP on "
+                "CUDA devices alone, so no test here can hold its gradients to those of one process; use "
+                "data_parallel=distributed_optimizer, and for less memory tensor_parallel_size, pipeline_parallel_size "
+                "or recompute"
             )
         if self.fp8_recipe != "none" and self.transformer_impl != "transformer_engine":
             raise ValueError(

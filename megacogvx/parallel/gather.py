@@ -1,4 +1,4 @@
-"""Rows of a pack from all ranks that share it to each of them; sampling needs them together, training never does."""
+"""What the ranks of a replica hold, to each of them; sampling needs rows and latents together, training never does."""
 
 from __future__ import annotations
 
@@ -30,6 +30,27 @@ def gather_rows(rows_VP: torch.Tensor, layout: PackLayout, groups: ParallelGroup
     for group in (groups.tensor_group, groups.context_group):  # the inner cut first
         tokens_SP = _gather(tokens_SP, group)
     return tokens_SP[layout.local(device=rows_VP.device).video_index]
+
+
+def share(tensor: torch.Tensor, source: int, groups: ParallelGroups) -> torch.Tensor:
+    """Give every rank of a replica what one of them holds.
+
+    Args:
+        tensor: on the source what is shared; elsewhere any tensor of its shape and dtype, which is overwritten.
+        source: the rank among those of the replica, context ranks outer, tensor ranks inner.
+        groups: process groups.
+
+    Returns:
+        `tensor`, on `groups.device`.
+
+    Backward: none; the result has no gradient.
+    """
+    context, inner = divmod(source, groups.tensor[1])
+    tensor = tensor.detach().to(groups.device).contiguous()
+    for group, place in ((groups.context_group, context), (groups.tensor_group, inner)):
+        if group.size() > 1:
+            dist.broadcast(tensor, group=group, group_src=place)
+    return tensor
 
 
 def _gather(tokens_SP: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

@@ -90,6 +90,16 @@ class ParallelGroups:
         return self.collection.dp_cp
 
     @property
+    def replica(self) -> tuple[int, int]:
+        """(rank, size) among the ranks of one replica's stage: context ranks outer, tensor ranks inner."""
+        return self.context[0] * self.tensor[1] + self.tensor[0], self.context[1] * self.tensor[1]
+
+    @property
+    def replica_group(self) -> dist.ProcessGroup:
+        """Tensor x context ranks of a stage: those that sample one video together, in the order of `replica`."""
+        return self.collection.tp_cp
+
+    @property
     def pipeline_group(self) -> dist.ProcessGroup:
         """Ranks that hold the stages of one model, in order."""
         return self.collection.pp

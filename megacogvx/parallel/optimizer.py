@@ -9,11 +9,16 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, ParamKey, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 
 from megacogvx.errors import ConfigError
 from megacogvx.parallel.groups import ParallelGroups
+from megacogvx.parallel.sharded_optimizer import load_states, sharded_states
+
+STATES = "param_state"  # in the optimizer's state dict: what lies on the data ranks
+NOT_CORES = (STATES, "param_state_sharding_type")  # the second stands in checkpoints of core's own format
 
 
 def build_optimizer(
@@ -204,25 +209,27 @@ class Optimizer:
         """Read the master weights from the model again, after its weights were set from elsewhere."""
         self.inner.reload_model_params()
 
-    def sharded_state_dict(
-        self, model_state: dict[str, Any], metadata: dict[str, Any], *, is_loading: bool = False
-    ) -> dict[str, Any]:
-        """Return master weights, moments and step count as sharded tensors named after the model's.
+    def sharded_state_dict(self, model_state: dict[str, Any]) -> dict[str, Any]:
+        """Return master weights, moments and step count as sharded tensors named after the model's; nothing is sent.
 
         Args:
             model_state: the model's, from `sharded_state.sharded_state_dict`.
-            metadata: megatron-core's choice of format.
-            is_loading: make room for a checkpoint to be loaded instead of gathering the states.
         """
-        result: dict[str, Any] = self.inner.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
-        return result
+        return {**self._alone.state_dict(), STATES: sharded_states(self._alone, model_state)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], model_state: dict[str, Any]) -> None:
         """Load what `sharded_state_dict` described. Rates, betas, eps and weight decay stay those of this run."""
-        self.inner.load_state_dict(state)
+        self._alone.load_state_dict({name: value for name, value in state.items() if name not in NOT_CORES})
+        load_states(self._alone, model_state, state[STATES])
         # The checkpoint brings back the settings of the run that wrote it, which would silently win over the config.
         for group, settings in zip(self.inner.param_groups, self._settings, strict=True):
             group.update(settings)
+
+    @property
+    def _alone(self) -> DistributedOptimizer:
+        """megatron-core's optimizer inside the chain, of which it is the only one: dense weights of one dtype."""
+        (alone,) = self.inner.chained_optimizers
+        return alone
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:

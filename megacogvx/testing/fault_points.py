@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -30,12 +31,12 @@ def kill_at(point: str, step: int) -> None:
 
 def kill_at_call(name: str, number: int, step: int) -> None:
     """End this process by SIGKILL before call `number` of `os.<name>`, counted from the save after step `step` on."""
-    here = {"step": -1, "calls": 0}
-    _follow_steps(here)
+    here = {"saved": 0, "calls": 0}
+    _follow_saves(here)
     real = getattr(os, name)
 
     def counted(*arguments: Any, **options: Any) -> Any:
-        if here["step"] >= step and "checkpoints" in str(arguments[0] if name != "fsync" else _path_of(arguments[0])):
+        if here["saved"] > step and "checkpoints" in str(arguments[0] if name != "fsync" else _path_of(arguments[0])):
             if here["calls"] == number:
                 os.kill(os.getpid(), signal.SIGKILL)
             here["calls"] += 1
@@ -44,20 +45,33 @@ def kill_at_call(name: str, number: int, step: int) -> None:
     setattr(os, name, counted)
 
 
-def kill_writer(step: int) -> None:
-    """End the child that writes the checkpoint after `step`, by SIGKILL, before its first byte."""
-    _in_writer(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
+def fail_writer(step: int) -> None:
+    """Let the thread that writes the checkpoint after `step` fail before its first byte."""
+
+    def fail() -> None:
+        raise RuntimeError("the writer fails")
+
+    _in_writer(step, fail)
 
 
-def kill_beside_writer(step: int) -> None:
-    """End this process by SIGKILL while its child still writes the checkpoint after `step`."""
-    training = os.getpid()
+def kill_in_writer(step: int) -> None:
+    """End this process by SIGKILL while the training goes on and its thread writes the checkpoint after `step`."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    def kill_and_go_on() -> None:
-        os.kill(training, signal.SIGKILL)
-        time.sleep(0.2)
+    write_item = filesystem_async._write_item
 
-    _in_writer(step, kill_and_go_on)
+    def kill_after_some() -> None:
+        left = [20]  # tensors
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            left[0] -= 1
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return write_item(*arguments, **options)
+
+        _put(filesystem_async, "_write_item", counted)
+
+    _in_writer(step, kill_after_some)
 
 
 def spoil(what: str, value: float, step: int, times: int = 1) -> None:
@@ -158,27 +172,49 @@ def slow(seconds: float) -> None:
     _before("forward", lambda *_, **__: time.sleep(seconds))
 
 
-def limit_files(size: int, step: int) -> None:
-    """Let no file of this process, nor of the writer that it forks, grow beyond `size` bytes during `step`."""
-    here = {"step": -1}
+def fill_log(step: int) -> None:
+    """Let the disk be full for metrics.jsonl when it takes the row of `step`: for that moment it is /dev/full."""
+    from megacogvx.training.metrics import MetricsFile
 
-    def change(now: int) -> None:
-        at = resource.RLIM_INFINITY if now != step else size
+    add = MetricsFile.add
+
+    def full(self: MetricsFile, row: dict[str, Any]) -> None:
+        if row["step"] != step or not self.writes or self.path.name != "metrics.jsonl":
+            return add(self, row)
+        kept = self.path.with_suffix(".kept")
+        os.rename(self.path, kept)
+        self.path.symlink_to("/dev/full")
+        try:
+            return add(self, row)
+        finally:
+            os.rename(kept, self.path)
+
+    MetricsFile.add = full  # type: ignore[method-assign]
+
+
+def limit_files(size: int, step: int) -> None:
+    """Let no file of this process grow beyond `size` bytes from the save after `step` on until the next one begins.
+
+    The save before is complete by then.
+    """
+
+    def limit(at: int) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (at, resource.RLIM_INFINITY))
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    _follow_steps(here, change)
+    limited = {True: size, False: resource.RLIM_INFINITY}
+    _follow_saves({"saved": 0}, lambda saved: limit(limited[saved == step + 1]))
 
 
 def fail_call(name: str, step: int, number: int, error: int) -> None:
     """Let call `number` of `os.<name>` on a checkpoint after `step`, by this very process, fail (5 is EIO)."""
-    here = {"step": -1, "calls": 0, "process": os.getpid()}
-    _follow_steps(here)
+    here = {"saved": 0, "calls": 0, "process": os.getpid()}
+    _follow_saves(here)
     real = getattr(os, name)
 
     def failing(*arguments: Any, **options: Any) -> Any:
         where = arguments[0] if name != "fsync" else _path_of(arguments[0])
-        if here["step"] >= step and "checkpoints" in str(where) and os.getpid() == here["process"]:
+        if here["saved"] > step and "checkpoints" in str(where) and os.getpid() == here["process"]:
             here["calls"] += 1
             if here["calls"] == number + 1:
                 raise OSError(error, os.strerror(error))
@@ -229,8 +265,8 @@ def jump_clock(seconds: float, step: int) -> None:
 FAULTS: dict[str, Callable[..., None]] = {
     function.__name__: function
     for function in (
-        kill_at, kill_at_call, kill_writer, kill_beside_writer, spoil, hang, slow, limit_files, fail_call, signal_self,
-        fail_reading, jump_clock,
+        kill_at, kill_at_call, fail_writer, kill_in_writer, spoil, hang, slow, limit_files, fail_call, signal_self,
+        fail_reading, jump_clock, fill_log,
     )
 }  # fmt: skip
 
@@ -249,6 +285,24 @@ def _follow_steps(here: dict[str, int], then: Callable[[int], None] | None = Non
         return schedule(self, step)
 
     Optimizer.schedule = followed  # type: ignore[method-assign]
+
+
+def _follow_saves(here: dict[str, int], then: Callable[[int], None] | None = None) -> None:
+    """Keep `here["saved"]` at the step of the save that was begun last, as its folder calls it; then call `then`.
+
+    A save in the background is completed some steps later: what a step's number tells of it depends on the machine.
+    """
+    from megacogvx.training import saver
+
+    start = saver.start_save
+
+    def followed(directory: Any, step: int, *arguments: Any, **options: Any) -> Any:
+        here["saved"] = step
+        if then is not None:
+            then(step)
+        return start(directory, step, *arguments, **options)
+
+    _put(saver, "start_save", followed)
 
 
 def _before(point: str, act: Callable[..., None]) -> None:
@@ -277,7 +331,7 @@ def _before(point: str, act: Callable[..., None]) -> None:
     elif point == "optimizer":
         wrap(fused_adam.FusedAdam, "step", after=True)  # this rank's share is new, the others don't have it yet
     elif point == "save":
-        wrap(distributed, "_plan_tensors")
+        wrap(distributed, "plan_write")
     else:
         assert point == "backward", point
         loss = TransformerStep.loss
@@ -291,19 +345,20 @@ def _before(point: str, act: Callable[..., None]) -> None:
 
 
 def _in_writer(step: int, act: Callable[[], None]) -> None:
-    """Let `act` run in the child that writes the first checkpoint after `step`, before it writes."""
+    """Let `act` run in the thread that writes the first checkpoint after `step`, before it writes."""
     from megacogvx.checkpoint import writing
 
-    here = {"step": -1}
-    _follow_steps(here)
-    training, real = os.getpid(), writing._write
+    here = {"saved": 0}
+    _follow_saves(here)
+    real = writing._write_shards
 
     def wrapped(*arguments: Any) -> Any:
-        if here["step"] >= step and os.getpid() != training:
+        if here["saved"] > step and threading.current_thread() is not threading.main_thread():
+            here["saved"] = -1
             act()
         return real(*arguments)
 
-    _put(writing, "_write", wrapped)
+    _put(writing, "_write_shards", wrapped)
 
 
 def _put(owner: Any, name: str, value: Any) -> None:

@@ -27,7 +27,8 @@ from megacogvx.testing import spawn
 from megacogvx.testing.fault_points import FAULTS
 from megacogvx.testing.tiny_dataset import write_tiny_dataset
 
-START_SECONDS = 120.0  # for one start, all of it
+SILENT_SECONDS = 120.0  # without a line, a row or a file of the run folder, a start has come to a stand
+LAST_SECONDS = 900.0  # after which faulthandler ends a rank that nobody else ends
 PEER_SECONDS = 60.0  # a collective without its peer fails by then at the latest
 STEPS = 6
 SAVE_EVERY = 2
@@ -119,6 +120,7 @@ class Training:
         *faults: Fault,
         changes: Mapping[str, Mapping[str, Any]] | None = None,
         meanwhile: Callable[[list[ForkServerProcess]], None] | None = None,
+        grace: float = PEER_SECONDS,
     ) -> Ended:
         """Start all ranks and wait until they have ended.
 
@@ -126,6 +128,7 @@ class Training:
             faults: what is planted.
             changes: settings of this start alone.
             meanwhile: called with the processes once they run.
+            grace: seconds that are left to the other ranks when one has failed.
         """
         output = self.folder / "output"
         shutil.rmtree(output, ignore_errors=True)
@@ -140,7 +143,7 @@ class Training:
             processes[-1].start()
         if meanwhile is not None:
             meanwhile(processes)
-        statuses = _wait(processes, began + START_SECONDS)
+        statuses = _wait(processes, [output, self.run], grace)
         texts = [(output / str(rank)).read_text(errors="replace") for rank in range(self.ranks)]
         return Ended(statuses, time.monotonic() - began, texts)
 
@@ -225,14 +228,21 @@ def _consumed(training: Training) -> dict[int, list[int]]:
     return {step: sorted(sample for ids in places.values() for sample in ids) for step, places in last.items()}
 
 
-def _wait(processes: Sequence[ForkServerProcess], end: float) -> list[int | None]:
-    """Wait for all ranks; those left when one has failed get some seconds more, as a launcher would give them."""
+def _wait(processes: Sequence[ForkServerProcess], written: Sequence[Path], grace: float) -> list[int | None]:
+    """Wait for all ranks, as long as anything is written; those left when one has failed get some seconds more.
+
+    On a busy machine everything takes longer, but something goes on.
+    """
+    seen, end = 0, time.monotonic() + SILENT_SECONDS
+    failed = False
     while time.monotonic() < end:
         codes = [process.exitcode for process in processes]
         if all(code is not None for code in codes):
             break
-        if any(code not in (None, 0) for code in codes):
-            end = min(end, time.monotonic() + PEER_SECONDS)
+        if any(code not in (None, 0) for code in codes) and not failed:  # as a launcher would
+            failed, end = True, time.monotonic() + grace
+        if not failed and seen != (seen := _size_of(written)):
+            end = time.monotonic() + SILENT_SECONDS
         time.sleep(0.05)
     statuses = [process.exitcode for process in processes]
     for process in processes:
@@ -242,12 +252,22 @@ def _wait(processes: Sequence[ForkServerProcess], end: float) -> list[int | None
     return statuses
 
 
+def _size_of(folders: Sequence[Path]) -> int:
+    """Return the bytes in the folders' own files and the number of those files' names."""
+    total = 0
+    for folder in folders:
+        with contextlib.suppress(FileNotFoundError):
+            for entry in os.scandir(folder):
+                total += 1 + entry.stat(follow_symlinks=False).st_size
+    return total
+
+
 def _rank(config: dict[str, Any], output: Path, environment: Mapping[str, Any], faults: list[Fault]) -> None:
     """Do what `megacogvx train` does, as one rank."""
     os.setsid()
     os.environ.update({name: str(value) for name, value in environment.items()})
     spawn.write_to(output)
-    faulthandler.dump_traceback_later(START_SECONDS, exit=True)
+    faulthandler.dump_traceback_later(LAST_SECONDS, exit=True)
     status = 1
     try:
         _note_consumed(Path(config["training"]["run_folder"]), environment["RANK"], environment["STARTED"])

@@ -137,17 +137,18 @@ class Adversary:
         count = torch.tensor(clips if self.groups.context[0] == 0 else 0, dtype=torch.int32, device=logits.device)
         return loss * clips * share, count, {"sums": sums}
 
-    def sharded_state_dict(self, metadata: dict[str, Any], *, is_loading: bool = False) -> dict[str, Any]:
+    def sharded_state_dict(self) -> dict[str, Any]:
         """Return weights and optimizer states as sharded tensors."""
         model = sharded_state_dict(self.discriminator, self.groups, prefix=PREFIX)
-        return {"model": model, "optimizer": self.optimizer.sharded_state_dict(model, metadata, is_loading=is_loading)}
+        return {"model": model, "optimizer": self.optimizer.sharded_state_dict(model)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what `sharded_state_dict` described."""
         weights = {name.removeprefix(PREFIX): value for name, value in state["model"].items()}
         self.discriminator.load_state_dict(weights)
         if "optimizer" in state:
-            self.optimizer.load_state_dict(state["optimizer"])
+            model = sharded_state_dict(self.discriminator, self.groups, prefix=PREFIX)
+            self.optimizer.load_state_dict(state["optimizer"], model)
         else:
             self.optimizer.reload_weights()
 
@@ -158,7 +159,7 @@ class WeightsOnly:
     def __init__(self, adversary: Adversary) -> None:
         self.adversary = adversary
 
-    def sharded_state_dict(self, metadata: dict[str, Any], *, is_loading: bool = False) -> dict[str, Any]:
+    def sharded_state_dict(self) -> dict[str, Any]:
         """Return the weights as sharded tensors."""
         return {"model": sharded_state_dict(self.adversary.discriminator, self.adversary.groups, prefix=PREFIX)}
 

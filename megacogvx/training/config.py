@@ -284,6 +284,11 @@ class VAETrainConfig(Section):
         ):
             if (size := getattr(self.parallel, name)) != 1:
                 yield f"parallel.{name}={size}: the VAE has no {what}; the size that works is 1"
+        if self.parallel.overlap_grad_reduce:
+            yield (
+                "parallel.overlap_grad_reduce=true: the adversarial loss takes gradients of a VAE besides its backward "
+                "pass; set it to false"
+            )
         context = self.parallel.context_parallel_size
         if context > 1:
             ratio = self.vae.temporal_compression_ratio

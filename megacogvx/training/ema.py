@@ -81,7 +81,7 @@ class WeightAverage:
             for name, tensor in self._tensors():
                 tensor.copy_(own[name])
 
-    def sharded_state_dict(self, metadata: dict[str, Any], *, is_loading: bool = False) -> dict[str, Any]:
+    def sharded_state_dict(self) -> dict[str, Any]:
         """Return this rank's averages as sharded tensors, cut as the model's; loading writes into them.
 
         No other data or context rank has them, so each is the one that is written.

@@ -17,13 +17,13 @@ from typing import Any, Literal
 from pydantic import Field
 
 from megacogvx.config import Section
-from megacogvx.errors import DataError
+from megacogvx.errors import AgreedError
 
 LEAST_HISTORY = 10  # losses before one can be called a spike
 SKIP_WINDOW = 100  # steps over which skips are counted
 
 
-class BadStepError(DataError):
+class BadStepError(AgreedError):
     """A step that stays bad ends the run; all ranks raise it at the same step."""
 
 

@@ -12,16 +12,18 @@ import yaml
 
 from megacogvx.checkpoint.config import CheckpointConfig
 from megacogvx.checkpoint.directory import CheckpointDirectory
-from megacogvx.checkpoint.distributed import Kept
+from megacogvx.checkpoint.run_state import Kept
 from megacogvx.log import get_logger, progress
 from megacogvx.parallel.data_parallel import DistributedDataParallel, ForwardStep, forward_backward, sum_over_tokens
-from megacogvx.parallel.groups import ParallelGroups, barrier, gather_json
+from megacogvx.parallel.groups import ParallelGroups, gather_json
 from megacogvx.parallel.optimizer import Optimizer
 from megacogvx.parallel.pipeline_parallel import from_last_stage
+from megacogvx.training.agreement import agreed
 from megacogvx.training.config import TrainingConfig
 from megacogvx.training.guard import BadStepError, Guard, GuardConfig, Measured, stop_error
 from megacogvx.training.metrics import Meter, MetricsFile, log_line
 from megacogvx.training.profiler import profile_window
+from megacogvx.training.run_lock import RunLock
 from megacogvx.training.saver import Saver
 from megacogvx.training.state import TrainState
 from megacogvx.training.stop import StopSignal
@@ -41,12 +43,14 @@ class StepInput:
         facts: numbers of the whole step for the log; `samples` and `tokens` also count in the state.
         data_state: the loader's state after this step.
         sample_ids: of each microbatch, for the guard's report.
+        bad_samples: those of the run so far, up to this step, as its state keeps them.
     """
 
     microbatches: list[Any]
     facts: dict[str, Any]
     data_state: dict[str, Any]
     sample_ids: list[list[int]] = field(default_factory=list)
+    bad_samples: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -73,6 +77,7 @@ class Run:
         after_step: what follows the model's optimizer step, if it was taken, called with its number: a discriminator's
             step, averaged weights. Each returns numbers for the log row.
         beside: what else learns and is kept in checkpoints, by name.
+        lock: of the run folder, on the first rank; held as long as the run is there.
     """
 
     settings: TrainingConfig
@@ -96,6 +101,7 @@ class Run:
     before_pass: tuple[Callable[[], None], ...] = ()
     after_step: tuple[Callable[[int], dict[str, Any]], ...] = ()
     beside: Mapping[str, Kept] = field(default_factory=dict)
+    lock: RunLock | None = None
 
 
 def train(run: Run) -> bool:
@@ -105,16 +111,17 @@ def train(run: Run) -> bool:
         whether the last step was reached; False: a signal stopped the run, after a checkpoint.
 
     Raises:
-        DataError: a step is bad by `guard`'s rules; the step was not taken and no checkpoint of it is written.
+        AgreedError: a step is bad by `guard`'s rules, its data can't be read or the log can't be written, on any rank;
+            no checkpoint of it is written, and the one on its way is completed.
         CheckpointError: more saves in a row failed than `checkpoint.failed_saves`.
     """
     settings, state, groups = run.settings, run.state, run.groups
     if state.step >= settings.steps:
         logger.info("nothing to do: the run has %d of %d steps", state.step, settings.steps)
         return True
-    if groups.is_first:
-        _open_folder(run)
-    barrier(groups)
+    with agreed(groups, f"opening {settings.run_folder}"):
+        if groups.is_first:
+            _open_folder(run)
     guard, saver = Guard(run.guard, state.guard), Saver(run.checkpoints, run.checkpoint, groups)
     events = MetricsFile(settings.run_folder, state.step, groups.is_first, "guard.jsonl")
     meter = Meter(settings.steps - state.step, groups)
@@ -122,7 +129,7 @@ def train(run: Run) -> bool:
     run.forward_step = own = OwnSeconds(run.forward_step, groups.device)
     stragglers = Stragglers(run.guard.slow_factor) if run.guard.slow_factor else None
     tracking = Tracking(run.tracking, settings.run_folder, state.step, run.resolved, groups.is_first)
-    with watch, tracking, profile_window(run.tracking, settings.run_folder, groups) as profiler:
+    with watch, tracking, saver, profile_window(run.tracking, settings.run_folder, groups) as profiler:
         for step in progress(range(state.step, settings.steps), "train", plain=False):
             watch.at(step, "data")
             inputs = next(run.inputs)
@@ -136,12 +143,14 @@ def train(run: Run) -> bool:
             if run.validate is not None and _is_due(step, settings.validate_every, settings.steps):
                 watch.at(step, "validation")
                 row |= run.validate(step)
-                if run.make_videos is not None:
-                    for name, frames_THWC in run.make_videos(step).items():
+                videos = run.make_videos(step) if run.make_videos is not None else {}
+                with agreed(groups, "writing the validation videos"):
+                    for name, frames_THWC in videos.items():
                         tracking.add_video(name, frames_THWC, step)
             row |= meter.end_step(inputs.facts)
-            run.metrics.add(row)
-            tracking.add(row)
+            with agreed(groups, "writing the row of a step"):
+                run.metrics.add(row)
+                tracking.add(row)
             if _is_due(step, settings.log_every, settings.steps):
                 log_line(row, settings.steps, meter.seconds_left())
             if stragglers is not None and _is_due(step, run.guard.slow_window, settings.steps):
@@ -150,6 +159,7 @@ def train(run: Run) -> bool:
             stopping = run.stop.agreed(groups)
             if stopping or _is_due(step, settings.save_every, settings.steps):
                 save_checkpoint(run, saver)
+                stopping = run.stop.agreed(groups)  # a signal that came during a save needs no other one
             saver.poll()
             profiler.step()
             if stopping:
@@ -167,7 +177,8 @@ def train_step(run: Run, inputs: StepInput, guard: Guard, events: MetricsFile) -
     verdict = guard.judge(step, lambda: _measure(run, inputs))
     numbers = {**verdict.measured.numbers, "grad_norm": verdict.measured.grad_norm}
     if verdict.event is not None:
-        events.add(verdict.event)
+        with agreed(run.groups, "writing the row of a bad step"):
+            events.add(verdict.event)
         if verdict.event["action"] == "stopped":
             raise stop_error(verdict.event)
         if run.groups.is_first:
@@ -193,7 +204,8 @@ def _guarded_step(run: Run, inputs: StepInput, guard: Guard, events: MetricsFile
 
 def save_checkpoint(run: Run, saver: Saver) -> None:
     """Begin RUN/checkpoints/step-N with model, optimizer, state and resolved config."""
-    run.metrics.sync()
+    with agreed(run.groups, "bringing the log to disk"):
+        run.metrics.sync()
     extra = {"state": run.state.to_json(), "config": run.resolved}
     texts = {"config.yaml": yaml.safe_dump(run.resolved, sort_keys=False)}
     saver.save(run.state.step, run.model, run.optimizer, extra, texts, run.beside)
@@ -257,4 +269,4 @@ def _advance(state: TrainState, inputs: StepInput) -> None:
     state.step += 1
     state.samples += inputs.facts.get("samples", 0)
     state.tokens += inputs.facts.get("tokens", 0)
-    state.data = inputs.data_state
+    state.data, state.bad_samples = inputs.data_state, inputs.bad_samples

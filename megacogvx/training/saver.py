@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import TracebackType
 from typing import Any
 
 from torch import nn
 
 from megacogvx.checkpoint.config import CheckpointConfig
 from megacogvx.checkpoint.directory import CheckpointDirectory
-from megacogvx.checkpoint.distributed import Kept, PendingSave, start_save
-from megacogvx.errors import CheckpointError
+from megacogvx.checkpoint.distributed import PendingSave, start_save
+from megacogvx.checkpoint.run_state import Kept
+from megacogvx.checkpoint.writing import SavePlans
+from megacogvx.errors import AgreedError, CheckpointError
 from megacogvx.log import get_logger
 from megacogvx.parallel.groups import ParallelGroups
 from megacogvx.parallel.optimizer import Optimizer
@@ -31,6 +34,20 @@ class Saver:
         self.directory, self.config, self.groups = directory, config, groups
         self._pending: PendingSave | None = None
         self._failed = 0  # saves in a row
+        self._plans = SavePlans()
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Complete the pending save of a run that ends on all ranks at once; one that broke leaves it to the next."""
+        if isinstance(error, AgreedError):
+            try:
+                self.finish()
+            except CheckpointError as problem:
+                logger.error("%s", problem)
 
     def save(
         self, step: int, model: nn.Module, optimizer: Optimizer, extra: Mapping[str, Any], texts: Mapping[str, str],
@@ -45,7 +62,7 @@ class Saver:
         try:
             self._pending = start_save(
                 self.directory, step, model, optimizer, extra, self.groups,
-                texts=texts, beside=beside, background=self.config.background,
+                texts=texts, beside=beside, background=self.config.background, plans=self._plans,
             )  # fmt: skip
         except CheckpointError as error:
             self._count_failure(step, error)

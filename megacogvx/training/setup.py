@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from megacogvx.checkpoint.directory import CheckpointDirectory
-from megacogvx.checkpoint.distributed import Kept, load, load_newest
+from megacogvx.checkpoint.distributed import load, load_newest
 from megacogvx.checkpoint.find import Checkpoint, find_checkpoint
+from megacogvx.checkpoint.run_state import Kept
 from megacogvx.checkpoint.whole import read_state
 from megacogvx.config import Section, dump_config
 from megacogvx.conversion.settings import Conventions
@@ -35,6 +36,7 @@ from megacogvx.models.transformer.flops import cost_coefficients, training_flops
 from megacogvx.models.transformer.initialize import initialize_weights
 from megacogvx.models.transformer.model import CogVideoXTransformer, transformer_core
 from megacogvx.models.transformer.rope import place_on_rope_grid
+from megacogvx.models.vae.config import VAEConfig
 from megacogvx.models.vae.discriminator import initialize_discriminator
 from megacogvx.models.vae.initialize import initialize_weights as initialize_vae
 from megacogvx.models.vae.losses import VAELoss
@@ -48,6 +50,7 @@ from megacogvx.parallel.optimizer import Optimizer, build_optimizer
 from megacogvx.training import step as transformer_step
 from megacogvx.training import vae_step
 from megacogvx.training.adversary import Adversary, WeightsOnly
+from megacogvx.training.agreement import agreed, read_together
 from megacogvx.training.batch import BatchMaker
 from megacogvx.training.config import OptimizerConfig, TrainConfig, TrainingConfig, VAETrainConfig
 from megacogvx.training.corpus_checks import check_corpus
@@ -55,6 +58,7 @@ from megacogvx.training.ema import WeightAverage
 from megacogvx.training.image_condition import ImageLatents, load_image_vae
 from megacogvx.training.loop import Run, StepInput
 from megacogvx.training.metrics import MetricsFile
+from megacogvx.training.run_lock import RunLock
 from megacogvx.training.start_from import find_start, start_from
 from megacogvx.training.state import TrainState
 from megacogvx.training.text_condition import text_rows
@@ -88,11 +92,12 @@ def build_transformer_run(config: TrainConfig) -> Run:
         find_start(config.training.start_from, config.model)
 
     groups = initialize(config.parallel, config.training.seed)
+    lock = _lock(config.training, groups)
     dtype = config.training.dtype(groups.device)
     core = transformer_core(config.model, config.parallel, groups, dtype)
     model = CogVideoXTransformer(config.model, core, groups)
     initialize_weights(model, config.training.seed)
-    ddp = wrap(model, core, groups)
+    ddp = wrap(model, core, groups, overlap=config.parallel.overlap_grad_reduce)
     optimizer = _make_optimizer(ddp, config.optimizer, config.training.steps, groups)
     average = WeightAverage(model, config.ema.decay, groups) if config.ema.decay else None
     beside: dict[str, Kept] = {"ema": average} if average else {}
@@ -105,13 +110,13 @@ def build_transformer_run(config: TrainConfig) -> Run:
     maker = _batch_maker(config, corpus, groups, dtype)
     validate, make_videos = _validation(config, corpus, held_out, maker, ddp, average)
     return Run(
-        config.training, groups, ddp, optimizer, state, _pack_inputs(loader, config, groups),
+        config.training, groups, ddp, optimizer, state, _pack_inputs(loader, config, groups, state.bad_samples),
         transformer_step.TransformerStep(maker), transformer_step.read_log_sums,
         validate,
         checkpoints, MetricsFile(config.training.run_folder, state.step, groups.is_first),
         resolved | _facts_for_sampling(config, corpus), config.data.tokens_per_pack,
         config.checkpoint, config.guard, config.tracking, make_videos,
-        after_step=(average.update,) if average else (), beside=beside,
+        after_step=(average.update,) if average else (), beside=beside, lock=lock,
     )  # fmt: skip
 
 
@@ -130,6 +135,7 @@ def build_vae_run(config: VAETrainConfig) -> Run:
     logger.info("loss terms: %s", ", ".join([*loss.term_names, *(["gan"] if config.has_gan else [])]))
 
     groups = initialize(config.parallel, config.training.seed)
+    lock = _lock(config.training, groups)
     dtype = config.training.dtype(groups.device)
     model = CogVideoXVAE(config.vae).to(dtype)
     initialize_vae(model, config.training.seed)
@@ -147,11 +153,12 @@ def build_vae_run(config: VAETrainConfig) -> Run:
     held_out = HeldOutClips(loader, model, config.training.run_folder, groups, average)
     step = vae_step.VAEStep(config.vae, loss.to(groups.device), config.training.seed, groups, dtype, adversary)
     return Run(
-        config.training, groups, ddp, optimizer, state, _clip_inputs(loader, config), step, step.read_log_sums,
+        config.training, groups, ddp, optimizer, state, _clip_inputs(loader, config, groups), step, step.read_log_sums,
         held_out.measure if loader.held_out else None,
         checkpoints, MetricsFile(config.training.run_folder, state.step, groups.is_first), resolved,
         checkpoint=config.checkpoint, guard=config.guard, tracking=config.tracking,
         before_pass=(adversary.forget,) if adversary else (), after_step=_followers(adversary, average), beside=beside,
+        lock=lock,
     )  # fmt: skip
 
 
@@ -261,6 +268,19 @@ def _with_scaling_factor(config: TrainConfig, corpus: Corpus) -> TrainConfig:
     return config.model_copy(update={"diffusion": diffusion})
 
 
+def _lock(training: TrainingConfig, groups: ParallelGroups) -> RunLock | None:
+    """Take the run folder for this run, before anything in it is touched.
+
+    Raises:
+        AgreedError: another run holds it; on all ranks.
+    """
+    lock = None
+    with agreed(groups, f"taking {training.run_folder}"):
+        if groups.is_first:
+            lock = RunLock(training.run_folder)
+    return lock
+
+
 def _open_run(config: Section, training: TrainingConfig, section: str) -> tuple[CheckpointDirectory, dict[str, Any]]:
     """Return the run's checkpoint directory and the resolved config; a checkpoint of another model is an error."""
     checkpoints, resolved = CheckpointDirectory(training.run_folder / "checkpoints"), dump_config(config)
@@ -284,7 +304,24 @@ def _open_run(config: Section, training: TrainingConfig, section: str) -> tuple[
                 f"training.start_from={training.start_from} has no section {section!r} (it has "
                 f"{', '.join(start.resolved)}); is it a checkpoint of another kind of model?"
             )
+        if section == "vae":
+            _check_same_vae(start, resolved[section])
     return checkpoints, resolved
+
+
+def _check_same_vae(start: Checkpoint, vae: dict[str, Any]) -> None:
+    """Raise `CheckpointError` where a VAE would start from another variant; the scale of its latents may differ."""
+    before = dump_config(start.section("vae", VAEConfig))
+    changed = [
+        f"vae.{key}: {before.get(key)} there, {value} here"
+        for key, value in vae.items()
+        if key not in ("preset", "scaling_factor") and before.get(key) != value
+    ]
+    if changed:
+        raise CheckpointError(
+            f"training.start_from={start.path} holds another variant of the VAE: {'; '.join(changed)}; set these keys "
+            "as there"
+        )
 
 
 def _make_optimizer(
@@ -349,11 +386,13 @@ def _start_from(
     logger.info("starting with the weights of %s%s", start.path, " and its discriminator's" if others else "")
 
 
-def _pack_inputs(loader: PackLoader, config: TrainConfig, groups: ParallelGroups) -> Iterator[StepInput]:
+def _pack_inputs(
+    loader: PackLoader, config: TrainConfig, groups: ParallelGroups, bad_samples: Mapping[str, Any]
+) -> Iterator[StepInput]:
     """Yield the packs of this rank with the timesteps of their samples, step after step."""
     sizes = f"tp{groups.tensor[1]} cp{groups.context[1]} pp{groups.pipeline[1]} dp{groups.data[1]}"
-    counter = FaultCounter(config.data.max_bad_in_a_row)
-    for packs in loader:
+    counter = FaultCounter(config.data.max_bad_in_a_row, bad_samples)
+    for packs in read_together(loader, groups):
         weights = [sample_weights(layout, config.diffusion.loss_mean) for layout in loader.layouts]
         timesteps = step_timesteps(config.diffusion, config.training.seed, packs[0].step, weights)
         bad = agree_on_faults(packs, loader.layouts, groups, counter)
@@ -361,7 +400,8 @@ def _pack_inputs(loader: PackLoader, config: TrainConfig, groups: ParallelGroups
         packs = [pack.without(bad[pack.place]) for pack in packs]
         placed = [replace(pack, layout=place_on_rope_grid(pack.layout, config.model)) for pack in packs]
         ids = [[sample.sample_id for sample in pack.layout.samples[:-1]] for pack in packs]
-        yield StepInput([(pack, timesteps[pack.place]) for pack in placed], facts, loader.state(), ids)
+        microbatches = [(pack, timesteps[pack.place]) for pack in placed]
+        yield StepInput(microbatches, facts, loader.state(), ids, counter.state())
 
 
 def agree_on_faults(
@@ -372,7 +412,7 @@ def agree_on_faults(
     Each rank read other frames of a pack, so what one of them couldn't read is bad for all.
 
     Raises:
-        DataError: too many samples in a row are bad.
+        AgreedError: too many samples in a row are bad.
     """
     starts = np.cumsum([0, *(layout.num_samples - 1 for layout in layouts)]).tolist()
     faults = torch.zeros(starts[-1], dtype=torch.int32)
@@ -401,7 +441,7 @@ def step_facts(config: TrainConfig, layouts: list[PackLayout]) -> dict[str, floa
     }
 
 
-def _clip_inputs(loader: ClipLoader, config: VAETrainConfig) -> Iterator[StepInput]:
-    for batch in loader:
+def _clip_inputs(loader: ClipLoader, config: VAETrainConfig, groups: ParallelGroups) -> Iterator[StepInput]:
+    for batch in read_together(loader, groups):
         facts = {"samples": config.clips.clips_per_step, "frames": batch.video_BCTHW.shape[2]}
         yield StepInput([batch], facts, {})

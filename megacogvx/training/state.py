@@ -17,6 +17,7 @@ class TrainState:
         samples, tokens: samples and used tokens seen so far, over all ranks.
         data: the loader's state.
         guard: what the guard remembers of the last steps.
+        bad_samples: `FaultCounter.state()`: samples that couldn't be read, by reason.
     """
 
     step: int = 0
@@ -24,6 +25,7 @@ class TrainState:
     tokens: int = 0
     data: dict[str, Any] = field(default_factory=dict)
     guard: dict[str, Any] = field(default_factory=dict)
+    bad_samples: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for the checkpoint."""

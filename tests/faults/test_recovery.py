@@ -39,8 +39,8 @@ def test_a_rank_killed_in_the_backward_pass(training, reference):
     resumed(training, reference)
 
 
-def test_both_ranks_killed_while_their_writers_write(training, reference):
-    ended = training.start(Fault("kill_beside_writer", None, {"step": 3}))
+def test_both_ranks_killed_while_they_write(training, reference):
+    ended = training.start(Fault("kill_in_writer", None, {"step": 3}))
     assert ended.statuses == [-9, -9]
     assert training.steps() == [2]
     resumed(training, reference)

@@ -49,8 +49,17 @@ def test_without_a_graph_the_result_is_the_same_and_the_input_untouched():
     before = x.detach().clone()
     expected = group_norm_moments(x, weight, bias, 4, EPS, activation=True)
     with torch.no_grad():
-        assert torch.equal(group_norm_moments(x, weight, bias, 4, EPS, activation=True), expected)
+        assert_close(group_norm_moments(x, weight, bias, 4, EPS, activation=True), expected, 1e-6)
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("activation", [False, True])
+def test_without_a_graph_the_result_may_take_the_place_of_x(activation):
+    x, weight, bias = _arguments()
+    expected = group_norm_moments(x, weight, bias, 4, EPS, activation)
+    with torch.no_grad():
+        assert group_norm_moments(x, weight, bias, 4, EPS, activation, overwrite=True) is x
+    assert_close(x, expected, 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,6 +8,8 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,12 +34,12 @@ def switch(layout):
     return parallel_groups.initialize(ParallelConfig(timeout_minutes=2.0, **layout))
 
 
-def make(groups, seed=0, dtype=torch.float32, **changes):
+def make(groups, seed=0, dtype=torch.float32, overlap=False, **changes):
     from megacogvx.parallel.data_parallel import wrap
     from megacogvx.parallel.optimizer import build_optimizer
 
     model = fill(MiniModel(groups, dtype), seed)
-    wrapped = wrap(model, model.core, groups)
+    wrapped = wrap(model, model.core, groups, overlap=overlap)
     return wrapped, build_optimizer(wrapped, groups, **{**SETTINGS, **changes})
 
 
@@ -102,6 +104,65 @@ def run_from_to(groups, folder, dtype, bound):
 @on_ranks(2, *LAYOUTS.values())
 def test_any_layout_loads_what_this_one_saved(groups, folder):
     run_from_to(groups, folder, torch.float32, 1e-5)
+
+
+@contextmanager
+def many_buckets():
+    """Make gradient buckets of a few parameters each, as large models have them, with padding in between."""
+    from megacogvx.parallel import data_parallel
+
+    whole = data_parallel.DistributedDataParallelConfig
+    data_parallel.DistributedDataParallelConfig = partial(whole, bucket_size=200)
+    try:
+        yield
+    finally:
+        data_parallel.DistributedDataParallelConfig = whole
+
+
+@on_ranks(2, {}, TP2)
+def test_states_in_several_buckets_come_back_and_reshard(groups, folder):
+    """Reduced during the backward pass, in buckets with padding in between: saved, loaded on both layouts."""
+    from megacogvx.checkpoint.distributed import load, save
+
+    with many_buckets():
+        wrapped, optimizer = make(groups, overlap=True)
+        (buffer,) = wrapped.buffers
+        assert len(buffer.buckets) > 2 and (groups.data[1] == 1 or buffer.numel > buffer.numel_unpadded), "no padding"
+        for step in range(2):
+            take_step(wrapped, optimizer, step, groups)
+        path = save(folder_of(folder), 2, wrapped, optimizer, {}, groups)
+        norm = take_step(wrapped, optimizer, 2, groups)
+        after = full_weights(wrapped, groups)
+        same, again = make(groups, seed=1, overlap=True)
+        load(path, same, again, groups)
+        assert take_step(same, again, 2, groups) == norm
+        assert_same(full_weights(same, groups), after, 0.0)
+    for layout in ({}, TP2):  # in one bucket
+        other = switch(layout)
+        moved, optimizer = make(other, seed=1)
+        load(path, moved, optimizer, other)
+        assert abs(take_step(moved, optimizer, 2, other) / norm - 1) < 1e-5
+        assert_same(full_weights(moved, other), after, 1e-5)
+
+
+@on_ranks(2, {}, TP2)
+def test_each_save_of_a_run_loads_though_the_later_ones_are_not_planned_again(groups, folder):
+    """From the third on the ranks exchange nothing to plan; another model in between is planned anew."""
+    from megacogvx.checkpoint.distributed import load, start_save
+    from megacogvx.checkpoint.writing import SavePlans
+
+    wrapped, optimizer = make(groups)
+    directory, plans, weights, taken = folder_of(folder), SavePlans(), {}, [(optimizer,)] * 4 + [(None,), (optimizer,)]
+    for step, (kept,) in enumerate(taken):
+        take_step(wrapped, optimizer, step, groups)
+        pending = start_save(directory, step, wrapped, kept, {"at": step}, groups, background=True, plans=plans)
+        weights[step] = full_weights(wrapped, groups)
+        take_step(wrapped, optimizer, step, groups)  # while it is written
+        pending.finish()
+    for step, (kept,) in enumerate(taken):
+        other, fresh = make(groups, seed=1)
+        assert load(directory.path(step), other, fresh if kept else None, groups) == {"at": step}
+        assert_same(full_weights(other, groups), weights[step], 0.0)
 
 
 def continue_alone(path):

@@ -72,6 +72,11 @@ def check_coder(groups, frames, decode, **settings):
     name = f"{'decode' if decode else 'encode'} {frames} frames over {group.size()} ranks:"
     assert_close(actual, out_shard.cut(expected), OUTPUT_BOUND, name)
 
+    with torch.no_grad():  # another way through the convolutions and norms: in place, the exchange before it
+        before = mine.clone()
+        assert_close(code(model, mine, shard, decode), out_shard.cut(expected), OUTPUT_BOUND, f"{name} without a graph")
+        assert torch.equal(mine, before), f"{name} the input was overwritten"
+
     weights = draws.normal(tuple(expected.shape), 0, "loss").to(device)
     (expected * weights).sum().backward()
     (actual * out_shard.cut(weights)).sum().backward()
@@ -410,6 +415,7 @@ def test_held_out_psnr_and_pictures_are_those_of_the_whole_clip(groups, folder):
 
 @on_ranks(2, {"context_parallel_size": 2})
 def test_what_cannot_be_split_is_named(groups):
+    from megacogvx.models.vae.tiling import CHUNKED
     from megacogvx.parallel.frame_parallel import shard_latents, shard_pixels
 
     with pytest.raises(DataError, match=r"16 frames .*4k \+ 1 .*frames that works: 17; .*for 13 frames: 4"):
@@ -420,7 +426,7 @@ def test_what_cannot_be_split_is_named(groups):
     with pytest.raises(DataError, match=rf"17 frames were given .*give {shard.count}"):
         model.encode(make_video(17), shard=shard)
     with pytest.raises(ConfigError, match="exclude each other"):
-        model.encode(shard.cut(make_video(17)), frames_per_chunk=8, shard=shard)
+        model.encode(shard.cut(make_video(17)), CHUNKED, shard=shard)
     odd = shard_pixels(13, RATIO, groups.context_group)
     with pytest.raises(DataError, match="training clip of 13 frames"):
         model(odd.cut(make_video(13)), shard=odd)

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKLCogVideoX
 from megacogvx.config import build_config
 from megacogvx.conversion.published_names import diffusers_vae
 from megacogvx.conversion.tensors import InMemory, translate
-from megacogvx.models.vae import CogVideoXVAE, VAEConfig, gaussian, initialize_weights
+from megacogvx.models.vae import CHUNKED, Coding, CogVideoXVAE, Tile, VAEConfig, gaussian, initialize_weights
 from megacogvx.testing.tolerance import assert_all_close, assert_close
 
 OUTPUT_BOUND, GRADIENT_BOUND = 1e-5, 1e-4
@@ -71,7 +71,7 @@ def test_chunks_of_one_latent_frame_equal_diffusers() -> None:
     theirs.num_sample_frames_batch_size = 4
     with torch.no_grad():
         for frames in (9, 12):
-            moments = ours.encode(video(frames), frames_per_chunk=4)
+            moments = ours.encode(video(frames), Coding(latents_per_chunk=1))
             assert_close(moments, theirs._encode(video(frames)), OUTPUT_BOUND, f"moments of {frames} frames")
 
 
@@ -80,10 +80,38 @@ def test_chunks_equal_the_published_default(frames: int) -> None:
     ours, theirs = pair(chunked=True)
     clip = video(frames)
     with torch.no_grad():
-        moments, expected = ours.encode(clip, frames_per_chunk=8), theirs._encode(clip)
+        moments, expected = ours.encode(clip, CHUNKED), theirs._encode(clip)
         assert_close(moments, expected, OUTPUT_BOUND, "moments")
         latents = gaussian.mode(expected)
-        assert_close(ours.decode(latents, latents_per_chunk=2), theirs.decode(latents).sample, OUTPUT_BOUND, "pixels")
+        assert_close(ours.decode(latents, CHUNKED), theirs.decode(latents).sample, OUTPUT_BOUND, "pixels")
+
+
+PUBLISHED = (48, 40, 1 / 6, 1 / 5)
+
+
+@pytest.mark.parametrize(
+    ("frames", "latents_per_chunk", "height", "width", "tile"),
+    [
+        (5, None, 80, 40, PUBLISHED),
+        (17, 2, 40, 24, (32, 16, 1 / 4, 1 / 2)),
+        pytest.param(17, 2, 80, 72, PUBLISHED, marks=pytest.mark.slow),
+        # As high as a tile, which still starts a second row of tiles.
+        pytest.param(9, None, 48, 96, PUBLISHED, marks=pytest.mark.slow),
+        # Three tiles show one place, and the last are narrower than the blend.
+        pytest.param(17, 2, 56, 64, (32, 32, 1 / 2, 1 / 4), marks=pytest.mark.slow),
+    ],
+)
+def test_tiles_equal_the_published_ones(
+    frames: int, latents_per_chunk: int | None, height: int, width: int, tile: tuple
+) -> None:
+    ours, theirs = pair(chunked=latents_per_chunk is not None)
+    theirs.enable_tiling(*tile)
+    clip, coding = video(frames, height, width, batch=1), Coding(latents_per_chunk, Tile(*tile))
+    with torch.no_grad():
+        moments, expected = ours.encode(clip, coding), theirs._encode(clip)
+        assert_close(moments, expected, OUTPUT_BOUND, "moments")
+        latents = gaussian.mode(expected)
+        assert_close(ours.decode(latents, coding), theirs.decode(latents).sample, OUTPUT_BOUND, "pixels")
 
 
 @pytest.mark.parametrize("frames", [1, 9, 12, 17])
@@ -149,7 +177,7 @@ def test_frames_by_themselves_equal_diffusers_on_single_frames() -> None:
         latents = gaussian.mode(moments)
         pixels = [theirs.decode(latents[:, :, t : t + 1]).sample for t in range(3)]
         assert_close(flat.decode(latents), torch.cat(pixels, dim=2), OUTPUT_BOUND, "pixels")
-        assert_close(flat.decode(latents, latents_per_chunk=2), torch.cat(pixels, dim=2), OUTPUT_BOUND, "chunked")
+        assert_close(flat.decode(latents, CHUNKED), torch.cat(pixels, dim=2), OUTPUT_BOUND, "chunked")
 
 
 def test_released_size_has_the_published_parameters() -> None:

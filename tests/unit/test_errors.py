@@ -9,8 +9,9 @@ from megacogvx import errors
 TYPED = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if kind is not errors.MegacogvxError]
 
 
-def test_the_four_kinds_are_there():
-    assert {kind.__name__ for kind in TYPED} == {"ConfigError", "DataError", "CheckpointError", "LaunchError"}
+def test_the_five_kinds_are_there():
+    names = {"ConfigError", "DataError", "CheckpointError", "LaunchError", "EndpointError"}
+    assert {kind.__name__ for kind in TYPED} == names
 
 
 @pytest.mark.parametrize("kind", TYPED)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from megacogvx_kernels.checks import require_floating, require_one_device, require_one_dtype, require_shape
-from megacogvx_kernels.group_norm_moments import compiled, reference
+from megacogvx_kernels.group_norm_moments import compiled, graphless, reference
 from megacogvx_kernels.group_norm_moments.exchange import SharedGroupNorm
 
 __all__ = ["group_norm_moments"]
@@ -25,6 +25,7 @@ def group_norm_moments(
     eps: float,
     activation: bool = False,
     group: dist.ProcessGroup | None = None,
+    overwrite: bool = False,
 ) -> torch.Tensor:
     """Normalise groups of channels over (C / groups, T, H, W), scale and shift, and optionally apply SiLU.
 
@@ -36,6 +37,7 @@ def group_norm_moments(
         activation: y * sigmoid(y) at the end.
         group: ranks that hold the clip, each some of its frames; T may differ between them. Every rank of the group
             makes this call, and takes part in its backward pass if any does. None: this process holds all frames.
+        overwrite: nobody needs x any more; without a graph the result may take its place.
 
     Returns:
         `[B, C, T, H, W]`, dtype of x.
@@ -62,7 +64,10 @@ def group_norm_moments(
     shared = group if group is not None and group.size() > 1 else None
     if compiled.takes(x_BCTHW):
         return compiled.group_norm_moments(x_BCTHW, weight_C, bias_C, groups, eps, activation, shared)
+    if not torch.is_grad_enabled():
+        out = x_BCTHW if overwrite else torch.empty_like(x_BCTHW, memory_format=torch.contiguous_format)
+        return graphless.group_norm_moments(x_BCTHW, weight_C, bias_C, groups, eps, activation, shared, out)
     if shared is not None:
         y_BCTHW: torch.Tensor = SharedGroupNorm.apply(x_BCTHW, weight_C, bias_C, groups, eps, shared)
-        return F.silu(y_BCTHW, inplace=not torch.is_grad_enabled()) if activation else y_BCTHW
+        return F.silu(y_BCTHW) if activation else y_BCTHW
     return reference.group_norm_moments(x_BCTHW, weight_C, bias_C, groups, eps, activation)

@@ -16,6 +16,4 @@ def group_norm_moments(
 ) -> torch.Tensor:
     """Return `(x - mean) / sqrt(variance + eps) * weight + bias`, moments per sample and group, SiLU if asked."""
     y_BCTHW = F.group_norm(x_BCTHW, groups, weight_C, bias_C, eps)
-    if not activation:
-        return y_BCTHW
-    return F.silu(y_BCTHW, inplace=not torch.is_grad_enabled())  # without a graph nobody else holds y
+    return F.silu(y_BCTHW) if activation else y_BCTHW

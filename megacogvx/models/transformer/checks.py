@@ -6,7 +6,7 @@ import torch
 
 from megacogvx.errors import DataError
 from megacogvx.models.transformer.config import CogVideoXConfig
-from megacogvx.pack_layout import PADDING_ID, PackLayout, PackSample
+from megacogvx.pack_layout import PADDING_ID, PackLayout, PackSample, place_sample
 
 
 def check_pack(config: CogVideoXConfig, layout: PackLayout) -> None:
@@ -55,6 +55,29 @@ def rope_grid_problem(config: CogVideoXConfig, sample: PackSample) -> str:
         f"{max(tokens_wide, width) * config.patch_size} to extrapolate, or model.rope_grid=crop, or make the video "
         "smaller"
     )
+
+
+def table_problem(config: CogVideoXConfig, sample: PackSample) -> str:
+    """Return why a sample doesn't fit the learned position table, and what would, or "".
+
+    The table starts at the first frame, so a shorter video takes its front; another height or width can't.
+    """
+    frames, height, width = config.native_grid
+    if not config.use_learned_positional_embeddings:
+        return ""
+    if sample.grid[0] <= frames and sample.grid[1:] == (height, width):
+        return ""
+    return (
+        f"{sample.grid} tokens (t, h, w), but the learned position table of this model is made "
+        f"for at most {frames} x {height} x {width}; resize the video to {config.sample_height} x "
+        f"{config.sample_width} latent cells, or use a model without model.use_learned_positional_embeddings"
+    )
+
+
+def size_problem(config: CogVideoXConfig, frames: int, height: int, width: int) -> str:
+    """Return why latents of this size, in latent cells, can't be positioned, and what would work, or ""."""
+    sample = place_sample(0, frames, height, width, 0, config.patch)
+    return rope_grid_problem(config, sample) or table_problem(config, sample)
 
 
 def check_rows(config: CogVideoXConfig, video_VP: torch.Tensor, text_LE: torch.Tensor) -> None:

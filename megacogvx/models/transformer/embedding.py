@@ -13,6 +13,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import nn
 
 from megacogvx.errors import DataError
+from megacogvx.models.transformer.checks import table_problem
 from megacogvx.models.transformer.config import CogVideoXConfig
 from megacogvx.pack_layout import PADDING_ID, LocalPack, PackLayout, PackSample, RowSlice, Triple
 from megacogvx.parallel.sequence_parallel import sum_gradient_over_tensor_ranks
@@ -84,15 +85,8 @@ class PackEmbedding(nn.Module):
         return torch.cat(parts)
 
     def _check_fits_table(self, sample: PackSample) -> None:
-        """The table starts at the first frame, so a shorter video takes its front; another height or width can't."""
-        frames, height, width = self.config.native_grid
-        if sample.grid[0] > frames or sample.grid[1:] != (height, width):
-            raise DataError(
-                f"sample {sample.sample_id} has {sample.grid} tokens (t, h, w), but the learned position table of "
-                f"this model is made for at most {frames} x {height} x {width}; resize the video to "
-                f"{self.config.sample_height} x {self.config.sample_width} latent cells, or use a model without "
-                "model.use_learned_positional_embeddings"
-            )
+        if problem := table_problem(self.config, sample):
+            raise DataError(f"sample {sample.sample_id}: {problem}")
         if sample.text_length > self.config.max_text_seq_length:
             raise DataError(
                 f"sample {sample.sample_id} has {sample.text_length} text tokens, but the learned position table has "

@@ -10,6 +10,7 @@ from torch import nn
 
 from megacogvx.models.vae.causal_conv import CausalConv3d, conv_frames
 from megacogvx.models.vae.frames import FrameSpan
+from megacogvx.models.vae.pieces import over_frames, pieces
 
 NormMaker = Callable[[int], nn.Module]  # channels -> a normalisation with its SiLU
 
@@ -31,9 +32,14 @@ class ResidualBlock(nn.Module):
         self, x_BCTHW: torch.Tensor, frames: FrameSpan, latents_BCTHW: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Return `[B, out_channels, T, H, W]`; `latents_BCTHW` steers the decoder's normalisation."""
-        h_BCTHW = self.conv1(self.norm1(x_BCTHW, frames, latents_BCTHW), frames)
-        h_BCTHW = self.conv2(self.norm2(h_BCTHW, frames, latents_BCTHW), frames)
-        return h_BCTHW + self.conv_shortcut(x_BCTHW)
+        h_BCTHW = self.conv1(self.norm1(x_BCTHW, frames, latents_BCTHW), frames, overwrite=True)
+        h_BCTHW = self.norm2(h_BCTHW, frames, latents_BCTHW, overwrite=True)
+        h_BCTHW = self.conv2(h_BCTHW, frames, overwrite=True)
+        if torch.is_grad_enabled():
+            return h_BCTHW + self.conv_shortcut(x_BCTHW)
+        for start, stop in pieces(x_BCTHW):
+            h_BCTHW[:, :, start:stop] += self.conv_shortcut(x_BCTHW[:, :, start:stop])
+        return h_BCTHW
 
 
 class Downsample(nn.Module):
@@ -49,8 +55,8 @@ class Downsample(nn.Module):
         """Return the halved features and their span."""
         if self.over_time:
             x_BCTHW, frames = halve_frames(x_BCTHW, frames), frames.halved()
-        x_BCTHW = F.pad(x_BCTHW, (0, 1, 0, 1))  # zeros right and below only, as the released weights expect
-        return conv_frames(self.conv, x_BCTHW), frames
+        # Zeros right and below only, as the released weights expect.
+        return over_frames(lambda x: conv_frames(self.conv, F.pad(x, (0, 1, 0, 1))), x_BCTHW), frames
 
 
 class Upsample(nn.Module):
@@ -67,7 +73,7 @@ class Upsample(nn.Module):
 
     def forward(self, x_BCTHW: torch.Tensor, frames: FrameSpan) -> tuple[torch.Tensor, FrameSpan]:
         """Return the doubled features and their span."""
-        x_BCTHW = conv_frames(self.conv, F.interpolate(x_BCTHW, scale_factor=(1.0, 2.0, 2.0)))
+        x_BCTHW = over_frames(lambda x: conv_frames(self.conv, F.interpolate(x, scale_factor=(1.0, 2.0, 2.0))), x_BCTHW)
         if self.over_time:
             x_BCTHW, frames = double_frames(x_BCTHW, frames), frames.doubled()
         return x_BCTHW, frames

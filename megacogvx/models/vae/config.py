@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from pydantic import Field, model_validator
 
 from megacogvx.config import PresetSection
-from megacogvx.errors import ConfigError, DataError
+from megacogvx.errors import DataError
 
 # Table 1 gives compression and latent channels; the released code gives the widths of `cogvideox`, which the others
 # share (with a fifth stage where 16 x 16 asks for one). The scale of freshly trained latents has to be measured: 1.0.
@@ -140,21 +140,27 @@ class VAEConfig(PresetSection):
                 f"it needs 1 or {period}k + 1 frames; the nearest that work: {below}, {below + period}"
             )
 
-    def check_chunk(self, frames_per_chunk: int | None = None, latents_per_chunk: int | None = None) -> None:
-        """Raise `ConfigError` unless every chunk after the first gives what its frames stand for.
+    def comes_back(self, frames: int) -> bool:
+        """Say whether a clip of so many frames is decoded to as many: 1, and 2 r k or 2 r k + 1 (r the compression)."""
+        return self.decoded_frames(self.latent_frames(frames)) == frames
 
-        A chunk is coded like a clip, and in an odd count the first frame stands alone: right for the first chunk only.
-        """
-        ratio = self.temporal_compression_ratio
-        for name, size, unit in (
-            ("frames_per_chunk", frames_per_chunk, ratio),
-            ("latents_per_chunk", latents_per_chunk, 1 if ratio == 1 else 2),
-        ):
-            if size is not None and (size < 1 or size % unit):
-                raise ConfigError(
-                    f"{name}={size} doesn't fit temporal_compression_ratio={ratio}; sizes that work: {unit}, "
-                    f"{2 * unit}, {3 * unit} and so on"
-                )
+    def padded_size(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """Return the smallest (T, H, W) that holds this one and comes back in its own size."""
+        ratio = self.spatial_compression_ratio
+        while not self.comes_back(frames):
+            frames += 1
+        return frames, -(-height // ratio) * ratio, -(-width // ratio) * ratio
+
+    def check_comes_back(self, shape: tuple[int, ...]) -> None:
+        """Raise `DataError` unless a video of this shape (B, C, T, H, W) is decoded to as many frames and pixels."""
+        self.check_video(shape)
+        if not self.comes_back(shape[2]):
+            below = next(frames for frames in range(shape[2], 0, -1) if self.comes_back(frames))
+            raise DataError(
+                f"a clip of {shape[2]} frames would come back with "
+                f"{self.decoded_frames(self.latent_frames(shape[2]))}; the nearest that work: {below}, "
+                f"{self.padded_size(*shape[2:])[0]}; or ask for padding"
+            )
 
     def check_latents(self, shape: tuple[int, ...]) -> None:
         """Raise `DataError` unless latents of this shape (B, C, T, H, W) can be decoded."""

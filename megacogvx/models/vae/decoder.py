@@ -27,14 +27,6 @@ class DecoderStage(nn.Module):
         )
         self.upsample = None if last else Upsample(width, over_time=index < config.temporal_levels)
 
-    def forward(
-        self, x_BCTHW: torch.Tensor, frames: FrameSpan, latents_BCTHW: torch.Tensor
-    ) -> tuple[torch.Tensor, FrameSpan]:
-        """Return the features and their span."""
-        for block in self.blocks:
-            x_BCTHW = block(x_BCTHW, frames, latents_BCTHW)
-        return (x_BCTHW, frames) if self.upsample is None else self.upsample(x_BCTHW, frames)
-
 
 class Decoder(nn.Module):
     """Latents `[B, latent_channels, T', H', W']` to `[B, 3, T, H, W]`, about [-1, 1] (not clamped)."""
@@ -57,9 +49,12 @@ class Decoder(nn.Module):
         x_BCTHW = self.conv_in(latents_BCTHW, frames)
         for block in self.middle:
             x_BCTHW = block(x_BCTHW, frames, latents_BCTHW)
-        for stage in self.stages:
-            x_BCTHW, frames = stage(x_BCTHW, frames, latents_BCTHW)
-        return self.conv_out(self.norm_out(x_BCTHW, frames, latents_BCTHW), frames)
+        for stage in self.stages:  # blocks called from here, as in the encoder
+            for block in stage.blocks:
+                x_BCTHW = block(x_BCTHW, frames, latents_BCTHW)
+            if stage.upsample is not None:
+                x_BCTHW, frames = stage.upsample(x_BCTHW, frames)
+        return self.conv_out(self.norm_out(x_BCTHW, frames, latents_BCTHW, overwrite=True), frames)
 
 
 def _norm_maker(config: VAEConfig) -> NormMaker:

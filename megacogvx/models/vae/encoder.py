@@ -28,12 +28,6 @@ class EncoderStage(nn.Module):
         )
         self.downsample = None if last else Downsample(width, over_time=index < config.temporal_levels)
 
-    def forward(self, x_BCTHW: torch.Tensor, frames: FrameSpan) -> tuple[torch.Tensor, FrameSpan]:
-        """Return the features and their span."""
-        for block in self.blocks:
-            x_BCTHW = block(x_BCTHW, frames)
-        return (x_BCTHW, frames) if self.downsample is None else self.downsample(x_BCTHW, frames)
-
 
 class Encoder(nn.Module):
     """`[B, 3, T, H, W]` in [-1, 1] to moments `[B, 2 * latent_channels, T', H', W']`: means, then log variances."""
@@ -54,8 +48,11 @@ class Encoder(nn.Module):
     def forward(self, video_BCTHW: torch.Tensor, frames: FrameSpan) -> torch.Tensor:
         """Return the moments of a clip, or of one chunk of it."""
         x_BCTHW = self.conv_in(video_BCTHW, frames)
-        for stage in self.stages:
-            x_BCTHW, frames = stage(x_BCTHW, frames)
+        for stage in self.stages:  # blocks called from here: a stage's own forward would hold its input to its end
+            for block in stage.blocks:
+                x_BCTHW = block(x_BCTHW, frames)
+            if stage.downsample is not None:
+                x_BCTHW, frames = stage.downsample(x_BCTHW, frames)
         for block in self.middle:
             x_BCTHW = block(x_BCTHW, frames)
-        return self.conv_out(self.norm_out(x_BCTHW, frames), frames)
+        return self.conv_out(self.norm_out(x_BCTHW, frames, overwrite=True), frames)

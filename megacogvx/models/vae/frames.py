@@ -24,16 +24,17 @@ class HaloStream:
     """
 
     def __init__(self, before: list[torch.Tensor]) -> None:
-        """Start a chunk; `before` is `after` of the chunk before it, empty for the first one."""
+        """Start a chunk; `before` is `after` of the chunk before it, empty for the first one; it is used up."""
         self._before = before
+        self._is_first = not before
         self.after: list[torch.Tensor] = []
 
     def previous(self) -> torch.Tensor | None:
         """Return the frames in front of this chunk for the convolution that asks; None for a clip's first chunk."""
-        if not self._before:
+        if self._is_first:
             return None
-        assert len(self.after) < len(self._before), f"more convolutions than the {len(self._before)} before"
-        return self._before[len(self.after)]
+        assert self._before, f"more convolutions than the {len(self.after)} before"
+        return self._before.pop(0)  # together old and new halos would be the most of what a chunk holds
 
     def keep(self, padded_BCTHW: torch.Tensor, size: int) -> None:
         """Keep the last `size` frames of a convolution's input, its halo included: a chunk may hold just one frame."""

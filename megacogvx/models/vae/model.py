@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from megacogvx.errors import ConfigError, DataError
@@ -14,6 +16,7 @@ from megacogvx.models.vae.config import VAEConfig
 from megacogvx.models.vae.decoder import Decoder
 from megacogvx.models.vae.encoder import Encoder
 from megacogvx.models.vae.frames import FrameSpan, HaloStream, chunks
+from megacogvx.models.vae.tiling import WHOLE, Coding, by_tiles
 from megacogvx.parallel.frame_parallel import FrameShard
 
 Halos = list[torch.Tensor]
@@ -29,8 +32,9 @@ class Reconstruction(NamedTuple):
 class CogVideoXVAE(nn.Module):
     """The 3D causal variational autoencoder.
 
-    Norm statistics run over the frames that are coded together, so a clip coded in chunks differs from the whole one
-    (by tens of percent beyond one chunk). Train on whole clips; the released pipelines infer by chunks of 8 frames.
+    Norm statistics run over what is coded together, so a clip coded in chunks or tiles (`tiling.Coding`) differs from
+    the whole one (by tens of percent beyond one chunk). Train on whole clips; the released pipelines infer by chunks
+    of 8 frames.
 
     A whole clip may lie on several ranks: each gives its frames and a `FrameShard` (`parallel.frame_parallel`) that
     says which they are, gets its frames of the result, and all take part in every call and in its backward pass. The
@@ -67,55 +71,69 @@ class CogVideoXVAE(nn.Module):
         return Reconstruction(self.decode(latents, shard=latent_shard), moments)
 
     def encode(
-        self, video_BCTHW: torch.Tensor, frames_per_chunk: int | None = None, shard: FrameShard | None = None
+        self, video_BCTHW: torch.Tensor, coding: Coding = WHOLE, shard: FrameShard | None = None
     ) -> torch.Tensor:
         """Encode pixels to moments.
 
         Args:
             video_BCTHW: `[B, 3, T, H, W]` in [-1, 1], H and W multiples of the spatial compression.
-            frames_per_chunk: None codes the clip as one; 8 is what the released pipelines do (a remainder goes into
-                the first chunk).
+            coding: how much is encoded at once; `CHUNKED` and `TILED` are what the released pipelines do.
             shard: this rank's pixel frames (`shard_pixels`); None: the whole clip is here.
 
         Returns:
             `[B, 2 C, T', H', W']`: means, then log variances (`gaussian.split`).
 
         Raises:
-            DataError: the video's shape doesn't fit.
-            ConfigError: chunks of this size don't stand for whole latent frames, or both chunks and a shard are given.
+            DataError: the video's shape doesn't fit, or a value is NaN or infinite (it would spread over the norms).
+            ConfigError: chunks or tiles of this size don't stand for whole latent cells, or both chunks and a shard
+                are given.
         """
         self.config.check_video(video_BCTHW.shape)
-        if shard is not None:
-            return self._run_shard(self.encoder, video_BCTHW, shard, frames_per_chunk)
-        if frames_per_chunk is None:
-            return self.encode_chunk(video_BCTHW, None)[0]
-        self.config.check_chunk(frames_per_chunk=frames_per_chunk)
-        return _by_chunks(self.encode_chunk, video_BCTHW, frames_per_chunk)
+        return self._code(self.encoder, video_BCTHW, coding, shard, decode=False)
 
     def decode(
-        self, latents_BCTHW: torch.Tensor, latents_per_chunk: int | None = None, shard: FrameShard | None = None
+        self, latents_BCTHW: torch.Tensor, coding: Coding = WHOLE, shard: FrameShard | None = None
     ) -> torch.Tensor:
         """Decode latents (not scaled by `scaling_factor`) to pixels.
 
         Args:
             latents_BCTHW: `[B, C, T', H', W']`.
-            latents_per_chunk: None codes the clip as one; 2 is what the released pipelines do.
+            coding: how much is decoded at once.
             shard: this rank's latent frames (`shard_latents`); None: the whole clip is here.
 
         Returns:
             `[B, 3, T, H, W]`, about [-1, 1], not clamped.
 
         Raises:
-            DataError: the latents' shape doesn't fit.
-            ConfigError: `latents_per_chunk` is odd, or both chunks and a shard are given.
+            DataError: the latents' shape doesn't fit, or a value is NaN or infinite.
+            ConfigError: as for `encode`.
         """
         self.config.check_latents(latents_BCTHW.shape)
-        if shard is not None:
-            return self._run_shard(self.decoder, latents_BCTHW, shard, latents_per_chunk)
-        if latents_per_chunk is None:
-            return self.decode_chunk(latents_BCTHW, None)[0]
-        self.config.check_chunk(latents_per_chunk=latents_per_chunk)
-        return _by_chunks(self.decode_chunk, latents_BCTHW, latents_per_chunk)
+        return self._code(self.decoder, latents_BCTHW, coding, shard, decode=True)
+
+    def reconstruct(self, video_BCTHW: torch.Tensor, coding: Coding = WHOLE, pad: bool = False) -> torch.Tensor:
+        """Encode a clip and decode the means.
+
+        Args:
+            video_BCTHW: `[B, 3, T, H, W]` in [-1, 1].
+            coding: how much is coded at once, in both directions.
+            pad: repeat the last frame, row and column up to a size that works, and cut the result back.
+
+        Returns:
+            `[B, 3, T, H, W]`, of the video's own size.
+
+        Raises:
+            DataError: the video's size doesn't come back, and `pad` isn't asked for; or its channels don't fit.
+            ConfigError: as for `encode`.
+        """
+        if not pad:
+            self.config.check_comes_back(video_BCTHW.shape)
+        frames, height, width = video_BCTHW.shape[2:]
+        larger = self.config.padded_size(frames, height, width)
+        edges = (0, larger[2] - width, 0, larger[1] - height, 0, larger[0] - frames)
+        padded_BCTHW = F.pad(video_BCTHW, edges, mode="replicate") if any(edges) else video_BCTHW
+        pixels_BCTHW = self.decode(gaussian.mode(self.encode(padded_BCTHW, coding)), coding)
+        return pixels_BCTHW[:, :, :frames, :height, :width]
 
     def encode_chunk(self, video_BCTHW: torch.Tensor, halos: Halos | None) -> tuple[torch.Tensor, Halos | None]:
         """Encode the next chunk of a clip.
@@ -128,11 +146,31 @@ class CogVideoXVAE(nn.Module):
         Returns:
             moments_B2CTHW and the halos for the next chunk (None for a whole clip).
         """
-        return self._run(self.encoder, video_BCTHW, halos)
+        return self._run(self.encoder, video_BCTHW, None if halos is None else list(halos))
 
     def decode_chunk(self, latents_BCTHW: torch.Tensor, halos: Halos | None) -> tuple[torch.Tensor, Halos | None]:
         """Decode the next chunk of a clip; `halos` as in `encode_chunk`."""
-        return self._run(self.decoder, latents_BCTHW, halos)
+        return self._run(self.decoder, latents_BCTHW, None if halos is None else list(halos))
+
+    def _code(
+        self, coder: nn.Module, x_BCTHW: torch.Tensor, coding: Coding, shard: FrameShard | None, decode: bool
+    ) -> torch.Tensor:
+        _check_finite(x_BCTHW, "latents" if decode else "video")
+        chunk = coding.chunk(self.config.temporal_compression_ratio, decode)
+
+        def code(tile_BCTHW: torch.Tensor) -> torch.Tensor:
+            if shard is not None:
+                return self._run_shard(coder, tile_BCTHW, shard, chunk)
+            if chunk is None:
+                return self._run(coder, tile_BCTHW, None)[0]
+            return _by_chunks(partial(self._run, coder), tile_BCTHW, chunk)
+
+        if coding.tile is None:
+            return code(x_BCTHW)
+        rows, columns = coding.tile.cuts(self.config.spatial_compression_ratio, decode)
+        if x_BCTHW.shape[3] <= rows.size and x_BCTHW.shape[4] <= columns.size:
+            return code(x_BCTHW)
+        return by_tiles(code, x_BCTHW, rows, columns)
 
     def _run(self, coder: nn.Module, x_BCTHW: torch.Tensor, halos: Halos | None) -> tuple[torch.Tensor, Halos | None]:
         if self.config.temporal_kernel_size == 1:
@@ -165,6 +203,12 @@ def _by_chunks(
         halos = after or []
         parts.append(part)
     return torch.cat(parts, dim=2)
+
+
+def _check_finite(x_BCTHW: torch.Tensor, name: str) -> None:
+    if not bool(x_BCTHW.isfinite().all()):
+        bad = int((~x_BCTHW.isfinite()).sum())
+        raise DataError(f"{bad} of {x_BCTHW.numel()} values of the {name} {list(x_BCTHW.shape)} are NaN or infinite")
 
 
 def _each_frame(coder: nn.Module, x_BCTHW: torch.Tensor) -> torch.Tensor:

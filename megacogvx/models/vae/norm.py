@@ -25,12 +25,17 @@ class GroupNormSiLU(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(
-        self, x_BCTHW: torch.Tensor, frames: FrameSpan, latents_BCTHW: torch.Tensor | None = None
+        self,
+        x_BCTHW: torch.Tensor,
+        frames: FrameSpan,
+        latents_BCTHW: torch.Tensor | None = None,
+        overwrite: bool = False,
     ) -> torch.Tensor:
-        """Return `[B, C, T, H, W]`; the latents are the decoder's affair."""
+        """Return `[B, C, T, H, W]`, in the place of x if `overwrite` and without a graph; latents are for decoders."""
         return group_norm_moments(
-            x_BCTHW, self.weight, self.bias, self.groups, self.eps, activation=True, group=frames.group
-        )
+            x_BCTHW, self.weight, self.bias, self.groups, self.eps, activation=True, group=frames.group,
+            overwrite=overwrite,
+        )  # fmt: skip
 
 
 class SpatialNormSiLU(nn.Module):
@@ -45,13 +50,23 @@ class SpatialNormSiLU(nn.Module):
         self.conv_y = nn.Conv3d(latent_channels, channels, 1)
         self.conv_b = nn.Conv3d(latent_channels, channels, 1)
 
-    def forward(self, x_BCTHW: torch.Tensor, frames: FrameSpan, latents_BCTHW: torch.Tensor) -> torch.Tensor:
-        """Return `[B, C, T, H, W]` for the latents (of this chunk, on this rank) that x grows from."""
+    def forward(
+        self, x_BCTHW: torch.Tensor, frames: FrameSpan, latents_BCTHW: torch.Tensor, overwrite: bool = False
+    ) -> torch.Tensor:
+        """Return `[B, C, T, H, W]` for the latents (of this chunk, on this rank) that x grows from.
+
+        Without a graph the result takes the place of x if `overwrite`.
+        """
         # A 1 x 1 x 1 convolution commutes with copying cells to their neighbours; before it, it costs a fraction.
         y, b = (spread(conv(latents_BCTHW), frames, *x_BCTHW.shape[3:]) for conv in (self.conv_y, self.conv_b))
-        x_BCTHW = group_norm_moments(x_BCTHW, self.weight, self.bias, self.groups, self.eps, group=frames.group)
-        x_BCTHW = torch.addcmul(b, x_BCTHW.unflatten(3, (b.shape[3], -1)), y).flatten(3, 4)
-        return F.silu(x_BCTHW, inplace=not torch.is_grad_enabled())
+        x_BCTHW = group_norm_moments(
+            x_BCTHW, self.weight, self.bias, self.groups, self.eps, group=frames.group, overwrite=overwrite
+        )
+        rows_BCThrW = x_BCTHW.unflatten(3, (b.shape[3], -1))
+        if torch.is_grad_enabled():
+            return F.silu(torch.addcmul(b, rows_BCThrW, y).flatten(3, 4))
+        torch.addcmul(b, rows_BCThrW, y, out=rows_BCThrW)
+        return F.silu(x_BCTHW, inplace=True)
 
 
 def spread(z_BCTHW: torch.Tensor, frames: FrameSpan, height: int, width: int) -> torch.Tensor:

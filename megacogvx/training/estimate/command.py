@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
         _print_suggestions(console, config, suggest(config, work, gpu, arguments.gpus, arguments.ops, size), gpu)
         return
     _print_layout(console, config, predict(config, work, gpu, arguments.gpus, arguments.ops, size), gpu, arguments.gpus)
-    _print_assumptions(console, work, gpu, arguments.ops)
+    _print_assumptions(console, work, gpu, arguments.ops, config.parallel.overlap_grad_reduce)
 
 
 def bytes_per_weight(config: TrainConfig) -> int:
@@ -166,11 +166,12 @@ def overrides(config: TrainConfig, found: Prediction) -> str:
     return " ".join(pairs)
 
 
-def _print_assumptions(console: Console, work: Workload, gpu: Machine, ops: Ops) -> None:
+def _print_assumptions(console: Console, work: Workload, gpu: Machine, ops: Ops, overlap: bool) -> None:
+    sent = "of all that is sent only gradients overlap" if overlap else "communication doesn't overlap"
     console.print(
         f"assumed      {work.source}; {ops} ops; matrix products reach {gpu.peak * gpu.matrix_share / 1e12:.0f} and "
         f"attention {gpu.peak * gpu.attention_share / 1e12:.0f} TFLOP/s, memory {gpu.bandwidth / 1e12:.2f} TB/s, "
         f"{gpu.inside / 1e9:.0f} GB/s to GPUs of the node ({gpu.node}), {gpu.between / 1e9:.0f} GB/s beyond; "
-        f"communication doesn't overlap; {RESERVE / 1e9:.0f} GB are no tensors; the costliest pack sets the pace. "
+        f"{sent}; {RESERVE / 1e9:.0f} GB are no tensors; the costliest pack sets the pace. "
         "None of this is measured here: compare with metrics.jsonl of a short run."
     )

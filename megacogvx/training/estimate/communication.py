@@ -29,6 +29,8 @@ from megacogvx.training.estimate.parameters import local_sizes, stage_weights
 Axis = Literal["tensor", "context", "ring", "data_context", "pipeline", "all"]
 Collective = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send", "broadcast"]
 PARAMETER_ALIGNMENT, BUFFER_ALIGNMENT = 64, 128  # elements, of megatron-core's gradient buffers
+# After so many elements megatron-core (0.16 `distributed_data_parallel.py`) begins another bucket.
+BUCKET_ELEMENTS, BUCKET_ELEMENTS_PER_RANK = 40_000_000, 1_000_000
 SUMMED = "gradients"  # of what tensor ranks hold whole but see in part: "norms gradients", ...
 SHARE = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "all_to_all": 1}
 
@@ -129,13 +131,19 @@ class _Counts:
         for part, size in summed.items():  # one all-reduce of them all, told apart here
             yield Traffic(f"{part} {SUMMED}", "tensor", "all_reduce", 1, size * FP32, tensor)
         ranks = data_size * parallel.context_parallel_size
-        size = buffer_elements(local_sizes(self.config, parallel, self.stage), ranks)
-        yield Traffic("gradients", "data_context", "reduce_scatter", 1, size * FP32, ranks)
-        yield Traffic("weights", "data_context", "all_gather", 1, size * self.bytes_per_weight, ranks)
+        for size in self._gradient_buckets(ranks):
+            yield Traffic("gradients", "data_context", "reduce_scatter", 1, size * FP32, ranks)
+            yield Traffic("weights", "data_context", "all_gather", 1, size * self.bytes_per_weight, ranks)
         yield from self._shared_by_stages(ranks)
         yield Traffic("loss count", "data_context", "all_reduce", 1, 4, ranks)
         yield Traffic("loss count", "pipeline", "broadcast", 1, 4, parallel.pipeline_parallel_size)
         yield Traffic("gradient norm", "all", "all_reduce", 1, FP32, data_size * parallel.replica_size)
+
+    def _gradient_buckets(self, ranks: int) -> list[int]:
+        """Return the elements of each bucket; megatron-core has several on the first stage only, where they overlap."""
+        overlap = self.parallel.overlap_grad_reduce and self.stage == 0
+        largest = max(BUCKET_ELEMENTS, BUCKET_ELEMENTS_PER_RANK * ranks) if overlap else None
+        return gradient_buckets(local_sizes(self.config, self.parallel, self.stage), ranks, largest)
 
     def _shared_by_stages(self, data_context_ranks: int) -> Iterator[Traffic]:
         """Yield the sum of the time embedding's gradients, which every stage holds whole."""
@@ -212,11 +220,25 @@ class _Counts:
         )
 
 
-def buffer_elements(sizes: Sequence[int], ranks: int) -> int:
-    """Return the elements of a gradient buffer: each parameter starts at a multiple of 64, the whole divides by ranks.
+def gradient_buckets(sizes: Sequence[int], ranks: int, largest: int | None = None) -> list[int]:
+    """Return the elements of each bucket of a gradient buffer, padding included.
 
-    megatron-core 0.16 `param_and_grad_buffer.py`; one bucket, since reduction doesn't overlap the backward pass.
+    Each parameter starts at a multiple of 64, a bucket's size divides by the ranks and 128: megatron-core 0.16
+    `param_and_grad_buffer.py`.
+
+    Args:
+        sizes: of the parameters, in the model's order; the buffer holds them in the order of their gradients.
+        ranks: that share the buffer.
+        largest: a bucket ends with the parameter that reaches so many elements; None makes one bucket.
     """
-    used = sum(-(-size // PARAMETER_ALIGNMENT) * PARAMETER_ALIGNMENT for size in sizes)
-    multiple = math.lcm(ranks, BUFFER_ALIGNMENT)
-    return -(-used // multiple) * multiple
+    multiple, found, used = math.lcm(ranks, BUFFER_ALIGNMENT), [], 0
+    for size in reversed(sizes):
+        used = _padded(used, PARAMETER_ALIGNMENT) + size
+        if largest is not None and used >= largest:
+            found.append(_padded(used, multiple))
+            used = 0
+    return [*found, _padded(used, multiple)] if used else found
+
+
+def _padded(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple

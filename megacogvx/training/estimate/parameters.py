@@ -44,7 +44,7 @@ class Weight:
 
 
 def stage_weights(config: CogVideoXConfig, parallel: ParallelConfig, stage: int = 0) -> tuple[Weight, ...]:
-    """Return the parameters of one pipeline stage.
+    """Return the parameters of one pipeline stage, in the model's order.
 
     Raises:
         ConfigError: the layers can't be split over the stages.
@@ -102,16 +102,22 @@ def _time(config: CogVideoXConfig) -> Iterator[Weight]:
 
 
 def _block(config: CogVideoXConfig, name: str) -> Iterator[Weight]:
-    width, inner, condition = config.hidden_size, config.ffn_hidden_size, config.time_embed_dim
-    for half in ("attention", "mlp"):
-        yield from _linear(f"{name}.{half}_modulation.linear", "adaln", condition, 6 * width, cut="columns")
-        yield from _norm(f"{name}.{half}_norm", "norms", width)
+    width, inner = config.hidden_size, config.ffn_hidden_size
+    yield from _modulated_norm(config, f"{name}.attention")
     yield from _linear(f"{name}.attention.qkv", "attention", width, 3 * width, cut="columns")
     yield from _norm(f"{name}.attention.q_norm", "norms", config.attention_head_dim)
     yield from _norm(f"{name}.attention.k_norm", "norms", config.attention_head_dim)
     yield from _linear(f"{name}.attention.out", "attention", width, width, cut="rows")
+    yield from _modulated_norm(config, f"{name}.mlp")
     yield from _linear(f"{name}.mlp.fc1", "mlp", width, inner, cut="columns")
     yield from _linear(f"{name}.mlp.fc2", "mlp", inner, width, cut="rows")
+
+
+def _modulated_norm(config: CogVideoXConfig, name: str) -> Iterator[Weight]:
+    yield from _linear(
+        f"{name}_modulation.linear", "adaln", config.time_embed_dim, 6 * config.hidden_size, cut="columns"
+    )
+    yield from _norm(f"{name}_norm", "norms", config.hidden_size)
 
 
 def _head(config: CogVideoXConfig) -> Iterator[Weight]:

@@ -90,9 +90,10 @@ def predict(
         communication(config.model, parallel, work.layouts, stage=stage, packs=per_replica, **size) for stage in stages
     ]
     traffic = max(traffics, key=lambda entries: sum(entry.sent for entry in entries))
+    compute = _compute_seconds(config.model, parallel, costliest, machine, per_replica, ops)
     seconds = {
-        **_compute_seconds(config.model, parallel, costliest, machine, per_replica, ops),
-        **_traffic_seconds(parallel, traffic, machine),
+        **compute,
+        **_traffic_seconds(parallel, traffic, machine, behind=sum(compute.values()) / per_replica / 2),
         "optimizer": _optimizer_seconds(config.model, parallel, replicas, machine),
     }
     mean_flops = sum(training_flops(config.model, layout) for layout in work.layouts) / len(work.layouts)
@@ -156,13 +157,24 @@ def _computed_again(model: CogVideoXConfig, parallel: ParallelConfig) -> dict[st
     }
 
 
-def _traffic_seconds(parallel: ParallelConfig, traffic: list[Traffic], machine: Machine) -> dict[str, float]:
-    """Return seconds of what is sent, by axis; nothing is assumed to overlap with computation."""
+def _traffic_seconds(
+    parallel: ParallelConfig, traffic: list[Traffic], machine: Machine, behind: float
+) -> dict[str, float]:
+    """Return seconds of what is sent and not computed meanwhile, by axis.
+
+    With `parallel.overlap_grad_reduce` the gradients travel during `behind`, the backward pass of the last pack (taken
+    as half of its time), but for the bucket that ends with it; nothing else is assumed to overlap.
+    """
     seconds: dict[str, float] = {}
+    buckets = []
     for entry in traffic:
         rate = machine.inside if reach(parallel, entry.axis, entry.ranks) <= machine.node else machine.between
         name = f"{entry.axis} ranks".replace("_", " x ")
         seconds[name] = seconds.get(name, 0.0) + entry.sent / rate
+        if entry.term == "gradients":
+            buckets.append(entry.sent / rate)
+    if parallel.overlap_grad_reduce and buckets:
+        seconds["data x context ranks"] -= min(sum(buckets[:-1]), behind)
     return seconds
 
 

@@ -155,8 +155,18 @@ def test_no_bit_of_a_manifest_can_turn(directory):
             turned = bytearray(text)
             turned[place] ^= 1 << bit
             (path / MANIFEST).write_bytes(turned)
-            with pytest.raises(CheckpointError):
+            with pytest.raises(CheckpointError, match=MANIFEST):  # and no other file is blamed
                 verify(path)
+
+
+def test_links_are_foreign_whatever_they_point_at(directory):
+    path = write(directory, 1)
+    for name, target in (("folder", path / "inner"), ("nowhere", path / "not there")):
+        (path / name).symlink_to(target)
+        with pytest.raises(CheckpointError, match=f"{name} is not in"):
+            verify(path)
+        (path / name).unlink()
+    assert verify(path) == 1
 
 
 def test_a_checkpoint_under_another_steps_name_is_refused(directory):

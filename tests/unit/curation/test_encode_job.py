@@ -8,7 +8,7 @@ from megacogvx.errors import DataError
 
 JOB = EncodeJob(
     clips="0" * 32, clips_per_shard=4, text_kind="padded", text_length=8, text_width=16, text_encoder_fingerprint="t",
-    latent_channels=4, vae_fingerprint="v", frames_per_chunk=None, measured_clips=2, scale=None,
+    latent_channels=4, vae_fingerprint="v", coding="whole", measured_clips=2, scale=None,
 )  # fmt: skip
 
 
@@ -39,7 +39,7 @@ def test_a_given_scale_is_not_measured(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"clips": "1" * 32}, {"clips_per_shard": 5}, {"vae_fingerprint": "w"}, {"frames_per_chunk": 8}]
+    "change", [{"clips": "1" * 32}, {"clips_per_shard": 5}, {"vae_fingerprint": "w"}, {"coding": "chunked by 2"}]
 )
 def test_other_settings_are_refused(tmp_path: Path, change: dict[str, object]) -> None:
     agree(tmp_path, JOB, lambda: 1.0)

@@ -1,11 +1,12 @@
 """Bad samples: told apart, given up when stuck, counted, and too many in a row an error."""
 
+import json
 import threading
 
 import pytest
 
 from megacogvx.data.faults import Fault, FaultCounter, GuardedReader, SampleError
-from megacogvx.errors import DataError
+from megacogvx.errors import AgreedError, DataError
 
 
 def fail(error):
@@ -45,3 +46,13 @@ def test_counts_by_reason_and_stops_after_a_row():
     counter.add([0, 2, 2], range(3))
     with pytest.raises(DataError, match=r"3 samples in a row .* 41 \(damaged\)"):
         counter.add([1, 1], [41, 42])
+
+
+def test_a_resumed_run_counts_on():
+    first = FaultCounter(3)
+    first.add([0, 1, 2], [10, 11, 12])
+    again = FaultCounter(3, json.loads(json.dumps(first.state())))
+    again.add([0], [13])
+    assert again.counts == {"damaged": 1, "stuck": 1}
+    with pytest.raises(AgreedError, match="3 samples in a row"):
+        FaultCounter(3, first.state()).add([1], [13])

@@ -106,9 +106,13 @@ def test_vae_and_transformer_have_to_fit(tmp_path):
     write(tmp_path / "b", 5, vae_state())
     write(tmp_path / "c", 5, vae_state(latent_channels=4))
     write(tmp_path / "d", 5, transformer_state(in_channels=32))
+    write(tmp_path / "e", 5, transformer_state(in_channels=24))
     transformer, vae = TransformerCheckpoint.find(tmp_path / "a"), VAECheckpoint.find(tmp_path / "b")
     transformer.check_vae(vae)
     with pytest.raises(ConfigError, match=r"latent_channels=4, .* model.out_channels=16"):
         transformer.check_vae(VAECheckpoint.find(tmp_path / "c"))
-    with pytest.raises(ConfigError, match=r"model.in_channels=32 .* expects an image"):
-        TransformerCheckpoint.find(tmp_path / "d").check_vae(vae)
+    with_image = TransformerCheckpoint.find(tmp_path / "d")
+    with_image.check_vae(vae)
+    assert (transformer.expects_image, with_image.expects_image) == (False, True)
+    with pytest.raises(ConfigError, match=r"model.in_channels=24 .* or twice as many for image to video"):
+        TransformerCheckpoint.find(tmp_path / "e").check_vae(vae)

@@ -47,6 +47,7 @@ def test_rings_take_their_share_of_the_context_ranks(context, ring):
         ),
         ({"fp8_recipe": "mxfp8"}, "fp8_recipe=mxfp8 needs transformer_impl=transformer_engine"),
         ({"fp8_recipe": "delayed"}, "fp8_recipe"),
+        ({"data_parallel": "megatron_fsdp"}, "megatron_fsdp is not offered.*CUDA.*data_parallel=distributed_optimizer"),
         ({"attention_backend": "flash"}, "attention_backend"),
     ],
 )

@@ -66,7 +66,7 @@ def test_averages_are_in_use_only_for_a_while(groups):
 
 def test_loading_what_was_saved_gives_the_averages_back(groups):
     saved, other = WeightAverage(Net(1.0), 0.5, groups), WeightAverage(Net(2.0), 0.5, groups)
-    parts = saved.sharded_state_dict({})
+    parts = saved.sharded_state_dict()
     assert set(parts) == {"ema.weight", "ema.table", "ema.count"}
     assert all(part.dtype == part.data.dtype for part in parts.values())
     other.load_state_dict({name: part.data for name, part in parts.items()})

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from megacogvx.checkpoint.config import CheckpointConfig
-from megacogvx.errors import DataError
-from megacogvx.training import loop, stop
+from megacogvx.errors import AgreedError, DataError
+from megacogvx.training import agreement, loop, stop
 from megacogvx.training.config import TrainingConfig
 from megacogvx.training.guard import GuardConfig
 from megacogvx.training.metrics import MetricsFile
@@ -72,6 +72,12 @@ class FakeSaver:
     def finish(self):
         self.finished = True
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self.left_with = error
+
     def close(self):
         self.finish()
 
@@ -86,7 +92,8 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "sum_over_tokens", lambda sums, groups: sums * groups.world_size)
     monkeypatch.setattr(loop, "from_last_stage", lambda sums, groups: sums)
     monkeypatch.setattr(loop, "Saver", FakeSaver)
-    monkeypatch.setattr(loop, "barrier", lambda groups: None)
+    monkeypatch.setattr(agreement, "any_rank", lambda condition, groups: condition)
+    monkeypatch.setattr(agreement, "gather_json", lambda value, groups: [value, None])
     monkeypatch.setattr(loop, "gather_json", lambda value, groups: [value, value])
     monkeypatch.setattr(stop, "any_rank", lambda condition, groups: condition)
 
@@ -98,6 +105,7 @@ def run(tmp_path, monkeypatch):
                 {"samples": 3, "tokens": 100},
                 {"at": step + 1},
                 [[10 * step], [10 * step + 1]],
+                {"so far": step + 1},
             )
             for step in range(start, 100)
         )
@@ -138,7 +146,9 @@ def test_checkpoints_and_validation_come_when_due_and_at_the_end(run):
 def test_state_counts_samples_and_keeps_the_loaders_state(run):
     seven = run()
     loop.train(seven)
-    assert seven.state == TrainState(step=7, samples=21, tokens=700, data={"at": 7}, guard=seven.state.guard)
+    assert seven.state == TrainState(
+        step=7, samples=21, tokens=700, data={"at": 7}, guard=seven.state.guard, bad_samples={"so far": 7}
+    )
     assert seven.state.guard["losses"] == [2.0 * (step + 1.0) for step in range(7)]
 
 
@@ -182,6 +192,20 @@ def test_a_fault_that_passes_is_taken_and_told(run):
     assert (event["step"], event["kind"], event["samples"]) == (6, "passing", [60, 61])
 
 
+@pytest.mark.parametrize("what", ["add", "sync"])
+def test_a_log_that_can_t_be_written_on_the_first_rank_ends_all(run, what):
+    """The other ranks would wait for the first in the next step; now all know, with a typed error."""
+    full = run()
+
+    def fails(*row):
+        raise OSError(28, "No space left on device")
+
+    setattr(full.metrics, what, fails)
+    with pytest.raises(AgreedError, match=r"rank 0: OSError.*No space left"):
+        loop.train(full)
+    assert full.state.step == (1 if what == "add" else 3) and full.saved == []
+
+
 def test_a_signal_leaves_one_checkpoint_after_the_step(run):
     stopped = run()
     inputs = iter(stopped.inputs)
@@ -203,6 +227,18 @@ def test_a_signal_when_a_save_is_due_leaves_one_checkpoint(run):
     stopped.stop._receive(signal.SIGUSR1, None)
     assert not loop.train(stopped)
     assert stopped.saved == [3]
+
+
+def test_a_signal_during_a_save_needs_no_other_one(run, monkeypatch):
+    stopped = run()
+
+    def saves_and_is_signalled(self, step, *rest):
+        self.saved.append(step)
+        stopped.stop._receive(signal.SIGUSR1, None)
+
+    monkeypatch.setattr(FakeSaver, "save", saves_and_is_signalled)
+    assert not loop.train(stopped)
+    assert stopped.saved == [3] and stopped.state.step == 3
 
 
 def test_the_run_folder_tells_how_the_run_was_started(run):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from megacogvx.checkpoint.config import CheckpointConfig
-from megacogvx.errors import CheckpointError
+from megacogvx.errors import AgreedError, CheckpointError
 from megacogvx.training import saver as module
 from megacogvx.training.saver import Saver
 
@@ -30,7 +30,7 @@ def saver(monkeypatch):
             events.append(f"finish {self.step}")
 
     def build(fails=(), early=(), **settings):
-        def start_save(directory, step, model, optimizer, extra, groups, *, texts, beside, background):
+        def start_save(directory, step, model, optimizer, extra, groups, *, texts, beside, background, plans):
             if step in early:
                 raise CheckpointError("disk full")
             events.append(f"start {step}{'' if background else ' now'}")
@@ -94,3 +94,25 @@ def test_a_run_whose_last_save_failed_does_not_end_well(saver):
     save(well, 2)
     well.close()
     assert "finish 2" in events
+
+
+def ends_with(error, saver):
+    """Leave the saver with a save on its way and this error."""
+    with saver:
+        save(saver, 10)
+        raise error
+
+
+@pytest.mark.parametrize(("error", "done"), [(AgreedError("no data"), True), (RuntimeError("a bug"), False)])
+def test_what_all_ranks_end_with_completes_the_save_on_its_way(saver, error, done):
+    """A loader's error that every rank raises ends the run in order; one rank's own error would leave the others."""
+    one, events = saver()
+    with pytest.raises(type(error)):
+        ends_with(error, one)
+    assert ("finish 10" in events) == done
+
+
+def test_a_save_that_fails_at_the_end_does_not_hide_why_it_ended(saver):
+    one, _ = saver(fails=(10,), failed_saves=0)
+    with pytest.raises(AgreedError, match="no data"):
+        ends_with(AgreedError("no data"), one)

@@ -93,21 +93,13 @@ def test_clips_that_fit(ratio, frames):
     assert config.decoded_frames(config.latent_frames(frames)) == frames
 
 
-@pytest.mark.parametrize(
-    ("ratio", "chunk", "message"),
-    [
-        (4, {"frames_per_chunk": 6}, "frames_per_chunk=6.*temporal_compression_ratio=4.*work: 4, 8, 12"),
-        (4, {"frames_per_chunk": 0}, "frames_per_chunk=0"),
-        (4, {"latents_per_chunk": 1}, "latents_per_chunk=1.*work: 2, 4, 6"),
-        (8, {"latents_per_chunk": 3}, "latents_per_chunk=3"),
-        (1, {"latents_per_chunk": -1}, "latents_per_chunk=-1"),
-    ],
-)
-def test_chunks_that_lose_frames_are_config_errors(ratio, chunk, message):
-    config = build_config(VAEConfig, {"temporal_compression_ratio": ratio})
-    config.check_chunk(frames_per_chunk=2 * ratio, latents_per_chunk=2)
-    with pytest.raises(ConfigError, match=message):
-        config.check_chunk(**chunk)
+def test_only_whole_periods_come_back():
+    coming = [frames for frames in range(1, 34) if VAEConfig().comes_back(frames)]
+    assert coming == [1, 8, 9, 16, 17, 24, 25, 32, 33]
+    assert VAEConfig().padded_size(10, 61, 64) == (16, 64, 64)
+    assert VAEConfig().padded_size(17, 64, 8) == (17, 64, 8)
+    with pytest.raises(DataError, match="2 frames would come back with 1; the nearest that work: 1, 8"):
+        VAEConfig().check_comes_back((1, 3, 2, 64, 64))
 
 
 def test_latents_of_other_channels_are_data_errors():

@@ -4,7 +4,16 @@ import torch
 from megacogvx import draws
 from megacogvx.config import build_config
 from megacogvx.errors import ConfigError, DataError
-from megacogvx.models.vae import CogVideoXVAE, VAEConfig, VAELoss, VAELossConfig, gaussian, initialize_weights
+from megacogvx.models.vae import (
+    CHUNKED,
+    Coding,
+    CogVideoXVAE,
+    VAEConfig,
+    VAELoss,
+    VAELossConfig,
+    gaussian,
+    initialize_weights,
+)
 from megacogvx.testing.tolerance import assert_close
 
 SMALL = {"block_out_channels": [4, 4, 8], "layers_per_block": 1, "norm_num_groups": 2, "latent_channels": 2}
@@ -50,22 +59,22 @@ def test_wrong_shapes_are_data_errors():
 
 def test_chunks_that_lose_frames_are_config_errors():
     model = _model()
-    with pytest.raises(ConfigError, match="frames_per_chunk=6"):
-        model.encode(_video(17), frames_per_chunk=6)
+    with pytest.raises(ConfigError, match="latents_per_chunk=0"):
+        model.encode(_video(17), Coding(0))
     with pytest.raises(ConfigError, match="latents_per_chunk=1"):
-        model.decode(torch.zeros(1, 2, 5, 4, 4), latents_per_chunk=1)
+        model.decode(torch.zeros(1, 2, 5, 4, 4), Coding(1))
 
 
 def test_a_clip_of_one_chunk_is_the_whole_clip():
     model, video = _model(), _video(9)
     moments = model.encode(video)
-    assert torch.equal(model.encode(video, frames_per_chunk=8), moments)
+    assert torch.equal(model.encode(video, CHUNKED), moments)
 
 
 def test_chunks_by_hand_equal_chunks_at_once_and_leave_nothing_in_the_model():
     model, video = _model(), _video(25)
     with torch.no_grad():
-        expected = model.encode(video, frames_per_chunk=8)
+        expected = model.encode(video, CHUNKED)
         parts, halos = [], []
         for start, stop in ((0, 9), (9, 17), (17, 25)):
             model.encode(_video(9))  # another clip in between
@@ -76,7 +85,7 @@ def test_chunks_by_hand_equal_chunks_at_once_and_leave_nothing_in_the_model():
         first, halos = model.decode_chunk(latents[:, :, :3], [])
         second, halos = model.decode_chunk(latents[:, :, 3:5], halos)
         third, _ = model.decode_chunk(latents[:, :, 5:], halos)
-        whole = model.decode(latents, latents_per_chunk=2)
+        whole = model.decode(latents, CHUNKED)
         assert torch.equal(torch.cat([first, second, third], dim=2), whole)
     assert whole.shape == video.shape
 
@@ -87,7 +96,7 @@ def test_the_past_never_sees_the_future_but_through_norm_statistics():
     changed = video.clone()
     changed[:, :, 9:] = -changed[:, :, 9:]
 
-    def still(x, weight, bias, groups, eps, activation=False, group=None):
+    def still(x, weight, bias, groups, eps, activation=False, group=None, overwrite=False):
         return torch.nn.functional.silu(0.3 * x) if activation else 0.3 * x
 
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
@@ -97,6 +106,20 @@ def test_the_past_never_sees_the_future_but_through_norm_statistics():
         assert not torch.equal(a[:, :, 3], b[:, :, 3])
         pixels_a, pixels_b = model.decode(gaussian.mode(a)), model.decode(gaussian.mode(b))
         assert torch.equal(pixels_a[:, :, :9], pixels_b[:, :, :9])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_values_that_are_no_numbers_are_data_errors(bad):
+    model, video = _model(), _video(9)
+    video[0, 1, 4, 3, 2] = bad
+    with pytest.raises(DataError, match=r"1 of 6912 values of the video \[1, 3, 9, 16, 16\] are NaN or infinite"):
+        model.encode(video, CHUNKED)
+    with pytest.raises(DataError, match="of the video"):
+        model(video)
+    latents = torch.zeros(1, 2, 3, 2, 2)
+    latents[0, :, 1, 1, 0] = bad
+    with pytest.raises(DataError, match="2 of 24 values of the latents"):
+        model.decode(latents)
 
 
 @pytest.mark.parametrize("value", [-1.0, 0.0, 1.0])
@@ -116,8 +139,28 @@ def test_a_2d_model_codes_every_frame_by_itself():
         moments = model.encode(video)
         for t in range(5):
             assert_close(moments[:, :, t : t + 1], model.encode(video[:, :, t : t + 1]), 1e-6)
-        assert_close(model.encode(video, frames_per_chunk=2), moments, 1e-6)
+        assert_close(model.encode(video, CHUNKED), moments, 1e-6)
         assert model(video).video_BCTHW.shape == video.shape
+
+
+@pytest.mark.parametrize("preset", ["baseline_2d", "variant_a", "variant_b", "variant_c", "variant_d", "variant_e"])
+def test_every_variant_of_table_1_codes_and_trains(preset):
+    """In narrow: the widths are no part of the variants."""
+    stages = len(build_config(VAEConfig, {"preset": preset}).block_out_channels)
+    narrow = {"block_out_channels": [2] * stages, "layers_per_block": 1, "norm_num_groups": 1}
+    model = CogVideoXVAE(build_config(VAEConfig, {"preset": preset, **narrow}))
+    initialize_weights(model, seed=0)
+    config = model.config
+    video = _video(17, 2 * config.spatial_compression_ratio)
+    channels, frames, height, width = config.latent_shape(17, *video.shape[3:])
+    result = model(video)
+    assert result.moments_B2CTHW.shape == (1, 2 * channels, frames, height, width)
+    assert (height, width) == (2, 2) and frames == 16 // config.temporal_compression_ratio + 1
+    assert result.video_BCTHW.shape == video.shape
+    VAELoss(VAELossConfig())(video, *result).total.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+    assert float(model.encoder.conv_in.weight.grad.abs().max()) > 0
 
 
 def test_bfloat16_runs_and_stays_close():

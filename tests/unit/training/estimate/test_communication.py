@@ -3,7 +3,7 @@ import pytest
 from megacogvx.models.transformer.config import CogVideoXConfig
 from megacogvx.pack_layout import build_layout, place_sample
 from megacogvx.parallel.config import ParallelConfig
-from megacogvx.training.estimate.communication import buffer_elements, communication, sent_by_term
+from megacogvx.training.estimate.communication import communication, gradient_buckets, sent_by_term
 
 MODEL = CogVideoXConfig(preset="cogvideox_5b")
 TOKENS = 75_264
@@ -74,7 +74,21 @@ def test_one_gpu_sends_nothing():
 
 
 def test_buffers_are_padded_as_megatron_core_pads_them():
-    assert buffer_elements([1, 64, 65], 3) == 384  # 64 + 64 + 128 = 256, to a multiple of lcm(3, 128)
+    assert gradient_buckets([65, 64, 1], 3) == [384]  # 1, padded to 64, + 64 + 65 = 193, to a multiple of lcm(3, 128)
+    # From the last parameter on: 1 padded to 64, + 64 reaches 100, a bucket of 128; then 65, one of 128.
+    assert gradient_buckets([65, 64, 1], 2, largest=100) == [128, 128]
+    assert gradient_buckets([64, 64], 2, largest=64) == [128, 128]
+
+
+def test_overlap_splits_the_gradients_into_buckets():
+    """5B holds 5.57e9 weights; buckets of 64 ranks end once they have 64e6."""
+    entries = {}
+    for overlap in (False, True):
+        parallel = ParallelConfig(overlap_grad_reduce=overlap)
+        found = communication(MODEL, parallel, [], stage=0, data_size=64, bytes_per_weight=2)
+        entries[overlap] = [entry.tensor_bytes for entry in found if entry.term == "gradients"]
+    assert len(entries[False]) == 1 and 60 < len(entries[True]) < 5.57e9 / 64e6
+    assert sum(entries[True]) == pytest.approx(entries[False][0], rel=1e-4)
 
 
 def test_a_ring_sends_only_what_others_attend_to():

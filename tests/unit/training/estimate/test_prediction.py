@@ -50,6 +50,13 @@ def test_a_step_of_one_gpu_takes_what_its_products_take():
     assert 0.3 < found.mfu < ideal / found.step_seconds
 
 
+def test_gradients_that_overlap_hide_behind_the_last_backward_pass():
+    apart, behind = (_predict(1, 64, packs=64, overlap_grad_reduce=overlap) for overlap in (False, True))
+    hidden = apart.seconds["data x context ranks"] - behind.seconds["data x context ranks"]
+    gradients = sum(entry.sent for entry in apart.traffic if entry.term == "gradients") / H100.between
+    assert 0.9 * gradients < hidden < gradients and apart.step_seconds - behind.step_seconds == pytest.approx(hidden)
+
+
 @pytest.mark.parametrize(("policy", "cause"), [("full", "attention"), ("keep_attention", "matrix products")])
 def test_recompute_costs_one_more_forward_pass(policy, cause):
     kept, again = _predict(2, 8, packs=8, recompute="none"), _predict(2, 8, packs=8, recompute=policy)

@@ -1,0 +1,51 @@
+"""An error of one rank becomes an error of all: none waits in a collective for a rank that has left.
+
+What every rank raises at the same place lets the run finish what the ranks have begun together, such as the save that
+is on its way to disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from megacogvx.errors import AgreedError, MegacogvxError
+from megacogvx.log import get_logger
+from megacogvx.parallel.groups import ParallelGroups, any_rank, gather_json
+
+Item = TypeVar("Item")
+logger = get_logger(__name__)
+
+
+@contextmanager
+def agreed(groups: ParallelGroups, what: str) -> Iterator[None]:
+    """Run a block that may fail on some ranks; every rank enters it, and it must not communicate.
+
+    Args:
+        groups: process groups.
+        what: the block does, for the error of the other ranks.
+
+    Raises:
+        AgreedError: on every rank, if the block failed on any; it names the ranks and says what they met.
+    """
+    problem = None
+    try:
+        yield
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+        if not isinstance(error, MegacogvxError | OSError):
+            logger.exception("%s failed", what)  # our mistake: the others learn its text, the log keeps its place
+    if any_rank(problem is not None, groups):
+        problems = enumerate(gather_json(problem, groups))
+        raise AgreedError(f"{what} failed: " + "; ".join(f"rank {rank}: {text}" for rank, text in problems if text))
+
+
+def read_together(items: Iterable[Item], groups: ParallelGroups) -> Iterator[Item]:
+    """Yield what this rank's loader gives; where it fails on any rank, every rank raises `AgreedError`."""
+    source = iter(items)
+    while True:
+        item = None
+        with agreed(groups, "reading the data of a step"):
+            item = next(source)
+        yield item
