@@ -24,6 +24,7 @@ def _run_of(folder, **vae):
 def _open(tmp_path, start):
     sections = {
         "vae": {"preset": "tiny"},
+        "clips": {},
         "training": {"steps": 1, "run_folder": str(tmp_path / "second"), "start_from": str(start)},
     }
     config = build_config(VAETrainConfig, sections)
