@@ -13,6 +13,7 @@ import xxhash
 
 from megacogvx.data.indexed.manifest import MANIFEST, Manifest, differing_keys, finish_dataset, sync_folder
 from megacogvx.data.indexed.reader import IndexedDataset
+from megacogvx.data.indexed.remote import Folder
 from megacogvx.data.indexed.side_columns import side_columns, write_side_column
 from megacogvx.data.indexed.writer import DatasetWriter, shard_name
 from megacogvx.errors import DataError
@@ -32,9 +33,6 @@ def merge_datasets(sources: Sequence[Path], folder: Path) -> Manifest:
     """
     _refuse_existing(folder)
     datasets = [IndexedDataset(source) for source in sources]
-    remote = [dataset.folder for dataset in datasets if not isinstance(dataset.folder, Path)]
-    if remote:
-        raise DataError(f"{remote[0]} is not on a file system here; copy it first, or train on both: data.paths blends")
     for dataset in datasets[1:]:
         differing = differing_keys(datasets[0].encoder, dataset.encoder)
         if differing:
@@ -49,12 +47,18 @@ def merge_datasets(sources: Sequence[Path], folder: Path) -> Manifest:
         for shard in dataset.shards:
             names.append(shard_name(len(names)))
             for suffix in ("bin", "idx"):  # the .idx is the commit mark
-                _place(Path(dataset.folder) / f"{shard.name}.{suffix}", folder / f"{names[-1]}.{suffix}")
+                _place(_here(dataset.folder) / f"{shard.name}.{suffix}", folder / f"{names[-1]}.{suffix}")
     sync_folder(folder)
     manifest = finish_dataset(folder, names)
     for name in set.intersection(*(set(side_columns(source)) for source in sources)):
         write_side_column(folder, name, np.concatenate([dataset.side_column(name) for dataset in datasets]), ids)
     return manifest
+
+
+def _here(folder: Folder) -> Path:
+    if isinstance(folder, Path):
+        return folder
+    raise DataError(f"{folder} is not on a file system here; copy it first, or train on both: data.paths blends")
 
 
 def copy_samples(
