@@ -62,7 +62,8 @@ struct OnDevice {
 
   explicit OnDevice(const Tensor& x) : guard(x.get_device_index()) {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+    const AOTITorchError error = aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream);
+    STD_TORCH_CHECK(error == 0, "torch has no stream for this device");
   }
 };
 
