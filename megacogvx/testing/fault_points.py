@@ -5,6 +5,7 @@ They replace functions of the library for the rest of the process, which is a ra
 
 from __future__ import annotations
 
+import functools
 import os
 import resource
 import signal
@@ -63,6 +64,7 @@ def kill_in_writer(step: int) -> None:
     def kill_after_some() -> None:
         left = [20]  # tensors
 
+        @functools.wraps(write_item)  # megatron-core looks at its parameters
         def counted(*arguments: Any, **options: Any) -> Any:
             left[0] -= 1
             if not left[0]:
