@@ -66,13 +66,17 @@ def main() -> None:
     videos = [video for _, video in held_out]
     untrained = CogVideoXVAE(config.vae)
     initialize_weights(untrained, config.training.seed)
-    found = {"before stage 1": measure(untrained, videos)}
+    found: dict[str, float] = {}
+
+    def tell(when: str, model: CogVideoXVAE) -> None:
+        found[when] = measure(model, videos)
+        logger.info("PSNR of %d held-out clips %s: %.2f dB", len(videos), when, found[when])
+
+    tell("before stage 1", untrained)
     for stage, ranks in ((1, 2), (2, 4)):
         train(stage, ranks, settings(stage, clips, output))
         model = load_vae(output / f"vae_tiny_stage{stage}", torch.device("cpu"), torch.float32)
-        found[f"after stage {stage}"] = measure(model, videos)
-    for name, value in found.items():
-        logger.info("PSNR of %d held-out clips %s: %.2f dB", len(videos), name, value)
+        tell(f"after stage {stage}", model)
     before, first, second = found.values()
     if first <= before or second <= before or second < first - MOST_LOST:
         sys.exit(f"the two stages don't keep what they promise: {found}")
