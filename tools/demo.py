@@ -45,7 +45,7 @@ def steps(folder: Path, one_gpu: bool) -> dict[str, list[str]]:
         "pretrain, context parallel 2": [*two_ranks, *train, "training.steps=160", "parallel.context_parallel_size=2"],
         "generate": [*megacogvx, "generate", "--checkpoint", str(runs), "--vae", str(vae), "--text-encoder", str(text),
                      "--prompt", PROMPT, "--frames", "17", "--height", "64", "--width", "144", "--steps", "25",
-                     "--output", str(samples)],
+                     "--output", str(samples), "--overwrite"],
         "report": [*megacogvx, "report", "--vae-run", str(vae), "--train-run", str(runs), "--samples", str(samples),
                    "--dataset", str(dataset), "--steps-file", str(folder / "steps.json"),
                    "--output", str(folder / "report.html")],

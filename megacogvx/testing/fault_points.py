@@ -143,7 +143,7 @@ def hang(how: str, step: int) -> None:
     if how == "sleep":
         from megacogvx.training import setup
 
-        pack_inputs = setup._pack_inputs
+        pack_inputs = setup.pack_inputs
 
         def sleepy(*arguments: Any) -> Iterator[Any]:
             for number, inputs in enumerate(pack_inputs(*arguments)):
@@ -151,7 +151,7 @@ def hang(how: str, step: int) -> None:
                     time.sleep(HANG_SECONDS)
                 yield inputs
 
-        _put(setup, "_pack_inputs", sleepy)
+        _put(setup, "pack_inputs", sleepy)
         return
 
     def strike(*_: Any, **__: Any) -> None:

@@ -5,62 +5,47 @@ What can be wrong without a process group is found before there is one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 
-from megacogvx.checkpoint.directory import CheckpointDirectory
-from megacogvx.checkpoint.distributed import load, load_newest
-from megacogvx.checkpoint.find import Checkpoint, find_checkpoint
 from megacogvx.checkpoint.run_state import Kept
-from megacogvx.checkpoint.whole import read_state
-from megacogvx.config import Section, dump_config
+from megacogvx.config import dump_config
 from megacogvx.conversion.settings import Conventions
 from megacogvx.data.clips import ClipLoader
 from megacogvx.data.corpus import Corpus
-from megacogvx.data.faults import FaultCounter
 from megacogvx.data.loader import PackLoader
-from megacogvx.data.pack import Pack
 from megacogvx.data.planner import PackPlan
-from megacogvx.diffusion.objective import sample_weights
 from megacogvx.diffusion.schedule import NoiseSchedule
-from megacogvx.diffusion.timesteps import step_timesteps
-from megacogvx.errors import CheckpointError
 from megacogvx.inference.denoise import SamplingSettings
 from megacogvx.log import get_logger
-from megacogvx.models.transformer.flops import cost_coefficients, training_flops
+from megacogvx.models.transformer.flops import cost_coefficients
 from megacogvx.models.transformer.initialize import initialize_weights
 from megacogvx.models.transformer.model import CogVideoXTransformer, transformer_core
 from megacogvx.models.transformer.rope import place_on_rope_grid
-from megacogvx.models.vae.config import VAEConfig
 from megacogvx.models.vae.discriminator import initialize_discriminator
 from megacogvx.models.vae.initialize import initialize_weights as initialize_vae
 from megacogvx.models.vae.losses import VAELoss
 from megacogvx.models.vae.model import CogVideoXVAE
-from megacogvx.models.weights import check_finite
-from megacogvx.pack_layout import PackLayout
-from megacogvx.parallel.data_parallel import DistributedDataParallel, max_over_ranks, unwrap, wrap
-from megacogvx.parallel.groups import ParallelGroups, barrier, initialize, launch_environment
+from megacogvx.parallel.data_parallel import DistributedDataParallel, wrap
+from megacogvx.parallel.groups import ParallelGroups, initialize, launch_environment
 from megacogvx.parallel.megatron import plain_core_config
 from megacogvx.parallel.optimizer import Optimizer, build_optimizer
 from megacogvx.training import step as transformer_step
 from megacogvx.training import vae_step
-from megacogvx.training.adversary import Adversary, WeightsOnly
-from megacogvx.training.agreement import agreed, read_together
+from megacogvx.training.adversary import Adversary
 from megacogvx.training.batch import BatchMaker
-from megacogvx.training.config import OptimizerConfig, TrainConfig, TrainingConfig, VAETrainConfig
+from megacogvx.training.config import OptimizerConfig, TrainConfig, VAETrainConfig
 from megacogvx.training.corpus_checks import check_corpus
 from megacogvx.training.ema import WeightAverage
 from megacogvx.training.image_condition import ImageLatents, load_image_vae
-from megacogvx.training.loop import Run, StepInput
+from megacogvx.training.inputs import clip_inputs, pack_inputs
+from megacogvx.training.loop import Run
 from megacogvx.training.metrics import MetricsFile
-from megacogvx.training.run_lock import RunLock
-from megacogvx.training.start_from import find_start, start_from
-from megacogvx.training.state import TrainState
+from megacogvx.training.resume import load_newest_or_start, lock_run, open_run
+from megacogvx.training.start_from import find_start
 from megacogvx.training.text_condition import text_rows
 from megacogvx.training.validation import HeldOutClips
 from megacogvx.training.validation_loss import ValidationLoss, held_out_packs
@@ -87,12 +72,12 @@ def build_transformer_run(config: TrainConfig) -> Run:
     )
     config = _with_scaling_factor(config, corpus)
     held_out = _held_out(config)
-    checkpoints, resolved = _open_run(config, config.training, section="model")
+    checkpoints, resolved = open_run(config, config.training, section="model")
     if config.training.start_from is not None and checkpoints.latest() is None:
         find_start(config.training.start_from, config.model)
 
     groups = initialize(config.parallel, config.training.seed)
-    lock = _lock(config.training, groups)
+    lock = lock_run(config.training, groups)
     dtype = config.training.dtype(groups.device)
     core = transformer_core(config.model, config.parallel, groups, dtype)
     model = CogVideoXTransformer(config.model, core, groups)
@@ -101,7 +86,7 @@ def build_transformer_run(config: TrainConfig) -> Run:
     optimizer = _make_optimizer(ddp, config.optimizer, config.training.steps, groups)
     average = WeightAverage(model, config.ema.decay, groups) if config.ema.decay else None
     beside: dict[str, Kept] = {"ema": average} if average else {}
-    state = _load_newest(config, ddp, optimizer, checkpoints, groups, beside)
+    state = load_newest_or_start(config, ddp, optimizer, checkpoints, groups, beside)
 
     loader = PackLoader(
         corpus, plan, *groups.data, start_step=state.step, state=state.data or None,
@@ -110,7 +95,7 @@ def build_transformer_run(config: TrainConfig) -> Run:
     maker = _batch_maker(config, corpus, groups, dtype)
     validate, make_videos = _validation(config, corpus, held_out, maker, ddp, average)
     return Run(
-        config.training, groups, ddp, optimizer, state, _pack_inputs(loader, config, groups, state.bad_samples),
+        config.training, groups, ddp, optimizer, state, pack_inputs(loader, config, groups, state.bad_samples),
         transformer_step.TransformerStep(maker), transformer_step.read_log_sums,
         validate,
         checkpoints, MetricsFile(config.training.run_folder, state.step, groups.is_first),
@@ -130,12 +115,12 @@ def build_vae_run(config: VAETrainConfig) -> Run:
     config.validate_layout(launch_environment().world_size)
     config.vae.check_clip((1, config.vae.in_channels, config.clips.frames, config.clips.height, config.clips.width))
     loader = ClipLoader(config.clips, config.training.seed)
-    checkpoints, resolved = _open_run(config, config.training, section="vae")
+    checkpoints, resolved = open_run(config, config.training, section="vae")
     loss = VAELoss(config.loss, config.vae.in_channels)
     logger.info("loss terms: %s", ", ".join([*loss.term_names, *(["gan"] if config.has_gan else [])]))
 
     groups = initialize(config.parallel, config.training.seed)
-    lock = _lock(config.training, groups)
+    lock = lock_run(config.training, groups)
     dtype = config.training.dtype(groups.device)
     model = CogVideoXVAE(config.vae).to(dtype)
     initialize_vae(model, config.training.seed)
@@ -147,13 +132,13 @@ def build_vae_run(config: VAETrainConfig) -> Run:
     beside: dict[str, Kept] = {"discriminator": adversary} if adversary else {}
     if average:
         beside["ema"] = average
-    state = _load_newest(config, ddp, optimizer, checkpoints, groups, beside)
+    state = load_newest_or_start(config, ddp, optimizer, checkpoints, groups, beside)
 
     (loader.data_rank, loader.data_size), loader.start_step = groups.data, state.step
     held_out = HeldOutClips(loader, model, config.training.run_folder, groups, average)
     step = vae_step.VAEStep(config.vae, loss.to(groups.device), config.training.seed, groups, dtype, adversary)
     return Run(
-        config.training, groups, ddp, optimizer, state, _clip_inputs(loader, config, groups), step, step.read_log_sums,
+        config.training, groups, ddp, optimizer, state, clip_inputs(loader, config, groups), step, step.read_log_sums,
         held_out.measure if loader.held_out else None,
         checkpoints, MetricsFile(config.training.run_folder, state.step, groups.is_first), resolved,
         checkpoint=config.checkpoint, guard=config.guard, tracking=config.tracking,
@@ -268,62 +253,6 @@ def _with_scaling_factor(config: TrainConfig, corpus: Corpus) -> TrainConfig:
     return config.model_copy(update={"diffusion": diffusion})
 
 
-def _lock(training: TrainingConfig, groups: ParallelGroups) -> RunLock | None:
-    """Take the run folder for this run, before anything in it is touched.
-
-    Raises:
-        AgreedError: another run holds it; on all ranks.
-    """
-    lock = None
-    with agreed(groups, f"taking {training.run_folder}"):
-        if groups.is_first:
-            lock = RunLock(training.run_folder)
-    return lock
-
-
-def _open_run(config: Section, training: TrainingConfig, section: str) -> tuple[CheckpointDirectory, dict[str, Any]]:
-    """Return the run's checkpoint directory and the resolved config; a checkpoint of another model is an error."""
-    checkpoints, resolved = CheckpointDirectory(training.run_folder / "checkpoints"), dump_config(config)
-    latest = checkpoints.latest()
-    if latest is not None:
-        try:
-            before = read_state(latest)["config"].get(section, {})
-            before = {**dump_config(type(getattr(config, section))()), **before}  # keys of later versions
-        except CheckpointError:  # damaged: loading says so, and goes back or stops
-            return checkpoints, resolved
-        changed = [f"{section}.{key}" for key, value in resolved[section].items() if before.get(key) != value]
-        if changed:
-            raise CheckpointError(
-                f"{latest} holds another model: {', '.join(changed)} differ from this config; use another "
-                f"training.run_folder, or the config that wrote it"
-            )
-    elif training.start_from is not None:
-        start = find_checkpoint(training.start_from)
-        if section not in start.resolved:
-            raise CheckpointError(
-                f"training.start_from={training.start_from} has no section {section!r} (it has "
-                f"{', '.join(start.resolved)}); is it a checkpoint of another kind of model?"
-            )
-        if section == "vae":
-            _check_same_vae(start, resolved[section])
-    return checkpoints, resolved
-
-
-def _check_same_vae(start: Checkpoint, vae: dict[str, Any]) -> None:
-    """Raise `CheckpointError` where a VAE would start from another variant; the scale of its latents may differ."""
-    before = dump_config(start.section("vae", VAEConfig))
-    changed = [
-        f"vae.{key}: {before.get(key)} there, {value} here"
-        for key, value in vae.items()
-        if key not in ("preset", "scaling_factor") and before.get(key) != value
-    ]
-    if changed:
-        raise CheckpointError(
-            f"training.start_from={start.path} holds another variant of the VAE: {'; '.join(changed)}; set these keys "
-            "as there"
-        )
-
-
 def _make_optimizer(
     ddp: DistributedDataParallel, settings: OptimizerConfig, total_steps: int, groups: ParallelGroups
 ) -> Optimizer:
@@ -336,112 +265,3 @@ def _make_optimizer(
         clip_grad=settings.clip_gradient,
         initial_loss_scale=settings.initial_loss_scale, loss_scale_window=settings.loss_scale_window,
     )  # fmt: skip
-
-
-def _load_newest(
-    config: TrainConfig | VAETrainConfig, ddp: DistributedDataParallel, optimizer: Optimizer,
-    checkpoints: CheckpointDirectory, groups: ParallelGroups, beside: Mapping[str, Kept],
-) -> TrainState:  # fmt: skip
-    """Load the run's newest complete checkpoint, or else the weights of `training.start_from`; say where it stands."""
-    model = unwrap(ddp)
-    count = sum(parameter.numel() for parameter in model.parameters())
-    logger.info("model: %s parameters on this rank, %s", f"{count:,}", next(model.parameters()).dtype)
-    if groups.is_first:
-        checkpoints.recover()
-    barrier(groups)
-    go_back = config.checkpoint.on_damaged == "go_back"
-    found = load_newest(checkpoints, ddp, optimizer, groups, go_back=go_back, beside=beside)
-    if found is not None:
-        path, extra = found
-        check_finite(model, str(path))
-        logger.info("resumed from %s", path)
-        return TrainState.from_json(extra["state"])
-    if config.training.start_from is not None:
-        _start_from(config, find_checkpoint(config.training.start_from), ddp, optimizer, groups, beside)
-    return TrainState()
-
-
-def _start_from(
-    config: TrainConfig | VAETrainConfig, start: Checkpoint, ddp: DistributedDataParallel, optimizer: Optimizer,
-    groups: ParallelGroups, beside: Mapping[str, Kept],
-) -> None:  # fmt: skip
-    """Take the weights of another run, and those of its discriminator if both runs have one; an average starts anew.
-
-    A transformer's are grown to what this stage's model needs.
-    """
-    adversary = beside.get("discriminator")
-    others: dict[str, Kept] = {}
-    if isinstance(adversary, Adversary) and start.resolved.get("loss", {}).get("gan_weight", 0) > 0:
-        others["discriminator"] = WeightsOnly(adversary)
-    if isinstance(config, TrainConfig):
-        model = unwrap(ddp)
-        assert isinstance(model, CogVideoXTransformer), type(model).__name__
-        start_from(model, start, config.parallel, groups)
-    else:
-        load(start.path, ddp, None, groups, beside=others)
-    optimizer.reload_weights()
-    average = beside.get("ema")
-    if isinstance(average, WeightAverage):
-        average.restart()
-    logger.info("starting with the weights of %s%s", start.path, " and its discriminator's" if others else "")
-
-
-def _pack_inputs(
-    loader: PackLoader, config: TrainConfig, groups: ParallelGroups, bad_samples: Mapping[str, Any]
-) -> Iterator[StepInput]:
-    """Yield the packs of this rank with the timesteps of their samples, step after step."""
-    sizes = f"tp{groups.tensor[1]} cp{groups.context[1]} pp{groups.pipeline[1]} dp{groups.data[1]}"
-    counter = FaultCounter(config.data.max_bad_in_a_row, bad_samples)
-    for packs in read_together(loader, groups):
-        weights = [sample_weights(layout, config.diffusion.loss_mean) for layout in loader.layouts]
-        timesteps = step_timesteps(config.diffusion, config.training.seed, packs[0].step, weights)
-        bad = agree_on_faults(packs, loader.layouts, groups, counter)
-        facts = {**step_facts(config, loader.layouts), "layout": sizes, "bad_samples": dict(counter.counts)}
-        packs = [pack.without(bad[pack.place]) for pack in packs]
-        placed = [replace(pack, layout=place_on_rope_grid(pack.layout, config.model)) for pack in packs]
-        ids = [[sample.sample_id for sample in pack.layout.samples[:-1]] for pack in packs]
-        microbatches = [(pack, timesteps[pack.place]) for pack in placed]
-        yield StepInput(microbatches, facts, loader.state(), ids, counter.state())
-
-
-def agree_on_faults(
-    packs: list[Pack], layouts: list[PackLayout], groups: ParallelGroups, counter: FaultCounter
-) -> list[set[int]]:
-    """Return the places of the bad samples in each pack of the step, equal on all ranks.
-
-    Each rank read other frames of a pack, so what one of them couldn't read is bad for all.
-
-    Raises:
-        AgreedError: too many samples in a row are bad.
-    """
-    starts = np.cumsum([0, *(layout.num_samples - 1 for layout in layouts)]).tolist()
-    faults = torch.zeros(starts[-1], dtype=torch.int32)
-    for pack in packs:
-        for place, fault in pack.faults.items():
-            faults[starts[pack.place] + place] = int(fault)
-    agreed = max_over_ranks(faults, groups).tolist()
-    counter.add(agreed, [sample.sample_id for layout in layouts for sample in layout.samples[:-1]])
-    return [{m for m in range(end - start) if agreed[start + m]} for start, end in pairwise(starts)]
-
-
-def step_facts(config: TrainConfig, layouts: list[PackLayout]) -> dict[str, float]:
-    """Return what the packs of one step are, for the log.
-
-    `pack_fill` is the share of the token budget that samples use; `balance` the costliest pack's FLOPs over the mean
-    (1 is perfect).
-    """
-    tokens = sum(layout.used_tokens for layout in layouts)
-    flops = [training_flops(config.model, layout) for layout in layouts]
-    return {
-        "samples": sum(layout.num_samples - 1 for layout in layouts),
-        "tokens": tokens,
-        "pack_fill": round(tokens / sum(layout.num_tokens for layout in layouts), 5),
-        "balance": round(max(flops) * len(flops) / sum(flops), 5),
-        "flops": sum(flops),
-    }
-
-
-def _clip_inputs(loader: ClipLoader, config: VAETrainConfig, groups: ParallelGroups) -> Iterator[StepInput]:
-    for batch in read_together(loader, groups):
-        facts = {"samples": config.clips.clips_per_step, "frames": batch.video_BCTHW.shape[2]}
-        yield StepInput([batch], facts, {})

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megacogvx.config import load_config
 from megacogvx.parallel.groups import shutdown
 from megacogvx.training.config import TrainConfig
+
+if TYPE_CHECKING:  # building a run imports torch and megatron-core, which help needn't wait for
+    from megacogvx.training.loop import Run
 
 EXAMPLE = """example:
   torchrun --nproc-per-node 2 -m megacogvx train --config examples/configs/demo.yaml parallel.tensor_parallel_size=2
@@ -29,13 +34,23 @@ def run(arguments: argparse.Namespace) -> None:
 
 def pretrain(config: TrainConfig) -> None:
     """Build the run and train; SIGTERM and SIGUSR1 stop it with a checkpoint and exit status 75."""
-    from megacogvx.training.loop import train
     from megacogvx.training.setup import build_transformer_run
+
+    train_until_stopped(lambda: build_transformer_run(config))
+
+
+def train_until_stopped(build: Callable[[], Run]) -> None:
+    """Build a run and train; SIGTERM and SIGUSR1 stop it, after a checkpoint.
+
+    Raises:
+        SystemExit: with status 75, if a signal stopped it.
+    """
+    from megacogvx.training.loop import train
     from megacogvx.training.stop import STOPPED_STATUS, StopSignal
 
     stop = StopSignal().install()
     try:
-        run = build_transformer_run(config)
+        run = build()
         run.stop = stop
         finished = train(run)
     finally:

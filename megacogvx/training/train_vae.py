@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 
 from megacogvx.config import load_config
-from megacogvx.parallel.groups import shutdown
 from megacogvx.training.config import VAETrainConfig
-from megacogvx.training.train import add_arguments
+from megacogvx.training.train import add_arguments, train_until_stopped
 
 __all__ = ["EXAMPLE", "add_arguments", "run"]
 
@@ -25,16 +24,6 @@ def run(arguments: argparse.Namespace) -> None:
 
 def train_vae(config: VAETrainConfig) -> None:
     """Build the run and train; SIGTERM and SIGUSR1 stop it with a checkpoint and exit status 75."""
-    from megacogvx.training.loop import train
     from megacogvx.training.setup import build_vae_run
-    from megacogvx.training.stop import STOPPED_STATUS, StopSignal
 
-    stop = StopSignal().install()
-    try:
-        run = build_vae_run(config)
-        run.stop = stop
-        finished = train(run)
-    finally:
-        shutdown()
-    if not finished:
-        raise SystemExit(STOPPED_STATUS)
+    train_until_stopped(lambda: build_vae_run(config))

@@ -9,7 +9,7 @@ from megacogvx.config import build_config, dump_config
 from megacogvx.errors import CheckpointError
 from megacogvx.models.vae.config import VAEConfig
 from megacogvx.training.config import TrainConfig, VAETrainConfig
-from megacogvx.training.setup import _open_run
+from megacogvx.training.resume import open_run
 
 
 def _run_of(folder, **vae):
@@ -28,7 +28,7 @@ def _open(tmp_path, start):
         "training": {"steps": 1, "run_folder": str(tmp_path / "second"), "start_from": str(start)},
     }
     config = build_config(VAETrainConfig, sections)
-    return _open_run(config, config.training, "vae")
+    return open_run(config, config.training, "vae")
 
 
 def test_another_variant_of_the_vae_is_no_start(tmp_path):
@@ -52,7 +52,7 @@ def run(folder, stored):
     directory.commit(5, {name: seal(partial, name) for name in files_of(partial)})
     values = {"model": {"preset": "tiny"}, "data": {"paths": ["x"], "tokens_per_pack": 64}}
     config = build_config(TrainConfig, {**values, "training": {"run_folder": str(folder)}})
-    return _open_run(config, config.training, section="model")
+    return open_run(config, config.training, section="model")
 
 
 def model(**changes):
