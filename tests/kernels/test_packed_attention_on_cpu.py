@@ -46,7 +46,7 @@ def test_equals_the_definition_with_gradients(pack, dtype):
 
 def test_a_pack_of_nothing_but_padding_is_zeros_without_gradient():
     leaves = _qkv(4)
-    out = packed_attention(*leaves, (0,))
+    out = packed_attention(*leaves, (0, 0))
     out.sum().backward()
     assert not any(x.any() for x in (out, *(leaf.grad for leaf in leaves)))
 
