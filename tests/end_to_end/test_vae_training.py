@@ -123,8 +123,12 @@ def test_stage_two_on_four_ranks_equals_other_layouts_and_starts_where_stage_one
     for name, tensor in before.items():
         if name.startswith(("model.", "discriminator.")):
             assert torch.equal(tensor, after[name]), f"{name} is not stage 1's"
+    # Adam's first steps go by the sign of the gradient, be it rounding; large ones set a GAN off on other ways.
+    slow = {"discriminator_optimizer": {**CONSTANT, "learning_rate": 1e-4}}
     runs = [
-        train_vae(folder, f"stage2-cp{size}", parallel={"context_parallel_size": size}, training=start, loss=loss)
+        train_vae(
+            folder, f"stage2-cp{size}", parallel={"context_parallel_size": size}, training=start, loss=loss, **slow
+        )
         for size in (4, 2)
     ]
     split, other = (rows_of(run) for run in runs)
