@@ -6,11 +6,13 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
 
 import bench_generate
+import pytest
 from bench_generate import Case, Side
 
 from megacogvx import draws
 
 
+@pytest.mark.slow
 def test_both_sides_make_the_same_video_by_turns():
     small = Case(width=64, layers=1, vae_width=4, height=32, width_pixels=48, text=8, steps=2)
     ours, theirs, worst = bench_generate.compare(small, rounds=2)
