@@ -57,7 +57,7 @@ class Cut:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `megacogvx clips`."""
-    parser.add_argument("--captions", type=Path, required=True, help="JSONL or CSV file of captions")
+    parser.add_argument("--captions", type=Path, required=True, help="JSONL, CSV or Parquet file of captions")
     parser.add_argument("--videos", type=Path, help="folder of the videos (default: the caption file's folder)")
     parser.add_argument("--output", type=Path, required=True, help="folder for the clips")
     parser.add_argument("--short-sides", type=int, nargs="+", default=[64], help="pixels (default 64)")

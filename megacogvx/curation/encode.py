@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ranks", type=int, help="number of processes (default: from torchrun or Slurm)")
     add("--ray", type=int, default=0, metavar="ACTORS", help="run as a Ray Data job of so many actors (default 0: no)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the encoders; records are bf16 (default fp32)")
+    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the encoders (default fp32)")
     add("--skip-bad", action="store_true", help="leave out and count clips that can't be read instead of stopping")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 from rich import box
@@ -13,6 +12,7 @@ from rich.table import Table
 
 from megacogvx.data import dataset_commands
 from megacogvx.data.indexed.reader import IndexedDataset
+from megacogvx.data.indexed.remote import Folder, folder_at
 from megacogvx.data.indexed.verify import verify_dataset
 from megacogvx.errors import DataError
 
@@ -36,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("verify", "read every byte of a dataset and compare all checksums"),
     ):
         command = commands.add_parser(name, help=text, description=text.capitalize() + ".")
-        command.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="holds a manifest.json")
+        command.add_argument(
+            "folders", nargs="+", type=folder_at, metavar="FOLDER", help="or URL; holds a manifest.json"
+        )
     dataset_commands.add_commands(commands)
 
 
@@ -59,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.run_command(arguments)
 
 
-def _info(folder: Path, console: Console) -> None:
+def _info(folder: Folder, console: Console) -> None:
     dataset = IndexedDataset(folder)
     for table in (_facts(dataset), _shards(dataset), _sizes(dataset)):
         console.print(table)
@@ -107,7 +109,7 @@ def _sizes(dataset: IndexedDataset) -> Table:
     return table
 
 
-def _verify(folder: Path, console: Console) -> bool:
+def _verify(folder: Folder, console: Console) -> bool:
     report = verify_dataset(folder)
     table = _table(f"{folder}: {'damaged' if report.problems else 'sound'}", "", "")
     table.add_row("read", f"{report.samples:,} samples in {report.shards} shards, {_size(report.bytes)}")

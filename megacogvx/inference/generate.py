@@ -52,6 +52,9 @@ Writes OUT/sample-000.mp4 and, beside it, sample-000.json with the prompt, the s
 again goes on where it was interrupted; OUT must be a folder that all processes see.
 """
 
+# Ranks wait for a slower replica's last video, and for the first one to have prompts written out.
+WAIT_MINUTES = 24 * 60.0
+
 logger = get_logger(__name__)
 
 
@@ -73,6 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
         tensor_parallel_size=arguments.tensor_parallel_size,
         context_parallel_size=arguments.context_parallel_size,
         device=arguments.device,
+        timeout_minutes=WAIT_MINUTES,
     )
     plan = plan_of(arguments, parallel, upsampler_name(arguments))
     check_world_size(parallel, launch_environment().world_size)

@@ -70,6 +70,7 @@ class Outputs:
             frames_THWC: uint8 `[T, H, W, 3]`.
             facts: the settings; `fps` among them.
         """
+        self._path(name, ".json").unlink(missing_ok=True)  # it tells of another video from here on
         write_mp4(frames_THWC, self._path(name, ".mp4"), facts["fps"])
         if self.png:
             write_png_frames(frames_THWC, self.folder / name)

@@ -149,13 +149,19 @@ class Endpoint:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError(f"the endpoint {self.url!r} must be an address such as http://localhost:8000/v1")
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise ConfigError(
+                f"the endpoint at {parts.hostname} must be an address alone, such as http://localhost:8000/v1; its key "
+                f"is read from {KEY_VARIABLE}"
+            )
         if not self.timeout > 0 or self.retries < 0:
             raise ConfigError(f"timeout={self.timeout} seconds must be positive and retries={self.retries} not below 0")
 
     @property
     def name(self) -> str:
-        """Model and address."""
-        return f"{self.model} at {self.url}"
+        """Model and host; the path may hold what only the caller should know."""
+        parts = urlsplit(self.url)
+        return f"{self.model} at {parts.scheme}://{parts.netloc}"
 
     def write(self, instruction: str, text: str, pictures: Sequence[torch.Tensor] = ()) -> str:
         """Ask the model.

@@ -102,7 +102,7 @@ def read_requests(file: Path | None) -> list[Request]:
     if file is None:
         return []
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").split("\n")]  # nothing else ends a line
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--prompts-file {file} can't be read: {error}") from None
     if file.suffix != ".jsonl":

@@ -55,8 +55,10 @@ def write_mp4(frames_THWC: torch.Tensor, path: Path, fps: float) -> None:
 
 
 def write_png_frames(frames_THWC: torch.Tensor, folder: Path) -> None:
-    """Write frames `[T, H, W, 3]` uint8 as FOLDER/frame-0000.png and so on."""
+    """Write frames `[T, H, W, 3]` uint8 as FOLDER/frame-0000.png and so on, in place of those of another video."""
     frames, _, _ = _checked(frames_THWC)
+    for old in folder.glob("frame-*.png"):
+        old.unlink()
     for number, pixels in enumerate(frames):
         write_png(folder / f"frame-{number:04d}.png", pixels)
 

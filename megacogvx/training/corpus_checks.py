@@ -38,8 +38,8 @@ def check_corpus(config: TrainConfig, corpus: Corpus) -> None:
     _check_sizes(model, corpus)
     _check_text(config, corpus)
     if config.is_image_to_video:
-        check_image_vae(config.image, encoder)
-        _check_first_frames(corpus)
+        vae = check_image_vae(config.image, encoder)
+        _check_first_frames(corpus, vae.config.spatial_compression_ratio)
 
 
 def _check_sizes(model: CogVideoXConfig, corpus: Corpus) -> None:
@@ -63,7 +63,7 @@ def _check_text(config: TrainConfig, corpus: Corpus) -> None:
         )
 
 
-def _check_first_frames(corpus: Corpus) -> None:
+def _check_first_frames(corpus: Corpus, ratio: int) -> None:
     for dataset in corpus.datasets:
         without = np.flatnonzero(~dataset.has_first_frame())
         if len(without):
@@ -71,4 +71,13 @@ def _check_first_frames(corpus: Corpus) -> None:
                 f"{dataset.folder} lacks the first frame of {len(without)} of {len(dataset)} samples (the first is "
                 f"{int(dataset.sample_id[without[0]])}), which image to video needs as pixels: encode it with "
                 "--first-frame, filter those samples out, or set model.in_channels for text to video"
+            )
+        wanted = np.stack([dataset.height, dataset.width]) * ratio
+        wrong = np.flatnonzero((dataset.first_frame_sizes() != wanted).any(axis=0))
+        if len(wrong):
+            theirs, ours = (" x ".join(map(str, sizes[:, wrong[0]])) for sizes in (dataset.first_frame_sizes(), wanted))
+            raise ConfigError(
+                f"{dataset.folder}: the first frame of {len(wrong)} of {len(dataset)} samples is not of the video's "
+                f"size; that of sample {int(dataset.sample_id[wrong[0]])} is {theirs} pixels (h, w), its latents stand "
+                f"for {ours}; encode them again with --first-frame"
             )

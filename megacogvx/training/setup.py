@@ -150,11 +150,12 @@ def build_vae_run(config: VAETrainConfig) -> Run:
 def _batch_maker(config: TrainConfig, corpus: Corpus, groups: ParallelGroups, dtype: torch.dtype) -> BatchMaker:
     """Make the batch maker; the frozen encoders that training needs are loaded where a stage reads rows."""
     reads, scaling_factor = groups.is_first_stage, config.diffusion.scaling_factor or 1.0
-    texts = text_rows(config.text, corpus.encoder, config.diffusion.dropped_text, groups.device, dtype, reads)
+    frozen = torch.float32 if dtype == torch.float16 else dtype  # T5 and the VAE overflow in fp16
+    texts = text_rows(config.text, corpus.encoder, config.diffusion.dropped_text, groups.device, frozen, reads)
     images = None
     if config.is_image_to_video and reads:
         assert config.image.vae is not None
-        vae = load_image_vae(config.image.vae, corpus.encoder, groups.device, dtype)
+        vae = load_image_vae(config.image.vae, corpus.encoder, groups.device, frozen)
         scale = config.image.scale_for(config.model.preset)
         images = ImageLatents(vae, config.image, scaling_factor, scale, config.training.seed)
     return BatchMaker(

@@ -349,6 +349,12 @@ class IndexedDataset:
             return np.zeros(len(self), bool)
         return self._column("image_offset", np.uint64) > 0
 
+    def first_frame_sizes(self) -> np.ndarray:
+        """Return height and width of the first frames in pixels, int64 `[2, n]`; zeros where there is none."""
+        if not self.encoder.first_frame:
+            return np.zeros((2, len(self)), np.int64)
+        return np.stack([self._column(name, np.int64) for name in ("image_height", "image_width")])
+
     def sample_in(
         self, allocate: Allocate, number: int, frames: range | None = None, first_frame: bool = False
     ) -> Record:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from megacogvx.data.corpus import Corpus, DataConfig
+from megacogvx.data.indexed.manifest import MANIFEST
+from megacogvx.data.indexed.remote import folder_at
 from megacogvx.data.pack import planned_layout
 from megacogvx.data.planner import PackPlan
 from megacogvx.errors import ConfigError
@@ -64,8 +65,8 @@ def workload(config: TrainConfig, clip: Sequence[int] | None = None) -> Workload
         DataError: the dataset can't be read.
     """
     data, model = config.data, config.model
-    folders = [Path(path if isinstance(path, str) else path[1]) for path in data.paths]
-    if clip is None and all(folder.is_dir() for folder in folders):
+    folders = [folder_at(path if isinstance(path, str) else path[1]) for path in data.paths]
+    if clip is None and all((folder / MANIFEST).is_file() for folder in folders):
         return _planned(data, model, config.training.seed)
     layout, text = _equal_clips(model, data.tokens_per_pack, clip)
     packs = data.in_packs(layout.samples[0].length).packs_per_step

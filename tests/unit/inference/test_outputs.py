@@ -52,6 +52,21 @@ def test_settings_are_written_last(tmp_path, monkeypatch):
     assert not outputs.is_finished(NAME, FACTS)
 
 
+def test_an_interrupted_overwrite_vouches_for_no_other_video(tmp_path, monkeypatch):
+    Outputs(tmp_path).write(NAME, FRAMES, FACTS)
+    monkeypatch.setattr("megacogvx.inference.outputs.write_png", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        Outputs(tmp_path, sheet=True, overwrite=True).write(NAME, FRAMES, {**FACTS, "seed": 4})
+    assert not Outputs(tmp_path).is_finished(NAME, FACTS), "the video is the new one"
+
+
+def test_a_shorter_video_leaves_no_frames_of_the_longer_one(tmp_path):
+    outputs = Outputs(tmp_path, png=True)
+    outputs.write(NAME, FRAMES, FACTS)
+    outputs.write(NAME, FRAMES[:5], FACTS)
+    assert len(list((tmp_path / NAME).glob("frame-*.png"))) == 5
+
+
 def test_what_is_asked_for_is_written(tmp_path):
     Outputs(tmp_path, png=True, sheet=True).write(NAME, FRAMES, FACTS)
     with av.open(str(tmp_path / "sample-000.mp4")) as container:

@@ -142,7 +142,7 @@ def test_steps_of_a_video_are_those_that_its_strength_leaves(plan, tmp_path):
     made = plan("--video", clip(tmp_path), "--video-as", "caption", "--steps", 10, *model)
     (job,) = made.jobs
     assert (made.steps_of(job), made.starts_from_video(job), made.describes_video(job)) == (10, False, True)
-    assert made.upsampler == "seer at http://localhost:1/v1"
+    assert made.upsampler == "seer at http://localhost:1"
 
 
 @pytest.mark.parametrize(

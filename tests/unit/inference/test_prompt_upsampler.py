@@ -202,6 +202,14 @@ def test_without_a_model_prompts_are_unchanged():
         upsampler.video("", [picture])
 
 
+@pytest.mark.parametrize("url", ["http://me:secret@host/v1", "https://host/v1?key=secret", "https://host/v1#secret"])
+def test_an_address_with_a_secret_is_refused_without_telling_it(url):
+    with pytest.raises(ConfigError, match=r"must be an address alone.*MEGACOGVX_UPSAMPLER_KEY") as refusal:
+        Endpoint(url, "writer")
+    assert "secret" not in str(refusal.value)
+    assert "secret" not in Endpoint("https://host/secret/v1", "writer").name
+
+
 @pytest.mark.parametrize("url", ["localhost:8000", "file:///etc/passwd", "http://", "ftp://host/v1"])
 def test_an_address_that_is_none_is_refused_at_once(url):
     with pytest.raises(ConfigError, match="must be an address such as http://localhost:8000/v1"):

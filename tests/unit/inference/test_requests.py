@@ -24,6 +24,11 @@ def test_prompts_of_line_and_file(tmp_path):
     assert {job.settings for job in jobs} == {SETTINGS} and {job.negative_prompt for job in jobs} == {"rain"}
 
 
+def test_only_a_newline_ends_a_prompt(tmp_path):
+    file = lines(tmp_path, json.dumps({"prompt": "a\u2028dog\x85"}, ensure_ascii=False))
+    assert [job.prompt for job in read_jobs([], file, SETTINGS)] == ["a\u2028dog\x85"]
+
+
 def test_a_line_may_say_more_than_its_prompt(tmp_path):
     file = lines(
         tmp_path,

@@ -1,10 +1,12 @@
 """What a training asks of its dataset, said with names before any process group exists."""
 
 import pytest
+import torch
 
 from megacogvx.config import build_config
 from megacogvx.data.corpus import Corpus
 from megacogvx.errors import ConfigError
+from megacogvx.testing import tiny_dataset
 from megacogvx.testing.tiny_conditions import MODEL, TEXT_LENGTH, TEXT_WIDTH, write_vae
 from megacogvx.testing.tiny_dataset import tiny_encoder, write_tiny_dataset
 from megacogvx.training.config import TrainConfig
@@ -48,6 +50,13 @@ def test_a_dataset_without_first_frames_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"data lacks the first frame of 6 of 6 samples \(the first is 1000\)"):
         check(tmp_path, **options)
     check(tmp_path / "with", first_frame=True, **options)
+
+
+def test_a_first_frame_of_another_size_than_its_video_is_named(tmp_path, monkeypatch):
+    options = {"model": {"in_channels": 8}, "image": {"vae": str(write_vae(tmp_path))}, "first_frame": True}
+    monkeypatch.setattr(tiny_dataset, "tiny_image", lambda sample_id, _: torch.zeros(16, 24, 3, dtype=torch.uint8))
+    with pytest.raises(ConfigError, match=r"of 6 of 6 samples .* sample 1000 is 16 x 24 pixels .* stand for 32 x 32;"):
+        check(tmp_path, **options)
 
 
 def test_every_size_is_held_to_the_rope_grid_not_the_largest_of_each_side(tmp_path):
