@@ -56,7 +56,7 @@ def _run_verb(verb: str, rest: Sequence[str]) -> int:
         module.run(_parse(parser, rest))
     except MegacogvxError as error:
         get_logger("megacogvx.cli").error("%s: %s", type(error).__name__, error)
-        return USER_ERROR_STATUS
+        return error.exit_status
     return 0
 
 

@@ -6,7 +6,9 @@ Every message names the values, the rule that they break and a way out. A broken
 
 
 class MegacogvxError(Exception):
-    """Base of every error below; `megacogvx` prints its text without a traceback and exits with status 2."""
+    """Base of every error below; `megacogvx` prints its text without a traceback and ends with `exit_status`."""
+
+    exit_status = 2
 
 
 class ConfigError(MegacogvxError):
@@ -18,7 +20,16 @@ class DataError(MegacogvxError):
 
 
 class AgreedError(DataError):
-    """A `DataError` that every rank raises at the same place, so that what they have begun together can be finished."""
+    """A `DataError` that every rank raises at the same place, so that what they have begun together can be finished.
+
+    Args:
+        message: the text.
+        unforeseen: no rank met a user's error, but a fault, of a file system say, that starting again may pass.
+    """
+
+    def __init__(self, message: str, *, unforeseen: bool = False) -> None:
+        super().__init__(message)
+        self.exit_status = 1 if unforeseen else 2
 
 
 class CheckpointError(MegacogvxError):

@@ -103,11 +103,14 @@ def start_save(
             texts = {**(texts or {}), STATE: json.dumps(extra, indent=1)}
         together(groups, lambda: _write_texts(partial, texts or {}) if groups.is_first else None)
         state = run_state(model, optimizer, beside or {}, groups)
-        plans = plans or SavePlans()
-        write = together(groups, lambda: plan_write(state, partial, groups, FORMAT, plans, background=background))
+        known = plans or SavePlans()
+        write = together(groups, lambda: plan_write(state, partial, groups, FORMAT, known, background=background))
     except CheckpointError:
+        if plans is not None:
+            plans.forget()
         directory.drop(step)
         raise
+    write.start()
     return PendingSave(directory, step, partial, write, groups)
 
 

@@ -85,6 +85,7 @@ def check_tensors(path: Path, state: dict[str, Any], groups: ParallelGroups, wei
         for key in sorted(there)
         if key.startswith(f"{weights}.") and key not in everybody
     ]
+    problems = list(dict.fromkeys(problem for found in gather_json(problems, groups) for problem in found))
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise CheckpointError(f"{path} is of another model: {'; '.join(problems[:3])}{more}")

@@ -56,6 +56,10 @@ class SavePlans:
         self._writer: FullyParallelSaveStrategyWrapper | None = None
         self._planned: list[Any] = []
 
+    def forget(self) -> None:
+        """Plan the next save anew: the last one broke off, and not on every rank at the same place."""
+        self._writer = None
+
     def writer(
         self, state: dict[str, Any], groups: ParallelGroups, problems: list[Exception]
     ) -> tuple[FullyParallelSaveStrategyWrapper, bool]:
@@ -78,7 +82,7 @@ def plan_write(
     state: dict[str, Any], folder: Path, groups: ParallelGroups, content: dict[str, Any], plans: SavePlans, *,
     background: bool,
 ) -> TensorWrite:  # fmt: skip
-    """Decide with the other ranks who writes what, and begin; every rank calls it.
+    """Decide with the other ranks who writes what, and copy it; every rank calls it.
 
     Args:
         state: sharded tensors by name.
@@ -86,7 +90,7 @@ def plan_write(
         groups: process groups; equal shards are shared out over data and context ranks.
         content: megatron-core's description of the state.
         plans: of the run's earlier saves.
-        background: write copies of the tensors from now on; else the tensors, in `TensorWrite.wait`.
+        background: write copies of the tensors from `TensorWrite.start` on; else the tensors, in `TensorWrite.wait`.
 
     Raises:
         CheckpointError: this rank could not write its small file; the others don't know of it.
@@ -130,7 +134,11 @@ class TensorWrite:
             self._arguments[1] = _apart(request.preload_fn(), live)  # the copy to the host, or on it
             if background:
                 self._thread = threading.Thread(target=self._write_now, name="checkpoint-writer", daemon=True)
-                self._thread.start()
+
+    def start(self) -> None:
+        """Begin to write in the background, once all ranks are known to have planned."""
+        if self._thread is not None:
+            self._thread.start()
 
     def is_done(self) -> bool:
         """Return whether this rank's thread has finished, well or not; True where nothing runs."""
@@ -209,12 +217,14 @@ def _write_shards(transforms: list[Any], rank: int, buckets: list[Any], results:
 
     megatron-core's own function starts one more process for each file, and waits for ever for one that was killed.
     """
+    # Made for a child, it turns the garbage collection of its process off.
+    write = inspect.unwrap(filesystem_async.FileSystemWriterAsync.write_preloaded_data)
     written = {}
     for number, bucket in enumerate(buckets):
         answers: queue.Queue[Any] = queue.Queue()
         begun: queue.Queue[Any] = queue.Queue()
         begun.put(number)
-        filesystem_async.FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, answers, begun, True)
+        write(transforms, number, bucket, answers, begun, True)
         _, written[number] = answers.get_nowait()
         if isinstance(written[number], Exception):
             raise written[number]

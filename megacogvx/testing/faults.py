@@ -291,7 +291,7 @@ def _train(config: dict[str, Any]) -> int:
         pretrain(build_config(TrainConfig, config))
     except MegacogvxError as error:
         print(f"{type(error).__name__}: {error}")
-        return USER_ERROR_STATUS
+        return error.exit_status
     except SystemExit as stop:
         return int(stop.code or 0)
     return 0

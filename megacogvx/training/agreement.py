@@ -27,18 +27,20 @@ def agreed(groups: ParallelGroups, what: str) -> Iterator[None]:
         what: the block does, for the error of the other ranks.
 
     Raises:
-        AgreedError: on every rank, if the block failed on any; it names the ranks and says what they met.
+        AgreedError: on every rank, if the block failed on any; it names the ranks and says what they met. It ends the
+            program with status 2 if one of them met a user's error, else with 1: a launcher may start it again.
     """
-    problem = None
+    problem, is_users = None, False
     try:
         yield
     except Exception as error:
-        problem = f"{type(error).__name__}: {error}"
+        problem, is_users = f"{type(error).__name__}: {error}", isinstance(error, MegacogvxError)
         if not isinstance(error, MegacogvxError | OSError):
             logger.exception("%s failed", what)  # our mistake: the others learn its text, the log keeps its place
     if any_rank(problem is not None, groups):
-        problems = enumerate(gather_json(problem, groups))
-        raise AgreedError(f"{what} failed: " + "; ".join(f"rank {rank}: {text}" for rank, text in problems if text))
+        met = gather_json((problem, is_users), groups)
+        texts = "; ".join(f"rank {rank}: {text}" for rank, (text, _) in enumerate(met) if text)
+        raise AgreedError(f"{what} failed: {texts}", unforeseen=not any(users for _, users in met))
 
 
 def read_together(items: Iterable[Item], groups: ParallelGroups) -> Iterator[Item]:

@@ -13,6 +13,7 @@ import yaml
 from megacogvx.checkpoint.config import CheckpointConfig
 from megacogvx.checkpoint.directory import CheckpointDirectory
 from megacogvx.checkpoint.run_state import Kept
+from megacogvx.errors import CheckpointError
 from megacogvx.log import get_logger, progress
 from megacogvx.parallel.data_parallel import DistributedDataParallel, ForwardStep, forward_backward, sum_over_tokens
 from megacogvx.parallel.groups import ParallelGroups, gather_json
@@ -198,7 +199,10 @@ def _guarded_step(run: Run, inputs: StepInput, guard: Guard, events: MetricsFile
     try:
         return train_step(run, inputs, guard, events)
     except BadStepError as error:
-        saver.finish()
+        try:
+            saver.finish()
+        except CheckpointError as problem:
+            logger.error("%s", problem)
         raise BadStepError(f"{error}; the last checkpoint is {run.checkpoints.latest()}") from None
 
 

@@ -36,6 +36,7 @@ from megacogvx.parallel.optimizer import Optimizer, build_optimizer
 from megacogvx.training import step as transformer_step
 from megacogvx.training import vae_step
 from megacogvx.training.adversary import Adversary
+from megacogvx.training.agreement import agreed
 from megacogvx.training.batch import BatchMaker
 from megacogvx.training.config import OptimizerConfig, TrainConfig, VAETrainConfig
 from megacogvx.training.corpus_checks import check_corpus
@@ -92,7 +93,8 @@ def build_transformer_run(config: TrainConfig) -> Run:
         corpus, plan, *groups.data, start_step=state.step, state=state.data or None,
         cut=(groups.tensor, groups.context), with_images=config.is_image_to_video and groups.is_first_stage,
     )  # fmt: skip
-    maker = _batch_maker(config, corpus, groups, dtype)
+    with agreed(groups, "loading the frozen encoders"):
+        maker = _batch_maker(config, corpus, groups, dtype)
     validate, make_videos = _validation(config, corpus, held_out, maker, ddp, average)
     return Run(
         config.training, groups, ddp, optimizer, state, pack_inputs(loader, config, groups, state.bad_samples),

@@ -34,6 +34,7 @@ def request(folder: Path, tensor: torch.Tensor, write=None):
 @pytest.mark.parametrize("background", [True, False])
 def test_the_file_is_sealed_and_the_results_reach_megatron_core(tmp_path, background):
     write = TensorWrite(request(tmp_path, torch.tensor([1, 2, 3])), tmp_path, background=background)
+    write.start()
     assert write.wait() == {NAME: {"size": 3, "xxh3": checksum(tmp_path / NAME)}}
     write.finish()
     assert (tmp_path / ".metadata").read_text() == "{0: ['written']}"
@@ -49,6 +50,7 @@ def test_what_changes_after_the_start_is_not_written(tmp_path):
 
     live = {tensor.untyped_storage().data_ptr()}
     write = TensorWrite(request(tmp_path, tensor, late), tmp_path, background=True, live=live)
+    write.start()
     assert not write.is_done()
     tensor.fill_(9)
     gate.set()
@@ -64,7 +66,9 @@ def test_what_is_a_copy_already_is_not_copied_again(tmp_path):
         (tmp_path / NAME).touch()
         results.put({})
 
-    TensorWrite(request(tmp_path, copy, look), tmp_path, background=True, live={1}).wait()
+    write = TensorWrite(request(tmp_path, copy, look), tmp_path, background=True, live={1})
+    write.start()
+    write.wait()
     assert seen == [copy.data_ptr()]
 
 
@@ -79,6 +83,7 @@ def returns_an_error(rank, buckets, results):
 @pytest.mark.parametrize("how", [fails, returns_an_error])
 def test_a_writer_that_fails_is_an_error_of_the_save(tmp_path, how):
     write = TensorWrite(request(tmp_path, torch.ones(1), how), tmp_path, background=True)
+    write.start()
     with pytest.raises(CheckpointError, match="No space"):
         write.wait()
 
@@ -86,6 +91,7 @@ def test_a_writer_that_fails_is_an_error_of_the_save(tmp_path, how):
 def test_a_rank_without_tensors_has_nothing_to_wait_for(tmp_path):
     nothing = SimpleNamespace(async_fn=None, async_fn_args=(), preload_fn=None, finalize_fns=[lambda: None])
     write = TensorWrite(nothing, tmp_path, background=True)
+    write.start()
     assert write.is_done() and write.wait() == {}
     write.finish()
 

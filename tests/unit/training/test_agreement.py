@@ -12,7 +12,7 @@ def peers(monkeypatch):
     """Two ranks, of which the test is rank 0; what is put in here happens to the other."""
     other: list[str] = []
     monkeypatch.setattr(agreement, "any_rank", lambda mine, groups: mine or bool(other))
-    monkeypatch.setattr(agreement, "gather_json", lambda mine, groups: [mine, other[0] if other else None])
+    monkeypatch.setattr(agreement, "gather_json", lambda mine, groups: [mine, (other[0] if other else None, False)])
     return other
 
 
@@ -28,6 +28,14 @@ def test_an_error_of_one_rank_is_raised_on_all(peers):
     with pytest.raises(AgreedError, match=r"saying hello failed: rank 1: OSError: disk full$"):
         with agreed(None, "saying hello"):
             pass
+
+
+@pytest.mark.parametrize(("error", "status"), [(OSError("stale handle"), 1), (DataError("sample 3"), 2)])
+def test_only_a_users_error_keeps_a_launcher_from_starting_again(peers, error, status):
+    peers.append("OSError: stale handle")
+    with pytest.raises(AgreedError) as raised, agreed(None, "reading"):
+        raise error
+    assert raised.value.exit_status == status
 
 
 def test_our_own_mistakes_keep_their_traceback(peers, monkeypatch):

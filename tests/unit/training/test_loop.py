@@ -93,7 +93,7 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "from_last_stage", lambda sums, groups: sums)
     monkeypatch.setattr(loop, "Saver", FakeSaver)
     monkeypatch.setattr(agreement, "any_rank", lambda condition, groups: condition)
-    monkeypatch.setattr(agreement, "gather_json", lambda value, groups: [value, None])
+    monkeypatch.setattr(agreement, "gather_json", lambda value, groups: [value, (None, False)])
     monkeypatch.setattr(loop, "gather_json", lambda value, groups: [value, value])
     monkeypatch.setattr(stop, "any_rank", lambda condition, groups: condition)
 

@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -47,6 +48,16 @@ def test_the_second_run_is_told_who_has_the_folder_and_a_killed_one_leaves_it(ho
     assert str(os.getpid()) in (tmp_path / "run" / NAME).read_text()
     lock.release()
     lock.release()
+
+
+def test_a_run_of_another_machine_may_be_dead_and_is_waited_for(holder, tmp_path):
+    """Its server keeps the lock for the length of a lease."""
+    path = tmp_path / "run" / NAME
+    path.write_text(path.read_text().replace(os.uname().nodename, "another-host"))
+    with pytest.raises(LaunchError, match="on another-host"):
+        RunLock(tmp_path / "run", lease=0.2, pause=0.05)
+    threading.Timer(0.3, holder.kill).start()
+    RunLock(tmp_path / "run", lease=60.0, pause=0.05).release()
 
 
 def test_a_forked_writer_does_not_keep_the_folder(tmp_path):
