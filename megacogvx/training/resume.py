@@ -9,6 +9,7 @@ from megacogvx.checkpoint.directory import CheckpointDirectory
 from megacogvx.checkpoint.distributed import load, load_newest
 from megacogvx.checkpoint.find import Checkpoint, find_checkpoint
 from megacogvx.checkpoint.run_state import Kept
+from megacogvx.checkpoint.together import together
 from megacogvx.checkpoint.whole import read_state
 from megacogvx.config import Section, dump_config
 from megacogvx.errors import CheckpointError
@@ -17,7 +18,7 @@ from megacogvx.models.transformer.model import CogVideoXTransformer
 from megacogvx.models.vae.config import VAEConfig
 from megacogvx.models.weights import check_finite
 from megacogvx.parallel.data_parallel import DistributedDataParallel, unwrap
-from megacogvx.parallel.groups import ParallelGroups, barrier
+from megacogvx.parallel.groups import ParallelGroups
 from megacogvx.parallel.optimizer import Optimizer
 from megacogvx.training.adversary import Adversary, WeightsOnly
 from megacogvx.training.agreement import agreed
@@ -94,9 +95,7 @@ def load_newest_or_start(
     model = unwrap(ddp)
     count = sum(parameter.numel() for parameter in model.parameters())
     logger.info("model: %s parameters on this rank, %s", f"{count:,}", next(model.parameters()).dtype)
-    if groups.is_first:
-        checkpoints.recover()
-    barrier(groups)
+    together(groups, lambda: checkpoints.recover() if groups.is_first else None)
     go_back = config.checkpoint.on_damaged == "go_back"
     found = load_newest(checkpoints, ddp, optimizer, groups, go_back=go_back, beside=beside)
     if found is not None:

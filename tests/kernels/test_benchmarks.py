@@ -56,6 +56,7 @@ def test_every_size_has_its_row(run_all):
     assert run_all.REAL.beyond[1] * 3072 > 2**31
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_some_cases_measures_them_and_goes_on(run_all, monkeypatch, tmp_path, capsys):
     """Forward and backward of an op, group norm and the virtual ranks: the code that runs on a card, on tiny sizes."""
     readme = run_all.kept.README.read_text()

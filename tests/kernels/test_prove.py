@@ -80,6 +80,7 @@ def test_a_budget_that_is_broken_or_nothing_said_fails(prove, tmp_path):
         assert prove.run(_says(prove, "machine code of sm_1", output), tmp_path / "report.xml") is None
 
 
+@pytest.mark.slow
 def test_shapes_are_counted_and_a_skipped_test_fails(prove, tmp_path):
     (tmp_path / "test_made.py").write_text(TESTS)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]

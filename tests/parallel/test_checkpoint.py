@@ -119,7 +119,7 @@ def many_buckets():
         data_parallel.DistributedDataParallelConfig = whole
 
 
-@on_ranks(2, {}, TP2)
+@on_ranks(2, {})
 def test_states_in_several_buckets_come_back_and_reshard(groups, folder):
     """Reduced during the backward pass, in buckets with padding in between: saved, loaded on both layouts."""
     from megacogvx.checkpoint.distributed import load, save
@@ -145,7 +145,7 @@ def test_states_in_several_buckets_come_back_and_reshard(groups, folder):
         assert_same(full_weights(moved, other), after, 1e-5)
 
 
-@on_ranks(2, {}, TP2)
+@on_ranks(2, {})
 def test_each_save_of_a_run_loads_though_the_later_ones_are_not_planned_again(groups, folder):
     """From the third on the ranks exchange nothing to plan; another model in between is planned anew."""
     from megacogvx.checkpoint.distributed import load, start_save

@@ -143,7 +143,7 @@ def _check_goes_on(plan, groups, out):
     assert made == {"sample-001.json", "sample-001.mp4", "sample-001-sheet.png"}, made
 
 
-@on_ranks(2, {"tensor_parallel_size": 2}, {"context_parallel_size": 2})
+@on_ranks(2, {"context_parallel_size": 2})
 def test_images_and_videos_do_not_depend_on_the_layout(groups, folder):
     """Ranks encode and decode whole videos of their own, or share each one's frames; one process gives the same."""
     from megacogvx.data.images import write_png

@@ -48,6 +48,7 @@ def _first_loss_of_one_process(groups, folder):
     return total / count
 
 
+@pytest.mark.slow
 @on_ranks(2, {"tensor_parallel_size": 2})
 def test_the_first_step_is_one_processs_and_a_restart_on_another_layout_goes_on(groups, folder):
     from megacogvx.testing.tiny_run import train_on
