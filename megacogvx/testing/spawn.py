@@ -34,7 +34,7 @@ from typing import Any
 
 CASE_SECONDS = 120.0  # a test that takes longer hangs
 START_SECONDS = 180.0  # for all processes to import megatron-core on a busy machine
-MANY_RANKS = 4  # a test that starts more processes than these is slow
+MANY_RANKS = 3  # a test that starts more processes than these is slow
 DEVICES = ("cpu", "cuda")
 LINES_SHOWN = 40  # of the output of each rank, when something went wrong
 

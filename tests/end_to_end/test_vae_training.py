@@ -108,7 +108,6 @@ def test_a_run_stopped_in_the_middle_of_the_gan_phase_resumes_bit_for_bit(groups
     )
 
 
-@pytest.mark.slow
 @on_ranks(4, {"context_parallel_size": 4})
 def test_stage_two_on_four_ranks_equals_other_layouts_and_starts_where_stage_one_ended(groups, folder):
     if groups.is_first:

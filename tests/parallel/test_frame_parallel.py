@@ -284,19 +284,16 @@ def test_one_training_step_on_three_ranks(groups):
     check_step(groups, 17)
 
 
-@pytest.mark.slow
 @on_ranks(4, {"context_parallel_size": 4})
 def test_four_ranks_equal_one(groups):
     check_all(groups)
 
 
-@pytest.mark.slow
 @on_ranks(4, {"context_parallel_size": 2}, {"context_parallel_size": 4})
 def test_one_training_step_on_four_ranks(groups):
     check_step(groups, 25)
 
 
-@pytest.mark.slow
 @on_ranks(4, {"context_parallel_size": 2}, {"context_parallel_size": 4})
 def test_one_step_with_a_discriminator_on_four_ranks(groups):
     check_gan_step(groups, 25)
