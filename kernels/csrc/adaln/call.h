@@ -1,4 +1,4 @@
-// A call of an op of adaln: its tensors, checked, as the plain arguments of kernels and C++. Included by bindings.cpp alone.
+// A call of an op of adaln: its tensors, checked, as plain arguments of kernels and C++. For bindings.cpp alone.
 #pragma once
 
 #include "../common/tensors.h"

@@ -1,4 +1,4 @@
-// A call of qk_norm_rope: its tensors, checked, as the plain arguments of kernels and C++. Only bindings.cpp includes it.
+// A call of qk_norm_rope: its tensors, checked, as plain arguments of kernels and C++. For bindings.cpp alone.
 #pragma once
 
 #include "../common/tensors.h"
@@ -65,10 +65,10 @@ struct QkNormRopeCall {
   void check_for_kernel() const {
     const int64_t unit = 16 / (dtype == kFloat32 ? 4 : 2);
     STD_TORCH_CHECK(
-        dtype != kFloat64 && args.tokens > 0 && args.heads > 0 && args.width % 8 == 0 && args.stride_S % unit == 0 && args.stride_N % unit == 0 &&
-            args.stride_3 % unit == 0,
-        "qkv_SN3K: the kernel needs float32, bfloat16 or float16, S and N at least 1, K in eights and rows at multiples of "
-        "16 bytes");
+        dtype != kFloat64 && args.tokens > 0 && args.heads > 0 && args.width % 8 == 0 && args.stride_S % unit == 0 &&
+            args.stride_N % unit == 0 && args.stride_3 % unit == 0,
+        "qkv_SN3K: the kernel needs float32, bfloat16 or float16, S and N at least 1, K in eights and rows at "
+        "multiples of 16 bytes");
     check_aligned(args.qkv, "qkv_SN3K");
   }
 };
