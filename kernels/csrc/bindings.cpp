@@ -1,6 +1,6 @@
 // The compiled ops, registered under `megacogvx::` through torch's stable ABI: the only file that is compiled with
 // torch's headers (common/tensors.h brings them). Arguments are checked in Python, for every backend alike; what is
-// checked here keeps a direct call of torch.ops from reading outside its tensors, as long as the rows and runs that they
+// checked here keeps a direct call of torch.ops from reading outside its tensors, as long as the rows and runs they
 // hold are in range. The fake implementations and the gradients are registered in Python too.
 #include "adaln/call.h"
 #include "causal_halo/args.h"
