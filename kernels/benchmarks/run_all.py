@@ -43,7 +43,6 @@ from scale import DRY, REAL, Scale  # noqa: E402
 
 import toolchain  # noqa: E402
 
-BEGAN = time.monotonic()
 SECONDS = 420.0  # of 8 minutes; the longest case, a torch.compile, has the rest
 
 
@@ -126,7 +125,7 @@ def _compiled(scale: Scale, bandwidth: float) -> list[Case]:
 
 def main() -> int:
     """Measure, and write what was found; exit status 3 if cases are left, 4 if the card has to be taken anew."""
-    arguments = _arguments()
+    arguments, began = _arguments(), time.monotonic()
     if arguments.table:
         kept.write_table(kept.latest(), rows(REAL))
         return 0
@@ -146,7 +145,7 @@ def main() -> int:
         for case in chosen:
             print(case.name, case.measure())
         return 0
-    status = _measure(chosen, results, scale, folder, arguments.seconds, arguments.again)
+    status = _measure(chosen, results, scale, folder, arguments, began)
     results["said"] = bench_attention.fastest(results["rows"], scale)
     print(f"results: {kept.save(results, folder)}")
     if not scale.is_dry and folder == kept.RESULTS:
@@ -196,21 +195,23 @@ def _architecture(scale: Scale) -> int:
     return max((each for each in toolchain.ARCHITECTURES if divmod(each, 10) <= capability), default=80)
 
 
-def _measure(cases: list[Case], results: Any, scale: Scale, folder: Path, seconds: float, again: bool) -> int:
+def _measure(
+    cases: list[Case], results: Any, scale: Scale, folder: Path, arguments: argparse.Namespace, began: float
+) -> int:
     """Measure what isn't measured yet; a case that fails says so in its rows and doesn't stop the others."""
     for place, case in enumerate(cases, 1):
         done = results["done"].get(case.name)
-        if done and not (again and "error" in done):
+        if done and not (arguments.again and "error" in done):
             continue
-        elapsed = time.monotonic() - BEGAN
-        if elapsed > seconds:
+        elapsed = time.monotonic() - began
+        if elapsed > arguments.seconds:
             print(f"time is up before case {place} of {len(cases)}; the same command goes on from here")
             return 3
-        print(f"[{elapsed:.0f} of {seconds:.0f} s, {place} of {len(cases)}] {case.name}", flush=True)
+        print(f"[{elapsed:.0f} of {arguments.seconds:.0f} s, {place} of {len(cases)}] {case.name}", flush=True)
         results["done"][case.name] = how = {"error": "the process ended"}  # unless it comes back
         kept.save(results, folder)
         how.update(_guarded(case, results))
-        how["seconds"] = round(time.monotonic() - BEGAN - elapsed, 1)
+        how["seconds"] = round(time.monotonic() - began - elapsed, 1)
         if how["error"] == "":
             del how["error"]
         kept.save(results, folder)
