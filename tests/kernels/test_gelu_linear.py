@@ -56,6 +56,7 @@ def test_only_the_input_is_kept():
         ({"weight_DF": torch.zeros(WIDTH, INNER + 1)}, "weight_DF"),
         ({"weight_DF": torch.zeros(WIDTH, INNER, dtype=torch.float64)}, "weight_DF"),
         ({"x_SF": torch.zeros(TOKENS, INNER, dtype=torch.int64)}, "x_SF"),
+        ({"x_SF": torch.zeros(())}, "x_SF"),
     ],
 )
 def test_a_wrong_argument_is_named(change, named):

@@ -30,6 +30,8 @@ def gelu_linear(x_SF: torch.Tensor, weight_DF: torch.Tensor) -> torch.Tensor:
         TypeError, ValueError: an argument has the wrong type, shape or device; it is named.
     """
     require_floating("x_SF", x_SF)
+    if x_SF.dim() not in (2, 3):
+        raise ValueError(f"x_SF has the shape {tuple(x_SF.shape)}; expected [S, F] or [S, 1, F]")
     require_shape("weight_DF", weight_DF, (None, x_SF.shape[-1]))
     require_one_dtype(x_SF=x_SF, weight_DF=weight_DF)
     require_one_device(x_SF=x_SF, weight_DF=weight_DF)
