@@ -16,11 +16,11 @@ PIECE_BYTES = {"cpu": 2**24, "cuda": 2**28}
 
 
 def pieces(x_BCTHW: torch.Tensor, first: int = 0) -> list[tuple[int, int]]:
-    """Cut the frames from `first` on into (start, stop) of even sizes, at most `PIECE_BYTES` or one frame."""
+    """Cut the frames from `first` on, if any, into (start, stop) of even sizes, at most `PIECE_BYTES` or one frame."""
     frames, size = x_BCTHW.shape[2], PIECE_BYTES["cpu" if x_BCTHW.device.type == "cpu" else "cuda"]
     step = max(1, size // max(1, x_BCTHW[:, :, 0].nbytes))
-    count = max(1, -(-(frames - first) // step))
-    bounds = [first + (frames - first) * number // count for number in range(count + 1)]
+    count = -(-(frames - first) // step)
+    bounds = [first + (frames - first) * number // max(1, count) for number in range(count + 1)]
     return list(itertools.pairwise(bounds))
 
 

@@ -70,5 +70,6 @@ def test_pieces_hold_every_frame_once(monkeypatch):
     monkeypatch.setattr("megacogvx.models.vae.pieces.PIECE_BYTES", {"cpu": 3 * x[:, :, 0].nbytes})
     assert pieces(x) == [(0, 2), (2, 4), (4, 7)]
     assert pieces(x, 2) == [(2, 4), (4, 7)]
+    assert pieces(x, 7) == []
     with torch.no_grad():
         assert torch.equal(over_frames(lambda part: part.repeat(1, 2, 1, 1, 2) + 1, x), torch.ones(1, 4, 7, 4, 8))
