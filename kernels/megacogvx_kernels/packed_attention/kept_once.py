@@ -58,7 +58,7 @@ class _Kept:
         self.tensor = tensor
 
     def move(self, part: torch.Tensor, joined: torch.Tensor, first: int) -> None:
-        """If this is of the memory of `part`, read it from element `first` of `joined` on, where the same values lie."""
+        """If this is memory of `part`, read it from element `first` of `joined` on, where the same values lie."""
         tensor = self.tensor
         if tensor.untyped_storage()._cdata == part.untyped_storage()._cdata:
             offset = first + tensor.storage_offset() - part.storage_offset()
