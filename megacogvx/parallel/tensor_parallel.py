@@ -69,12 +69,14 @@ class RowLinear(RowParallelLinear):
 class GeluRowLinear(RowLinear):
     """`y = gelu(x) W^T + b`, cut as a `RowLinear`; keeps x and not gelu(x) for the backward pass (op `gelu_linear`)."""
 
+    keep_gelu = False  # True: gelu(x), too
+
     def _forward_impl(
         self, input: torch.Tensor, weight: torch.Tensor, *, gradient_accumulation_fusion: bool, **_: Any
     ) -> torch.Tensor:
         """Stand where megatron-core multiplies a row-parallel layer's own shards; nothing is sent here."""
         assert not gradient_accumulation_fusion, "gelu_linear returns the weight's gradient"
-        return gelu_linear(input, weight)
+        return gelu_linear(input, weight, keep_gelu=self.keep_gelu)
 
 
 class ModulationLinear(nn.Module):
