@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=50_000, help="samples in the synthetic corpus")
     parser.add_argument("--buffer", type=float, default=2.0, help="the planner's buffer, in steps")
     parser.add_argument("--real-text", action="store_true", help="20-226 text tokens instead of 226")
-    parser.add_argument("--svg", type=Path, help="also draw the costs of the packs (of the first seed) here; .png works too")
+    parser.add_argument("--svg", type=Path, help="also draw the costs of the first seed's packs here (or .png)")
     arguments = parser.parse_args()
     text = "20-226" if arguments.real_text else "226"
     table = Table(title=f"Packing, {arguments.steps} steps (the first {WARM_UP} not counted), {text} text tokens")

@@ -89,12 +89,13 @@ def build_transformer_run(config: TrainConfig) -> Run:
     beside: dict[str, Kept] = {"ema": average} if average else {}
     state = load_newest_or_start(config, ddp, optimizer, checkpoints, groups, beside)
 
+    with agreed(groups, "loading the frozen encoders"):
+        maker = _batch_maker(config, corpus, groups, dtype)
     loader = PackLoader(
         corpus, plan, *groups.data, start_step=state.step, state=state.data or None,
         cut=(groups.tensor, groups.context), with_images=config.is_image_to_video and groups.is_first_stage,
+        vocabulary=maker.texts.vocabulary if maker.texts is not None else None,
     )  # fmt: skip
-    with agreed(groups, "loading the frozen encoders"):
-        maker = _batch_maker(config, corpus, groups, dtype)
     validate, make_videos = _validation(config, corpus, held_out, maker, ddp, average)
     return Run(
         config.training, groups, ddp, optimizer, state, pack_inputs(loader, config, groups, state.bad_samples),
@@ -194,7 +195,8 @@ def _validation(
     if held_out is None:
         return None, None
     settings, groups, texts = config.validation, maker.groups, maker.texts
-    packs = held_out_packs(*held_out, settings.steps, groups, training, with_images=maker.images is not None)
+    vocabulary = texts.vocabulary if texts is not None else None
+    packs = held_out_packs(*held_out, settings.steps, groups, training, maker.images is not None, vocabulary)
     packs = [replace(pack, layout=place_on_rope_grid(pack.layout, config.model)) for pack in packs]
     if texts is not None and texts.ids:  # they are encoded once
         packs = [replace(pack, text=[texts.rows(text) for text in pack.text]) for pack in packs]
