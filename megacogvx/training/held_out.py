@@ -65,7 +65,8 @@ def held_out_measures(
         return None, None
     settings, groups = config.validation, maker.groups
     with agreed(groups, "reading the held-out samples"):
-        packs = held_out_packs(*held_out, settings.steps, groups, training, with_images=maker.images is not None)
+        vocabulary = maker.texts.vocabulary if maker.texts is not None else None
+        packs = held_out_packs(*held_out, settings.steps, groups, training, maker.images is not None, vocabulary)
         packs = [replace(pack, layout=place_on_rope_grid(pack.layout, config.model)) for pack in packs]
         packs, texts = _encoded_once(packs, maker.texts)
     images = maker.images

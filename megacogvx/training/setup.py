@@ -87,9 +87,12 @@ def build_transformer_run(config: TrainConfig) -> Run:
     beside: dict[str, Kept] = {"ema": average} if average else {}
     state = load_newest_or_start(config, ddp, optimizer, checkpoints, groups, beside)
 
+    with agreed(groups, "loading the frozen encoders"):
+        maker = _batch_maker(config, corpus, groups, dtype)
     loader = PackLoader(
         corpus, plan, *groups.data, start_step=state.step, state=state.data or None,
         cut=(groups.tensor, groups.context), with_images=config.is_image_to_video and groups.is_first_stage,
+        vocabulary=maker.texts.vocabulary if maker.texts is not None else None,
     )  # fmt: skip
     validate, make_videos = held_out_measures(config, corpus, held_out, maker, ddp, average)
     return Run(

@@ -50,6 +50,11 @@ class TextRows:
     encoder: TextEncoder | None = None
     empty_LE: torch.Tensor | None = None
 
+    @property
+    def vocabulary(self) -> int | None:
+        """Token ids of samples have to be below this; None where no ids are encoded."""
+        return self.encoder.vocabulary if self.ids and self.encoder is not None else None
+
     def rows(self, text: torch.Tensor) -> torch.Tensor:
         """Return the embedding `[L, E]` on the CPU of a stored text, `[L, E]` or checked ids `[L]`."""
         if not self.ids:
