@@ -131,7 +131,7 @@ def _in_child(trial: _Trial, seeds: list[int]) -> list[tuple[int, str]]:
             os._exit(0)
     os.close(write_end)
     with os.fdopen(read_end, "rb") as pipe:
-        ended: list[tuple[int, str]] = [tuple(json.loads(line)) for line in pipe if line.endswith(b"\n")]  # type: ignore[misc]
+        ended: list[tuple[int, str]] = [tuple(json.loads(line)) for line in pipe if line.endswith(b"\n")]
     status = os.waitpid(child, 0)[1]
     if os.WIFSIGNALED(status):
         return [*ended, (CRASHED, f"signal {signal.Signals(os.WTERMSIG(status)).name}")]

@@ -69,7 +69,9 @@ class TextRows:
         Raises:
             DataError: an id is none of the encoder's.
         """
-        for text in texts if self.encoder is not None else ():
+        if self.encoder is None:
+            return
+        for text in texts:
             if len(text) and (int(text.min()) < 0 or int(text.max()) >= self.encoder.vocabulary):
                 raise DataError(
                     f"a text has token ids {int(text.min())} to {int(text.max())}, the text encoder knows 0 to "
