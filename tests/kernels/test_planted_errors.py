@@ -132,19 +132,9 @@ def test_a_planted_error_is_caught(copies, toolchain, cannot, plant):
     copy = copies(plant.copy)
     environment = {**os.environ, "PYTHONPATH": f"{copy}:{copy / 'kernels'}", "MEGACOGVX_KERNELS_SHAPES": "0:40"}
     environment |= _preloaded(toolchain) if plant.copy == "bounds" else {}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-s",
-        "-p",
-        "no:cacheprovider",
-        f"tests/kernels/{plant.tests}",
-    ]
+    pytest_of = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*command, "-k", plant.chosen], cwd=copy, env=environment, text=True,
+        [*pytest_of, f"tests/kernels/{plant.tests}", "-k", plant.chosen], cwd=copy, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     assert done.returncode != 0, f"not caught:\n{done.stdout[-2000:]}"
