@@ -68,7 +68,9 @@ PLANTS = (
     ),
     Plant(
         "text rotated", "text and threads", CSRC + "qk_norm_rope/core.h",
-        "  if (place < 0 || ", "  position.is_video = place < 0, position.axis[0] = C(1);\n  if (place < 0 || ",
+        "  if (place < 0 || ",
+        "  position.is_video = place < 0, position.axis[0] = position.axis[1] = position.axis[2] = C(1);\n"
+        "  if (place < 0 || ",
         ROPE, "text_is_bit_equal", "assert False",
     ),
     Plant(
