@@ -64,11 +64,14 @@ class TextRows:
         Raises:
             DataError: an id is none of the encoder's.
         """
-        for text in texts if self.encoder is not None else ():
-            if len(text) and (int(text.min()) < 0 or int(text.max()) >= self.encoder.vocabulary):
+        if self.encoder is None:
+            return
+        known = self.encoder.vocabulary
+        for text in texts:
+            if len(text) and (int(text.min()) < 0 or int(text.max()) >= known):
                 raise DataError(
                     f"a text has token ids {int(text.min())} to {int(text.max())}, the text encoder knows 0 to "
-                    f"{self.encoder.vocabulary - 1}; name the encoder whose tokenizer wrote the dataset (text.encoder)"
+                    f"{known - 1}; name the encoder whose tokenizer wrote the dataset (text.encoder)"
                 )
 
     def dropped(self, length: int) -> torch.Tensor:
