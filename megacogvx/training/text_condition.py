@@ -71,11 +71,12 @@ class TextRows:
         """
         if self.encoder is None:
             return
+        known = self.encoder.vocabulary
         for text in texts:
-            if len(text) and (int(text.min()) < 0 or int(text.max()) >= self.encoder.vocabulary):
+            if len(text) and (int(text.min()) < 0 or int(text.max()) >= known):
                 raise DataError(
                     f"a text has token ids {int(text.min())} to {int(text.max())}, the text encoder knows 0 to "
-                    f"{self.encoder.vocabulary - 1}; name the encoder whose tokenizer wrote the dataset (text.encoder)"
+                    f"{known - 1}; name the encoder whose tokenizer wrote the dataset (text.encoder)"
                 )
 
     def dropped(self, length: int) -> torch.Tensor:
