@@ -202,6 +202,23 @@ def test_other_settings_never_mix_in_one_dataset(folder: Path, vae: CogVideoXVAE
         write(folder, tmp_path, encoder_of(folder, vae), clips_per_shard=3)
 
 
+def test_tasks_of_a_slurm_array_share_the_shards(
+    folder: Path, vae: CogVideoXVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode_shards, "load_vae", lambda path, device, dtype: vae)
+    parser = argparse.ArgumentParser()
+    encode.add_arguments(parser)
+    fixed = ["--clips", str(folder), "--vae", "vae", "--text-encoder", str(folder / "t5"), "--text-length", "64",
+             "--clips-per-shard", "2", "--output", str(tmp_path), "--device", "cpu"]  # fmt: skip
+    for name, value in (("MIN", 5), ("MAX", 6), ("COUNT", 2)):
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+    for task, shards in ((6, [1]), (5, [0, 1, 2])):
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(task))
+        encode.run(parser.parse_args(fixed))
+        assert sorted(path.stem for path in tmp_path.glob("*.idx")) == [f"shard-{number:05d}" for number in shards]
+    assert len(IndexedDataset(tmp_path)) == 6
+
+
 def test_a_clip_listed_twice_is_one_record(folder: Path) -> None:
     clips = read_clips(folder)
     other = clips[0].model_copy(update={"caption": "another caption of the same clip"})
