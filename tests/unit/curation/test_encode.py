@@ -19,6 +19,7 @@ from megacogvx.models.vae import gaussian
 from megacogvx.models.vae.config import VAEConfig
 from megacogvx.models.vae.initialize import initialize_weights
 from megacogvx.models.vae.model import CogVideoXVAE
+from megacogvx.models.vae.tiling import WHOLE, Coding
 from megacogvx.models.weights import weights_fingerprint
 from megacogvx.testing.moving_shapes import shape_frames
 from megacogvx.testing.tiny_text_encoder import build_tiny_text_encoder
@@ -134,6 +135,22 @@ def test_a_restart_goes_on_where_it_stopped(
     write(folder, tmp_path / "whole", encoder_of(folder, vae))
     assert records(tmp_path / "broken") == records(tmp_path / "whole")
     assert not list((tmp_path / "broken").glob("*.tmp"))
+
+
+def test_a_clip_is_encoded_in_chunks_where_that_is_asked(folder: Path, vae: CogVideoXVAE, tmp_path: Path) -> None:
+    coding = Coding(latents_per_chunk=1)
+    text_encoder = TextEncoder.from_folder(folder / "t5", LENGTH)
+    write(folder, tmp_path, ClipEncoder(vae, text_encoder, coding=coding))
+    dataset, clips = IndexedDataset(tmp_path), {sample_id(clip): clip for clip in read_clips(folder)}
+    differing = 0
+    for record in map(dataset.sample, range(len(dataset))):
+        video = to_model_range(read_clip(clips[record.sample_id]))[None]
+        chunked, whole = (vae.encode(video, each)[0].permute(1, 2, 3, 0).to(torch.bfloat16) for each in (coding, WHOLE))
+        assert torch.equal(record.latents, chunked)
+        differing += not torch.equal(chunked, whole)
+    assert differing, "the norms see a chunk at a time, so the numbers tell which coding it was"
+    with pytest.raises(DataError, match="coding=chunked by 1 then and whole now"):
+        write(folder, tmp_path, encoder_of(folder, vae))
 
 
 def test_distinct_captions_are_encoded_once(
