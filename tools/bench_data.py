@@ -3,8 +3,8 @@
 
 One process reads for a while by each method in turn, so that what else the machine does falls on all of them; the table
 tells each method's rate and its ratio to memcpy by CPU time (median of the passes). Every method copies latents and
-text of a sample into one and the same buffer, which exists before. Peers live in environments of their own: the same
-script runs in each of them, writes the samples anew, and reports its ratio to memcpy there.
+text of a sample into one and the same buffer, which exists before; that it holds the right bytes is looked at first.
+Peers live in environments of their own: the same script runs in each, and reports its ratio to memcpy there.
 
 python tools/bench_data.py                                     this format, and the peers that are installed here
 python tools/bench_data.py --peer mosaic=ENVIRONMENT/bin/python --peer energon=OTHER/bin/python
@@ -33,7 +33,7 @@ from rich.table import Table
 
 from megacogvx.data.corpus import Corpus, DataConfig
 from megacogvx.data.indexed import DatasetWriter, EncoderInfo, IndexedDataset, finish_dataset
-from megacogvx.data.indexed.layout import COLUMNS, write_index
+from megacogvx.data.indexed.layout import COLUMNS, aligned, write_index
 from megacogvx.data.indexed.manifest import write_atomically
 from megacogvx.data.indexed.reader import Record
 from megacogvx.data.pack import read_pack
@@ -125,9 +125,25 @@ def measure(readers: dict[str, Reader], numbers: list[int], passes: int) -> dict
     return seconds
 
 
+def check(folder: Path, readers: dict[str, Reader], count: int = 5) -> None:
+    """Fail unless every method copies the latents of the first samples and, behind them or at the next 64, the text."""
+    dataset, buffer = IndexedDataset(folder), np.zeros(48 << 20, np.uint8)
+    for number in range(count):  # in order, for those that know no other
+        record = dataset.sample(number)
+        latents, text = (part.view(torch.uint8).numpy().ravel() for part in (record.latents, record.text))
+        end = len(latents)
+        for name, read in readers.items():
+            buffer[: end + 64 + len(text)] = 0
+            read(number, buffer)
+            places = (end, aligned(end))
+            same = any(np.array_equal(buffer[place : place + len(text)], text) for place in places)
+            assert same and np.array_equal(buffer[:end], latents), f"{name} copied something else for sample {number}"
+
+
 def ratios(folder: Path, names: list[str], passes: int) -> Ratios:
     """Measure the methods `names`, memcpy among them, in this process."""
     readers = {name: METHODS[name][1](folder) for name in names}
+    check(folder, readers)
     megabytes = np.array([np.prod(size) * 64 / 1e6 for size in sizes()])
     result: Ratios = {name: [] for name in names}
     for low, high in CLASSES:
@@ -189,6 +205,12 @@ def reader_memory(folder: Path) -> int:
     for number in range(len(dataset)):
         dataset.read_into(number, buffer)
     return _anonymous() - before
+
+
+def index_bytes(folder: Path) -> str:
+    """Tell the bytes of index of a sample."""
+    dataset, size = IndexedDataset(folder), sum(path.stat().st_size for path in folder.glob("*.idx"))
+    return f"index {size / len(dataset):.1f} bytes a sample of {np.mean(dataset.frames):.1f} latent frames in the mean"
 
 
 def open_times(folder: Path, count: int, per_shard: int = 100_000) -> str:
@@ -259,8 +281,9 @@ def main() -> None:
         console = Console()
         console.print(_table(found, arguments.passes))
         if "ours" in chosen:
-            console.print(f"memory of a reader: {reader_memory(folder) / 2**20:.2f} MiB")
+            console.print(f"memory of a reader: {reader_memory(folder) / 2**20:.2f} MiB; {index_bytes(folder)}")
             write(Path(root) / "large", [LARGE] * 4)
+            console.print(index_bytes(Path(root) / "large"))
         for verify in ("never", "always") if "ours" in chosen else ():
             rate, over = pack_rates(Path(root) / "large", verify)
             console.print(f"700k-token pack, verify={verify}: {rate / 1e9:.2f} GB/s, {over:.2f} of the read rate")

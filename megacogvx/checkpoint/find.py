@@ -10,15 +10,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from megacogvx.checkpoint.directory import CheckpointDirectory
 from megacogvx.checkpoint.whole import read_state
-from megacogvx.config import Section, build_config
-from megacogvx.errors import CheckpointError, ConfigError
+from megacogvx.errors import CheckpointError
 
 STEP_FOLDER = re.compile(r"step-(\d{8})")
-AnySection = TypeVar("AnySection", bound=Section)
 
 
 @dataclass(frozen=True)
@@ -39,23 +37,6 @@ class Checkpoint:
     def path(self) -> Path:
         """The checkpoint's folder."""
         return self.directory.path(self.step)
-
-    def section(self, name: str, kind: type[AnySection]) -> AnySection:
-        """Return one section of the run's config.
-
-        Raises:
-            CheckpointError: it isn't there, so this is a checkpoint of another kind of model, or it doesn't fit this
-                version.
-        """
-        if name not in self.resolved:
-            raise CheckpointError(
-                f"{self.path} has no section {name!r} (it has {', '.join(self.resolved) or 'none'}); is it a "
-                "checkpoint of another kind of model?"
-            )
-        try:
-            return build_config(kind, dict(self.resolved[name]), source=f"{self.path}, section {name}")
-        except ConfigError as error:
-            raise CheckpointError(f"{error}; was it written by another version?") from None
 
 
 def find_checkpoint(path: Path) -> Checkpoint:

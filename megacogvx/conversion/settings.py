@@ -197,4 +197,4 @@ def read_section(sections: Mapping[str, Any], name: str, kind: type[AnySection],
     try:
         return build_config(kind, dict(sections[name]), source=f"{source}, section {name}")
     except ConfigError as error:
-        raise CheckpointError(str(error)) from None
+        raise CheckpointError(f"{error}; was it written by another version?") from None
