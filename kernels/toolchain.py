@@ -39,15 +39,16 @@ class BuildError(Exception):
 
 @dataclass(frozen=True)
 class Tools:
-    """What a build uses. `nvcc` is None for the CPU part alone."""
+    """What a build uses. `nvcc` is None for the CPU part alone; PTX is added of the last of the architectures."""
 
     compiler: str
     torch: Path
     nvcc: Path | None
+    architectures: tuple[int, ...] = ARCHITECTURES
 
     def facts(self) -> dict[str, object]:
         """Return what the library will hold, and from which sources, as `_compiled.json` keeps it."""
-        cuda = [f"sm_{architecture}" for architecture in ARCHITECTURES] if self.nvcc else []
+        cuda = [f"sm_{architecture}" for architecture in self.architectures] if self.nvcc else []
         return {"cuda": cuda, "cpu": [isa for isa, _ in instruction_sets()], "sources": fingerprint()}
 
 
@@ -89,11 +90,12 @@ def find_cuda_program(name: str) -> Path | None:
     return next((file for file in candidates if file.is_file()), None)
 
 
-def find_tools(wanted: str = "") -> Tools:
+def find_tools(wanted: str = "", architectures: tuple[int, ...] = ARCHITECTURES) -> Tools:
     """Find what the build needs.
 
     Args:
         wanted: "cuda", "cpu", or "" for the most that is possible.
+        architectures: of the kernels, ascending.
 
     Raises:
         BuildError: something is missing.
@@ -107,7 +109,7 @@ def find_tools(wanted: str = "") -> Tools:
         raise BuildError("no torch found to compile against; once it is there: python setup.py build_ext --inplace")
     if wanted == "cuda" and nvcc is None:
         raise BuildError(f"{SWITCH}=cuda, and no nvcc found ($CUDA_HOME, PATH, /usr/local/cuda, NVIDIA's wheels)")
-    return Tools(compiler, torch, None if wanted == "cpu" else nvcc)
+    return Tools(compiler, torch, None if wanted == "cpu" else nvcc, architectures)
 
 
 def compile_library(tools: Tools, folder: Path, work: Path) -> Path:
@@ -170,6 +172,16 @@ def is_current(folder: Path, tools: Tools) -> bool:
         return False
 
 
+def built_for(folder: Path) -> list[int]:
+    """Return the architectures of the library in `folder`, if it was made of the sources as they are; else none."""
+    try:
+        facts = json.loads((folder / FACTS).read_text())
+    except (OSError, ValueError):
+        return []
+    is_of_these = (folder / LIBRARY).is_file() and facts.get("sources") == fingerprint()
+    return [int(name.removeprefix("sm_")) for name in facts["cuda"]] if is_of_these else []
+
+
 def device_command(nvcc: Path, source: Path, output: Path, *flags: str) -> list[str]:
     """Return the nvcc command for one .cu file."""
     return [str(nvcc), STANDARD, *DEVICE_FLAGS, *flags, str(source), "-o", str(output)]
@@ -204,8 +216,8 @@ def _objects(tools: Tools, work: Path) -> list[tuple[Path, list[str]]]:
     defines += ["-DMCV_HAS_AVX2"] if len(instruction_sets()) > 1 else []
     if tools.nvcc:
         defines.append("-DMCV_CUDA")
-        kinds = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
-        kinds.append(f"-gencode=arch=compute_{ARCHITECTURES[-1]},code=compute_{ARCHITECTURES[-1]}")
+        kinds = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in tools.architectures]
+        kinds.append(f"-gencode=arch=compute_{tools.architectures[-1]},code=compute_{tools.architectures[-1]}")
         for source in sources(".cu"):
             output = work / f"{source.stem}.cu.o"
             made.append((output, device_command(tools.nvcc, source, output, *kinds, "-c", f"-ccbin={tools.compiler}")))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from scale import Scale
-from timing import Found, Tensors, both_ways, share_of, time_of
+from timing import Found, Tensors, both_ways, copies_needed, share_of, time_of
 
 from megacogvx.testing.tolerance import assert_close
 from megacogvx_kernels import group_norm_moments
@@ -23,6 +26,7 @@ from megacogvx_kernels.causal_halo import causal_halo, exchange, peer_memory, st
 from megacogvx_kernels.causal_halo.frames import last_frames
 
 BYTES, SIZE, RANKS, LAYERS = 2, 2, 4, 2  # of bf16; frames of a halo; virtual ranks; convolutions one after the other
+PATIENCE = 60  # seconds for the two processes; a rank that waits for a lost one would wait for minutes
 TWO_PROCESSES = Path(__file__).resolve().parent / "two_processes.py"
 
 
@@ -48,9 +52,11 @@ def group_norm(is_last: bool, scale: Scale, bandwidth: float, ways: str = "eager
 def pack(scale: Scale, bandwidth: float) -> dict[str, Found]:
     """Time the packing of two frames of two clips."""
     x = torch.randn(2, *scale.clip, device=scale.device, dtype=scale.dtype)
-    least = 2.0 * x[:, :, -SIZE:].numel() * BYTES
-    ours = time_of(lambda x: last_frames(x[:, :, -SIZE:], torch.contiguous_format), [(x,)], scale)
-    eager = time_of(lambda x: x[:, :, -SIZE:].contiguous(), [(x,)], scale)
+    frames = x[:, :, -SIZE:]
+    least = 2.0 * frames.numel() * BYTES
+    sets = [(x.clone(),) for _ in range(copies_needed([frames]))]
+    ours = time_of(lambda x: last_frames(x[:, :, -SIZE:], torch.contiguous_format), sets, scale)
+    eager = time_of(lambda x: x[:, :, -SIZE:].contiguous(), sets, scale)
     return {"causal_halo pack": {"ms": ours, "share": share_of(bandwidth, least, ours), "eager": eager}}
 
 
@@ -195,11 +201,29 @@ def _convolve_whole(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def two_processes(scale: Scale) -> dict[str, Found]:
     """Run two_processes.py: two processes on one card, which NCCL refuses."""
-    command = [sys.executable, str(TWO_PROCESSES), *(["--dry-run"] if scale.is_dry else [])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    if done.returncode:
-        raise RuntimeError((done.stderr.strip().splitlines() or ["no output"])[-1])
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(_output([sys.executable, str(TWO_PROCESSES), *(["--dry-run"] if scale.is_dry else [])]))
     assert found["is_bit_exact"], "the halo between two processes isn't the whole clip's"
     remark = f"through {found['transport']}, bit-exact; contexts take turns, so no bandwidth follows"
     return {"causal_halo between two processes on one card": {"ms": found["milliseconds"], "remark": remark}}
+
+
+def _output(command: list[str]) -> str:
+    """Return the last line of a program that starts processes of its own; none of them outlives it.
+
+    Raises:
+        RuntimeError: it failed, or took longer than `PATIENCE`.
+    """
+    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as complained:
+        program = subprocess.Popen(command, stdout=said, stderr=complained, start_new_session=True)
+        try:
+            status = program.wait(PATIENCE)
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeError(f"no answer within {PATIENCE} s") from error
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(program.pid, signal.SIGKILL)
+            program.wait()
+        last = [(file.seek(0), file.read().splitlines() or ["no output"])[1][-1] for file in (said, complained)]
+    if status:
+        raise RuntimeError(last[1])
+    return last[0]

@@ -1,14 +1,15 @@
 """Everything that is measured of the kernels, in one command under 8 minutes on one GPU.
 
-Builds the library if its sources have changed, checks the kernels against their references and beyond 2^31 elements,
-measures the card's copy bandwidth, then times each op forward and backward against the reference run eagerly, the halo
-over virtual ranks and between two processes, attention's kernels, other people's kernels where they are installed, and
-last the references under torch.compile. What fails leaves a note in its row. Results are written after every case to
-kernels/benchmarks/results/, or the folder of --out, and go into the table of kernels/README.md; a second call goes on
-where the first one stopped. It needs torch alone.
+Takes the library that was made of these sources (kernels/megacogvx_kernels/_compiled.so and .json, built there or
+brought along), else builds it with nvcc for this card alone. Checks the kernels against their references and beyond
+2^31 elements, measures the card's copy bandwidth, then times each op forward and backward against the reference run
+eagerly, the halo over virtual ranks and between two processes, attention's kernels, other people's kernels where they
+are installed, and last the references under torch.compile. What fails leaves a note in its row. Results are written
+after every case to kernels/benchmarks/results/, or the folder of --out, and go into the table of kernels/README.md; a
+second call goes on where the first one stopped. It needs torch alone.
 
     python kernels/benchmarks/run_all.py                    # measure, and write both
-    python kernels/benchmarks/run_all.py --seconds 300      # begin no further case after 5 minutes
+    python kernels/benchmarks/run_all.py --seconds 300      # begin no further case 5 minutes after the start
     python kernels/benchmarks/run_all.py --only "qk_norm_rope: 75000" --once      # a few calls of one, for a profiler:
     ncu --clock-control none --set full -k regex:qk_norm --launch-count 3 python ... --only "..." --once
     python kernels/benchmarks/run_all.py --table            # only write the table again, from the latest results
@@ -42,7 +43,7 @@ from scale import DRY, REAL, Scale  # noqa: E402
 
 import toolchain  # noqa: E402
 
-SECONDS = 470.0  # of 8 minutes
+SECONDS = 420.0  # of 8 minutes; the longest case, a torch.compile, has the rest
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def _compiled(scale: Scale, bandwidth: float) -> list[Case]:
 
 def main() -> int:
     """Measure, and write what was found; exit status 3 if cases are left, 4 if the card has to be taken anew."""
-    arguments = _arguments()
+    arguments, began = _arguments(), time.monotonic()
     if arguments.table:
         kept.write_table(kept.latest(), rows(REAL))
         return 0
@@ -133,8 +134,7 @@ def main() -> int:
 
     if not scale.is_dry and not torch.cuda.is_available():
         sys.exit("run_all.py measures on a GPU, and torch sees none here; --dry-run walks through it on a CPU")
-    if not scale.is_dry:
-        _build()
+    print(_library(scale), flush=True)
     folder = arguments.out or (Path(tempfile.mkdtemp()) if scale.is_dry else kept.RESULTS)
     results = kept.resume(kept.circumstances(toolchain.fingerprint()), [folder, kept.RESULTS])
     if not results["bandwidth"]:
@@ -145,7 +145,7 @@ def main() -> int:
         for case in chosen:
             print(case.name, case.measure())
         return 0
-    status = _measure(chosen, results, scale, folder, arguments.seconds, arguments.again)
+    status = _measure(chosen, results, scale, folder, arguments, began)
     results["said"] = bench_attention.fastest(results["rows"], scale)
     print(f"results: {kept.save(results, folder)}")
     if not scale.is_dry and folder == kept.RESULTS:
@@ -156,7 +156,7 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="begin no further case after so long")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="begin no further case so long after the start")
     parser.add_argument("--out", type=Path, help="folder of the results; then kernels/README.md stays as it is")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--again", action="store_true", help="also cases that have failed before")
@@ -166,24 +166,48 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _build() -> None:
-    tools, ops = toolchain.find_tools("cuda"), PROJECT / "kernels" / "megacogvx_kernels"
-    if not toolchain.is_current(ops, tools):
-        toolchain.compile_library(tools, ops, PROJECT / "build" / "benchmark")
+def _library(scale: Scale) -> str:
+    """Make sure of a library of these sources with kernels for this card; say what it is. A dry run builds nothing.
 
-
-def _measure(cases: list[Case], results: Any, scale: Scale, folder: Path, seconds: float, again: bool) -> int:
-    """Measure what isn't measured yet; a case that fails says so in its rows and doesn't stop the others."""
+    Raises:
+        SystemExit: there is none, and it can't be built.
+    """
+    ops, architecture = PROJECT / "kernels" / "megacogvx_kernels", _architecture(scale)
+    if architecture in (found := toolchain.built_for(ops)):
+        return f"the library that is there, for sm_{', sm_'.join(map(str, found))}"
     began = time.monotonic()
+    try:
+        tools = toolchain.find_tools("cuda", (architecture,))
+        if not scale.is_dry:
+            toolchain.compile_library(tools, ops, PROJECT / "build" / "benchmark")
+    except toolchain.BuildError as error:
+        if scale.is_dry:
+            return f"no library with kernels, and none can be built here: {error}"
+        sys.exit(f"run_all.py: {error}")
+    return f"built with {tools.nvcc} for sm_{architecture} in {time.monotonic() - began:.0f} s"
+
+
+def _architecture(scale: Scale) -> int:
+    """Return which of the architectures that are built for this card takes: the newest that isn't newer than it."""
+    import torch
+
+    capability = (9, 0) if scale.is_dry else torch.cuda.get_device_capability()
+    return max((each for each in toolchain.ARCHITECTURES if divmod(each, 10) <= capability), default=80)
+
+
+def _measure(
+    cases: list[Case], results: Any, scale: Scale, folder: Path, arguments: argparse.Namespace, began: float
+) -> int:
+    """Measure what isn't measured yet; a case that fails says so in its rows and doesn't stop the others."""
     for place, case in enumerate(cases, 1):
         done = results["done"].get(case.name)
-        if done and not (again and "error" in done):
+        if done and not (arguments.again and "error" in done):
             continue
         elapsed = time.monotonic() - began
-        if elapsed > seconds:
+        if elapsed > arguments.seconds:
             print(f"time is up before case {place} of {len(cases)}; the same command goes on from here")
             return 3
-        print(f"[{elapsed:.0f} of {seconds:.0f} s, {place} of {len(cases)}] {case.name}", flush=True)
+        print(f"[{elapsed:.0f} of {arguments.seconds:.0f} s, {place} of {len(cases)}] {case.name}", flush=True)
         results["done"][case.name] = how = {"error": "the process ended"}  # unless it comes back
         kept.save(results, folder)
         how.update(_guarded(case, results))

@@ -21,7 +21,7 @@ sys.path[:0] = [str(FOLDER.parent), str(FOLDER.parents[1])]
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from megacogvx_kernels.causal_halo import causal_halo, exchange, start_halo  # noqa: E402
+from megacogvx_kernels.causal_halo import causal_halo, exchange, peer_memory, start_halo  # noqa: E402
 
 RANKS, SIZE, REPEATS = 2, 2, 10
 SHARED_CARD = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"  # torch refuses two ranks on one card without it
@@ -36,10 +36,12 @@ def work(rank: int, folder: str, is_dry: bool) -> None:
     group = dist.group.WORLD
     assert group is not None
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
+    transport = exchange.transport_of(x[:, :, :SIZE].contiguous(), group).name
+    if not is_dry and transport != peer_memory.PeerMemory.name:
+        raise RuntimeError(f"no symmetric memory here, and gloo sends no {transport} from a card")
     is_exact = all(_is_exact(x, rank, group) for _ in range(3))  # the slots are used again
-    halo = x[:, :, :SIZE].contiguous()
     found = {
-        "transport": exchange.transport_of(halo, group).name,
+        "transport": transport,
         "is_bit_exact": bool(_all(is_exact)),
         "milliseconds": statistics.median(_time(x, rank, group) for _ in range(REPEATS)),
     }

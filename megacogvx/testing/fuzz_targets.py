@@ -23,8 +23,8 @@ from megacogvx.data.exchange.importers import read_folder, read_tar
 from megacogvx.data.exchange.megatron import read_megatron
 from megacogvx.data.indexed import IndexedDataset
 from megacogvx.data.indexed.layout import EncoderInfo
-from megacogvx.data.indexed.reader import Record, Shard
 from megacogvx.data.indexed.recover import recover_shard
+from megacogvx.data.indexed.shard import Record, Shard
 from megacogvx.data.indexed.side_columns import write_side_column
 from megacogvx.data.video import read_frames, write_video
 from megacogvx.testing.fuzz import SLACK, mutate
@@ -108,8 +108,7 @@ def _recover(folder: Path, encoder: EncoderInfo | None = None) -> Target:
     sound = {row[0]: row[1:] for row in _recovered(folder, encoder)}
 
     def parse() -> bool:
-        # Latents are not checked: their checksums stood in the lost index.
-        return all(sound[row[0]][1:] == row[2:] for row in _recovered(folder, encoder))
+        return all(sound[row[0]] == row[1:] for row in _recovered(folder, encoder))
 
     return Target(folder / "shard-00000.bin", parse)
 

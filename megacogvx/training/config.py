@@ -156,11 +156,6 @@ class TrainConfig(Section):
                 f"validation.videos={self.validation.videos} needs texts and a decoder: validation.paths (now "
                 f"{list(self.validation.paths)}) and validation.vae (now {self.validation.vae}); or set it to 0"
             )
-        if self.validation.videos and self.is_image_to_video:
-            yield (
-                f"validation.videos={self.validation.videos} with model.in_channels={self.model.in_channels}: during "
-                "training videos are made from text alone; set it to 0, and run `megacogvx generate` on the checkpoints"
-            )
         if self.validation.videos and self.parallel.pipeline_parallel_size > 1:
             yield (
                 f"validation.videos={self.validation.videos} with parallel.pipeline_parallel_size="

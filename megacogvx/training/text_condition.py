@@ -6,6 +6,7 @@ run on stored embeddings does, and every rank of every layout sees the same.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,22 +50,33 @@ class TextRows:
     encoder: TextEncoder | None = None
     empty_LE: torch.Tensor | None = None
 
-    def rows(self, text: torch.Tensor) -> torch.Tensor:
-        """Return the embedding `[L, E]` on the CPU of a stored text, `[L, E]` or ids `[L]`.
+    @property
+    def vocabulary(self) -> int | None:
+        """Token ids of samples have to be below this; None where no ids are encoded."""
+        return self.encoder.vocabulary if self.ids and self.encoder is not None else None
 
-        Raises:
-            DataError: an id is none of the encoder's.
-        """
+    def rows(self, text: torch.Tensor) -> torch.Tensor:
+        """Return the embedding `[L, E]` on the CPU of a stored text, `[L, E]` or checked ids `[L]`."""
         if not self.ids:
             return text
         if self.encoder is None:
             return torch.zeros(len(text), self.width, dtype=torch.bfloat16)
-        if int(text.min()) < 0 or int(text.max()) >= self.encoder.vocabulary:
-            raise DataError(
-                f"a text has token ids {int(text.min())} to {int(text.max())}, the text encoder knows 0 to "
-                f"{self.encoder.vocabulary - 1}; name the encoder whose tokenizer wrote the dataset (text.encoder)"
-            )
         return self.encoder.encode_ids(text[None].long())[0].to("cpu", torch.bfloat16)
+
+    def check(self, texts: Iterable[torch.Tensor]) -> None:
+        """Check stored token ids before the ranks compute together, where one rank's error would leave the others.
+
+        Raises:
+            DataError: an id is none of the encoder's.
+        """
+        if self.encoder is None:
+            return
+        for text in texts:
+            if len(text) and (int(text.min()) < 0 or int(text.max()) >= self.encoder.vocabulary):
+                raise DataError(
+                    f"a text has token ids {int(text.min())} to {int(text.max())}, the text encoder knows 0 to "
+                    f"{self.encoder.vocabulary - 1}; name the encoder whose tokenizer wrote the dataset (text.encoder)"
+                )
 
     def dropped(self, length: int) -> torch.Tensor:
         """Return what stands for a dropped text of `length` tokens: `[length, E]` bf16 on the CPU."""

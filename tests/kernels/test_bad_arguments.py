@@ -287,6 +287,8 @@ DIRECT = [  # calls of torch.ops that the public functions would never make; non
     ("qk_norm_rope", _rope_call(sample_table_M5=torch.zeros(2, 5, dtype=torch.int64)), "sample_table_M5"),
     ("qk_norm_rope", _rope_call(rope_grid_M6=torch.zeros(1, 6)), "rope_grid_M6"),
     ("qk_norm_rope", _rope_call(axes=(300, 2, 2)), "axes"),
+    ("qk_norm_rope", _rope_call(qkv_SN3K=torch.zeros(0, N, 3, K)), "S and N at least 1"),
+    ("qk_norm_rope", _rope_call(qkv_SN3K=torch.zeros(S, 0, 3, K)), "S and N at least 1"),
     ("adaln_modulate", _modulate_call(x=_misaligned(S, D)), "16 bytes"),
     ("adaln_modulate", _modulate_call(w=_misaligned(D)), "16 bytes"),
     ("adaln_modulate", _modulate_call(x=torch.zeros(D, S).T), "x_SD"),
@@ -306,14 +308,17 @@ DIRECT = [  # calls of torch.ops that the public functions would never make; non
 ]
 
 
+UNLIKE = ("16 bytes", "S and N at least 1")  # C++ reads single values wherever they lie, and none of none
+
+
 @pytest.mark.parametrize("library", ["simt", "C++"])
 def test_a_direct_call_of_an_op_reads_nothing_outside_its_tensors(request, need_compiled, library):
     """In the launchers of the CUDA kernels, which the SIMT shim shares, and in those of the C++ ops."""
     ops = request.getfixturevalue("simt") if library == "simt" else torch.ops.megacogvx
     refused = 0
     for name, arguments, named in DIRECT:
-        if library == "C++" and (name not in ("qk_norm_rope", "adaln_modulate") or named in ("16 bytes", "float64")):
-            continue  # the others have no C++ version, which reads single values wherever they lie
+        if library == "C++" and (name not in ("qk_norm_rope", "adaln_modulate") or named in UNLIKE):
+            continue  # the others have no C++ version
         if library == "C++" and named == "qkv_SN3K" and arguments[0].stride(-1) == 1:
             continue  # of any address, and in fp64
         with pytest.raises(RuntimeError, match=named):
@@ -340,3 +345,11 @@ def test_cuda_names_every_wrong_argument_alike(name):
         arguments = {key: on_gpu(x) for key, x in {**good(), **change}.items()}
         expected = _complaint(function, {**good(), **change}, error, named)
         assert _complaint(function, arguments, error, named).replace("cuda:0", "cpu") == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["qk_norm_rope", "adaln_modulate", "group_norm"])
+def test_a_direct_call_with_tensors_on_two_devices_is_refused(name):
+    first, *others = {"qk_norm_rope": _rope_call, "adaln_modulate": _modulate_call, "group_norm": _norm_call}[name]()
+    with pytest.raises(RuntimeError, match="one device"):
+        getattr(torch.ops.megacogvx, name)(first.cuda(), *others)

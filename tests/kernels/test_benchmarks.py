@@ -207,6 +207,73 @@ def test_without_a_gpu_the_script_says_so(run_all, monkeypatch):
         _run(run_all, monkeypatch)
 
 
+def test_the_card_is_busy_while_a_call_is_handed_over(run_all, monkeypatch):
+    """So that the time between the events is the card's, however long the host takes."""
+    happened = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            happened.append("record")
+
+        def synchronize(self):
+            happened.append("wait")
+
+        def elapsed_time(self, end):
+            return 1.5
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: happened.append("sleep"))
+    assert run_all.timing._on_gpu(happened.append, ("call",)) == 1.5
+    assert happened == ["sleep", "record", "call", "record", "wait"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "there", "expected"),
+    [((9, 0), [80, 90, 100], "is there"), ((9, 0), [], 90), ((9, 0), [80], 90), ((8, 6), [], 80), ((12, 0), [], 100)],
+)
+def test_a_library_that_fits_the_card_is_taken_else_built_for_it(run_all, monkeypatch, capability, there, expected):
+    built = []
+    toolchain = run_all.toolchain
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(toolchain, "built_for", lambda folder: there)
+    tools = lambda wanted, architectures: toolchain.Tools("g++", Path("torch"), Path("nvcc"), architectures)  # noqa: E731
+    monkeypatch.setattr(toolchain, "find_tools", tools)
+    monkeypatch.setattr(toolchain, "compile_library", lambda tools, *folders: built.append(tools.architectures))
+    said = run_all._library(run_all.REAL)
+    if expected == "is there":
+        assert (built, said) == ([], "the library that is there, for sm_80, sm_90, sm_100")
+    else:
+        assert built == [(expected,)]
+        assert f"sm_{expected}" in said
+
+
+def test_a_library_that_is_nowhere_and_cannot_be_built_ends_the_run_but_no_dry_one(run_all, monkeypatch):
+    def cannot(wanted, architectures):
+        raise run_all.toolchain.BuildError("no nvcc found")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(run_all.toolchain, "built_for", lambda folder: [])
+    monkeypatch.setattr(run_all.toolchain, "find_tools", cannot)
+    assert "none can be built here: no nvcc found" in run_all._library(run_all.DRY)
+    with pytest.raises(SystemExit, match="no nvcc found"):
+        run_all._library(run_all.REAL)
+
+
+def test_a_program_that_does_not_answer_leaves_no_process_behind(run_all, monkeypatch, tmp_path):
+    monkeypatch.setattr(run_all.bench_clips, "PATIENCE", 0.3)
+    with pytest.raises(RuntimeError, match="no answer within"):
+        run_all.bench_clips._output(["sh", "-c", f"sleep 60 & echo $! > {tmp_path}/pid; wait"])
+    pid = int((tmp_path / "pid").read_text())
+    status = Path(f"/proc/{pid}/stat")
+    assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
+    assert run_all.bench_clips._output(["sh", "-c", "echo one; echo two"]) == "two"
+    with pytest.raises(RuntimeError, match=r"^off$"):
+        run_all.bench_clips._output(["sh", "-c", "echo more >&2; echo off >&2; exit 1"])
+
+
 @pytest.mark.gpu
 def test_every_case_runs_on_a_card(run_all):
     """The dry run's sizes with the card's kernels: checks, streams of the virtual ranks, two processes, attention."""

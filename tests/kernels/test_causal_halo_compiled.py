@@ -30,6 +30,12 @@ def test_the_kernel_packs_and_adds_what_torch_does(simt, shape, dtype):
         assert torch.equal(actual, expected)
 
 
+def test_opcheck(simt):
+    clip = draws.normal((2, 3, 4, 4, 8), 0, "clip")
+    torch.library.opcheck(simt.halo_pack.default, (clip, 1, 2))
+    torch.library.opcheck(simt.halo_unpack_add.default, (clip, draws.normal((2, 3, 2, 4, 8), 1, "message"), 1))
+
+
 def test_frames_of_a_channels_last_clip_are_sent_as_they_lie():
     clip = draws.normal((1, 8, 5, 4, 6), 0, "clip").to(memory_format=LAST)
     sent = last_frames(clip[:, :, -2:], layout_of(clip))

@@ -73,6 +73,16 @@ def test_the_kernels_need_no_particular_order_of_threads(simt):
         assert all(torch.equal(gradients[name], runs[0][1][name]) for name in gradients)
 
 
+@pytest.mark.parametrize("is_last", [False, True])
+def test_opcheck(simt, is_last):
+    """Of every kind of call; 20000 positions are two chunks contiguous and 40 channels-last."""
+    shape = (1, 20_000, 8) if is_last else (1, 8, 20_000)
+    x, gradient = (draws.normal(shape, 0, name) for name in ("x", "gradient"))
+    coefficients = draws.normal((1, 8, 6), 0, "k")
+    for kind in (compiled.MOMENTS, compiled.GRADIENT_SUMS, compiled.APPLY, compiled.APPLY_GRADIENT):
+        torch.library.opcheck(simt.group_norm.default, (x, gradient, coefficients, kind, is_last, True))
+
+
 @pytest.mark.gpu
 def test_cuda_equals_the_reference():
     for seed, activation in itertools.product(range(60), (False, True)):

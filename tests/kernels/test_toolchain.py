@@ -72,11 +72,26 @@ def test_a_library_is_current_until_its_facts_change(toolchain, tmp_path):
     assert not toolchain.is_current(tmp_path, toolchain.Tools("g++", Path("torch"), Path("nvcc")))
 
 
+def test_a_library_for_one_card_holds_its_machine_code_and_says_so(toolchain, tmp_path):
+    tools = toolchain.Tools("g++", Path("torch"), Path("nvcc"), (90,))
+    (command, *_) = [words for _, words in toolchain._objects(tools, tmp_path) if words[0] == "nvcc"]
+    kinds = [word for word in command if word.startswith("-gencode")]
+    assert kinds == ["-gencode=arch=compute_90,code=sm_90", "-gencode=arch=compute_90,code=compute_90"]
+    assert toolchain.built_for(tmp_path) == []
+    (tmp_path / toolchain.LIBRARY).write_bytes(b"")
+    (tmp_path / toolchain.FACTS).write_text(json.dumps(tools.facts()))
+    assert toolchain.built_for(tmp_path) == [90]
+    (tmp_path / toolchain.FACTS).write_text(json.dumps({**tools.facts(), "sources": "others"}))
+    assert toolchain.built_for(tmp_path) == []
+
+
 def test_a_cuda_file_includes_no_header_of_torch(toolchain):
     """So it compiles in seconds, and one library serves several versions of torch."""
     texts = {file.relative_to(toolchain.CSRC).as_posix(): file.read_text() for file in toolchain.CSRC.rglob("*.*")}
     assert [name for name, text in texts.items() if "<torch/" in text] == ["common/tensors.h"]
-    assert [name for name, text in texts.items() if "common/tensors.h" in text] == ["bindings.cpp"]
+    with_torch = {name for name, text in texts.items() if "common/tensors.h" in text}
+    assert with_torch == {"bindings.cpp", "adaln/call.h", "qk_norm_rope/call.h"}
+    assert [name for name, text in texts.items() if '/call.h"' in text] == ["bindings.cpp"]
 
 
 def test_an_installed_package_holds_the_library(need_compiled, toolchain, tmp_path):

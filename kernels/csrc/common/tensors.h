@@ -1,4 +1,5 @@
-// What the bindings share: torch's stable ABI on one side, plain pointers on the other. Only *_ops.cpp include it.
+// What the bindings share: torch's stable ABI on one side, plain pointers on the other. Only bindings.cpp and the
+// <op>/call.h that it includes include this.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -9,10 +10,15 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cmath>
+#include <initializer_list>
 #include <tuple>
 #include <vector>
 
 #include "hd.h"
+
+#if defined(MCV_SIMT) || defined(MCV_CUDA)
+#define MCV_KERNELS  // this library has the .cu files' kernels
+#endif
 
 // Weak: a torch without CUDA doesn't have it, and one library serves both.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
@@ -43,6 +49,14 @@ inline void check_contiguous(const Tensor& x, const char* name) {
 
 inline void check_aligned(const void* data, const char* name) {
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(data) % 16 == 0, name, " must start at a multiple of 16 bytes");
+}
+
+inline void check_together(const Tensor& x, std::initializer_list<const Tensor*> others) {
+  for (const Tensor* other : others) {
+    STD_TORCH_CHECK(
+        other->is_cpu() == x.is_cpu() && other->get_device_index() == x.get_device_index(),
+        "all tensors of a call must be on one device");
+  }
 }
 
 inline Tensor empty(const Tensor& like, std::vector<int64_t> size, ScalarType dtype) {

@@ -6,6 +6,8 @@ packed, on a GPU by a kernel (csrc/causal_halo/).
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from megacogvx_kernels import compiled
@@ -54,7 +56,22 @@ def add_to_last_frames(gradient_BCTHW: torch.Tensor, message_BCTHW: torch.Tensor
 
 
 def _takes(clip_BCTHW: torch.Tensor) -> bool:
-    return compiled.answers("causal_halo", clip_BCTHW, clip_BCTHW.dtype != torch.float64, on_cpu=False)
+    fits_kernel = clip_BCTHW.dtype != torch.float64 and clip_BCTHW.numel() > 0
+    if not compiled.answers("causal_halo", clip_BCTHW, fits_kernel, on_cpu=False):
+        return False
+    _register()
+    return True
+
+
+@cache
+def _register() -> None:
+    torch.library.register_fake("megacogvx::halo_pack")(_shape_of_message)
+    torch.library.register_fake("megacogvx::halo_unpack_add")(_nothing)
+
+
+def _shape_of_message(clip_BCTHW: torch.Tensor, first: int, count: int) -> torch.Tensor:
+    batch, channels, _, height, width = clip_BCTHW.shape
+    return clip_BCTHW.new_empty(batch, channels, count, height, width)
 
 
 def _clip_of(tail_BCTHW: torch.Tensor) -> torch.Tensor | None:
@@ -66,3 +83,7 @@ def _clip_of(tail_BCTHW: torch.Tensor) -> torch.Tensor | None:
     if list(tail_BCTHW.stride()) != strides or first < 0:
         return None
     return tail_BCTHW.as_strided((batch, channels, frames, height, width), strides, first)
+
+
+def _nothing(clip_BCTHW: torch.Tensor, message_BCTHW: torch.Tensor, first: int) -> None:
+    """It writes into the clip, and returns nothing."""

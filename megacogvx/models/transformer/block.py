@@ -17,6 +17,8 @@ from megacogvx.parallel.sequence_parallel import sum_gradient_over_tensor_ranks
 from megacogvx.parallel.tensor_parallel import ModulationLinear
 from megacogvx_kernels.adaln import adaln_modulate, gated_residual, gated_residual_adaln
 
+RECOMPUTES_MLP = ("full", "keep_attention")  # policies
+
 
 class CogVideoXBlock(nn.Module):
     """Attention, then MLP, each between an expert AdaLN and a gated residual.
@@ -45,7 +47,7 @@ class CogVideoXBlock(nn.Module):
         self.attention = JointAttention(config, core, groups)
         self.mlp_modulation: ModulationLinear = ExpertModulation(config, core, groups)
         self.mlp_norm = nn.LayerNorm(config.hidden_size, config.norm_eps, dtype=dtype)
-        self.mlp = MLP(config, core, groups)
+        self.mlp = MLP(config, core, groups, keep_gelu=policy in RECOMPUTES_MLP)
         # every tensor rank sees only its tokens
         sum_gradient_over_tensor_ranks(self.attention_norm, self.mlp_norm, core=core)
 

@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from megacogvx import draws
-from megacogvx.curation import encode
-from megacogvx.curation.encode import ClipEncoder, distinct, sample_id, weights_fingerprint, write_dataset
+from megacogvx.curation import encode, encode_shards
+from megacogvx.curation.encode_shards import ClipEncoder, distinct, sample_id, write_dataset
 from megacogvx.data.clips import Clip, read_clip, read_clips, write_clips
 from megacogvx.data.images import write_png
 from megacogvx.data.indexed import IndexedDataset
+from megacogvx.data.indexed.layout import TextKind
 from megacogvx.data.transforms import to_model_range
 from megacogvx.data.video import write_video
 from megacogvx.errors import ConfigError, DataError
@@ -18,6 +19,7 @@ from megacogvx.models.vae import gaussian
 from megacogvx.models.vae.config import VAEConfig
 from megacogvx.models.vae.initialize import initialize_weights
 from megacogvx.models.vae.model import CogVideoXVAE
+from megacogvx.models.weights import weights_fingerprint
 from megacogvx.testing.moving_shapes import shape_frames
 from megacogvx.testing.tiny_text_encoder import build_tiny_text_encoder
 
@@ -53,7 +55,7 @@ def vae() -> CogVideoXVAE:
     return model
 
 
-def encoder_of(folder: Path, vae: CogVideoXVAE, text_kind: encode.TextKind = "padded") -> ClipEncoder:
+def encoder_of(folder: Path, vae: CogVideoXVAE, text_kind: TextKind = "padded") -> ClipEncoder:
     return ClipEncoder(vae, TextEncoder.from_folder(folder / "t5", LENGTH), text_kind)
 
 
@@ -207,7 +209,7 @@ def test_a_clip_listed_twice_is_one_record(folder: Path) -> None:
 
 
 def test_the_verb(folder: Path, vae: CogVideoXVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode, "load_vae", lambda path, device, dtype: vae)
+    monkeypatch.setattr(encode_shards, "load_vae", lambda path, device, dtype: vae)
     parser = argparse.ArgumentParser()
     encode.add_arguments(parser)
     fixed = ["--clips", str(folder), "--vae", "vae", "--text-encoder", str(folder / "t5"), "--text-length", "64"]

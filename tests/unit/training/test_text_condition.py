@@ -36,9 +36,11 @@ def test_ids_encoded_online_are_the_stored_embeddings_bit_for_bit(folder, t5):
     for caption_ids, expected in zip(ids, stored, strict=True):
         assert torch.equal(texts.rows(caption_ids), expected)
     with pytest.raises(DataError, match=r"token ids 0 to 64, the text encoder knows 0 to 63"):
-        texts.rows(torch.tensor([0, 64], dtype=torch.int32))
+        texts.check([torch.tensor([3], dtype=torch.int32), torch.tensor([0, 64], dtype=torch.int32)])
     with pytest.raises(DataError, match="token ids -1"):
-        texts.rows(torch.tensor([-1, 3], dtype=torch.int32))
+        texts.check([torch.tensor([-1, 3], dtype=torch.int32)])
+    texts.check(ids.to(torch.int32))
+    texts.check([torch.empty(0, dtype=torch.int32)])  # of a bad sample
 
 
 def test_a_dropped_text_is_zeros_or_the_encoded_empty_prompt(folder, t5):
