@@ -125,9 +125,10 @@ def column_linear(in_features: int, out_features: int, core: TransformerConfig, 
         ConfigError: `out_features` doesn't divide by the tensor ranks.
     """
     _check_divides("out_features", out_features, groups)
-    _say(core.transformer_impl, f"{core.fp8}, recipe {core.fp8_recipe}" if core.fp8 else "")
     if core.transformer_impl == "transformer_engine":
+        _say("Transformer Engine's", f", in FP8: {core.fp8}, recipe {core.fp8_recipe}" if core.fp8 else "")
         return te_linear.column_linear(in_features, out_features, core, groups)
+    _say("megatron-core's own", "")
     layer = ColumnLinear(
         in_features,
         out_features,
@@ -145,10 +146,9 @@ def column_linear(in_features: int, out_features: int, core: TransformerConfig, 
 
 
 @lru_cache
-def _say(implementation: str, fp8: str) -> None:
-    """Log whose linear layers are made, once for each."""
-    whose = {"transformer_engine": "Transformer Engine's"}.get(implementation, "megatron-core's own")
-    logger.info("linear layers: %s (parallel.transformer_impl)%s", whose, f", in FP8: {fp8}" if fp8 else "")
+def _say(whose: str, precision: str) -> None:
+    """Log whose linear layers are made, once for each; the AdaLN projections are never Transformer Engine's."""
+    logger.info("linear layers: %s (parallel.transformer_impl)%s", whose, precision)
 
 
 def row_linear(
