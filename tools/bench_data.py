@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Read 400 samples of 0.05-8 MB at random, alternately with raw memcpy of the same bytes; then a 700k-token pack.
+"""Read 400 samples of 0.05-8 MB at random, alternately with raw memcpy of the same bytes.
 
 One process reads for a while by each method in turn, so that what else the machine does falls on all of them; the table
 tells each method's rate and its ratio to memcpy by CPU time (median of the passes). Every method copies latents and
@@ -31,12 +31,9 @@ from bench_data_peers import IN_ORDER, PEERS, Reader
 from rich.console import Console
 from rich.table import Table
 
-from megacogvx.data.corpus import Corpus, DataConfig
 from megacogvx.data.indexed import DatasetWriter, EncoderInfo, IndexedDataset, finish_dataset
 from megacogvx.data.indexed.layout import COLUMNS, aligned, write_index
 from megacogvx.data.indexed.manifest import write_atomically
-from megacogvx.data.indexed.reader import Record
-from megacogvx.data.pack import read_pack
 from megacogvx.log import progress
 
 SAMPLES, PASSES = 400, 7
@@ -170,33 +167,6 @@ def peer_ratios(name: str, python: str, passes: int) -> Ratios:
     return {name: found[name], f"memcpy beside {name}": found["memcpy"]}
 
 
-def pack_rates(folder: Path, verify: str) -> tuple[float, float]:
-    """Return bytes per CPU second of assembling a 700k-token pack in memory that exists, and that over reads alone."""
-    corpus = Corpus(DataConfig(paths=(str(folder),), tokens_per_pack=700_000, verify=verify))  # type: ignore[arg-type]
-    memory, taken = torch.zeros(256 << 20, dtype=torch.uint8), 0
-    buffer = memory.numpy()
-
-    def allocate(size: int) -> torch.Tensor:
-        nonlocal taken
-        taken += size
-        return memory[taken - size : taken]
-
-    def read(index: int, frames: range | None, first_frame: bool) -> Record:
-        return corpus.sample_in(allocate, index, frames, first_frame)
-
-    rates, over = [], []
-    for _ in range(PASSES + 1):
-        began, taken, place = time.process_time(), 0, 0
-        read_pack(corpus, range(len(corpus)), (1, 2, 2), 700_000, 0, 0, read=read)
-        packed = time.process_time()
-        for index in range(len(corpus)):
-            place += corpus.read_into(index, buffer[place:])
-        assert place == taken, (place, taken)
-        rates.append(taken / (packed - began))
-        over.append((time.process_time() - packed) / (packed - began))
-    return statistics.median(rates[1:]), statistics.median(over[1:])
-
-
 def reader_memory(folder: Path) -> int:
     """Return the bytes of memory of its own that opening and reading every sample once takes, the buffer apart."""
     buffer = np.full(16 << 20, 1, np.uint8)  # touched, so that its pages are there
@@ -282,11 +252,6 @@ def main() -> None:
         console.print(_table(found, arguments.passes))
         if "ours" in chosen:
             console.print(f"memory of a reader: {reader_memory(folder) / 2**20:.2f} MiB; {index_bytes(folder)}")
-            write(Path(root) / "large", [LARGE] * 4)
-            console.print(index_bytes(Path(root) / "large"))
-        for verify in ("never", "always") if "ours" in chosen else ():
-            rate, over = pack_rates(Path(root) / "large", verify)
-            console.print(f"700k-token pack, verify={verify}: {rate / 1e9:.2f} GB/s, {over:.2f} of the read rate")
         if arguments.open:
             console.print(open_times(Path(root) / "many", arguments.open))
 
