@@ -9,6 +9,7 @@ while it is in the cache: what was checked is what the caller has.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -17,7 +18,7 @@ from megacogvx.data.indexed.layout import RECORD_HEADER, ShardIndex, aligned
 from megacogvx.data.indexed.source import MappedSource, Source
 
 HEADER = RECORD_HEADER.size
-_hash = xxhash.xxh3_64_intdigest
+_hash: Callable[[Any], int] = xxhash.xxh3_64_intdigest  # takes arrays, whatever its stub says
 
 
 class RecordCopier:

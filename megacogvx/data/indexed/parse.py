@@ -20,7 +20,6 @@ from megacogvx.data.indexed.layout import (
     MAX_SHARD_BYTES,
     RECORD_HEADER,
     ShardIndex,
-    aligned,
     check_version,
     columns_of,
     digest,
@@ -123,7 +122,7 @@ def check_index_rows(index: ShardIndex, where: str) -> None:
     latents_end = record + RECORD_HEADER.size + cells * index.encoder.frame_cell_bytes
     text_end = text + index.columns["text_length"].astype(np.int64) * index.encoder.text_token_bytes
     metadata_end = metadata + index.columns["metadata_length"].astype(np.int64)
-    hashes_end = aligned(metadata_end) + 8 * (index.columns["frames"].astype(np.int64) + 1)
+    hashes_end = -(-metadata_end // ALIGNMENT) * ALIGNMENT + 8 * (index.columns["frames"].astype(np.int64) + 1)
     following = np.append(record[1:], index.bin_bytes)
     rules = {
         "has no latents": cells < 1,
