@@ -1,7 +1,8 @@
 """Prove the kernels without a GPU, piece by piece: what `make kernels` runs after the build.
 
 A piece is a process of a few minutes: the machine code of one architecture against budgets.json; the tests of
-tests/kernels; some of the 2,000 random shapes; some of the 200 under AddressSanitizer. What has passed is kept in
+tests/kernels; some of the 2,000 random shapes; errors that are planted and have to be caught; some of the 200 shapes
+under AddressSanitizer. What has passed is kept in
 build/proof/ for the state of the sources that it is of, so a proof that was interrupted goes on where it was, and one
 of changed sources begins again.
 
@@ -32,8 +33,9 @@ import toolchain  # noqa: E402  (beside this file, not installed)
 
 PROOF = PROJECT / "build" / "proof"
 ABOUT_PROGRAMS = ("tests/kernels/test_benchmarks.py", "tests/kernels/test_prove.py")  # not about kernels
-PYTEST = [sys.executable, "-m", "pytest", "tests/kernels", "-q", "-p", "no:cacheprovider", "--timeout", "1800"]
-PYTEST += [f"--ignore={file}" for file in ABOUT_PROGRAMS]
+PLANTED = "tests/kernels/test_planted_errors.py"
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout", "1800", "-m", "not gpu"]
+KERNELS = ["tests/kernels", *(f"--ignore={file}" for file in (*ABOUT_PROGRAMS, PLANTED))]
 FIXED_CASES = "the_kernel_packs or need_no_particular or several_blocks or text_is_bit_equal"  # of the SIMT shim
 TAIL = 40  # lines of a failed piece's output that are shown
 
@@ -62,13 +64,14 @@ def pieces(shapes: int, sanitized: int, slice_of: int = 250) -> list[Piece]:
     """
     code = [sys.executable, "kernels/machine_code.py", "--architectures"]
     found = [Piece(f"machine code of sm_{each}", [*code, str(each)]) for each in toolchain.ARCHITECTURES]
-    found.append(Piece("tests", [*PYTEST, "-k", "not random_shapes"]))
+    found.append(Piece("tests", [*PYTEST, *KERNELS, "-k", "not random_shapes and not keeps_its_budget"]))
     for part in _slices(shapes, slice_of):
-        found.append(Piece(f"shapes {part}", [*PYTEST, "-k", "random_shapes"], _of_shapes(part)))
+        found.append(Piece(f"shapes {part}", [*PYTEST, *KERNELS, "-k", "random_shapes"], _of_shapes(part)))
+    found.append(Piece("planted errors", [*PYTEST, PLANTED]))
     checked = _sanitizer()
-    found.append(Piece("AddressSanitizer, fixed cases", [*PYTEST, "-s", "-k", FIXED_CASES], checked))
+    found.append(Piece("AddressSanitizer, fixed cases", [*PYTEST, *KERNELS, "-s", "-k", FIXED_CASES], checked))
     for part in _slices(sanitized, slice_of // 5):
-        chosen = [*PYTEST, "-s", "-k", "the_kernels_equal_the_reference_on_random_shapes"]
+        chosen = [*PYTEST, *KERNELS, "-s", "-k", "the_kernels_equal_the_reference_on_random_shapes"]
         found.append(Piece(f"AddressSanitizer, shapes {part}", chosen, {**checked, **_of_shapes(part)}))
     return found
 
@@ -146,6 +149,7 @@ def summary(passed: dict[str, dict[str, float]], planned: list[Piece]) -> str:
     return (
         f"{len(done)} of {len(planned)} pieces: {total('passed', 'machine')} kernels within their budgets, "
         f"{total('shapes', 'shapes')} random shapes, {total('shapes', 'Address')} under AddressSanitizer, "
+        f"{total('passed', 'planted')} planted errors caught, "
         f"{total('passed', 'tests') + total('passed', 'shapes') + total('passed', 'Address')} tests"
     )
 

@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=PASSES)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    table = Table(title=f"packs of {TOKENS:,} tokens: GB/s of CPU time, and of reads alone")
+    table = Table(title=f"packs of {TOKENS:,} tokens: GB/s of CPU time, and over reads")
     for name in ("verify", *METHODS):
         table.add_column(name)
     with tempfile.TemporaryDirectory() as root:
@@ -116,7 +116,7 @@ def main() -> None:
         for verify in ("never", "always"):
             cells = rates(Path(root), verify, arguments.passes).values()
             table.add_row(verify, *(f"{rate / 1e9:.2f}  {over:.3f}" for rate, over in cells))
-    Console().print(table)
+    Console(width=max(80, Console().width)).print(table)
 
 
 if __name__ == "__main__":

@@ -195,7 +195,7 @@ def main() -> None:
                         stage, str(packs), str(seed), row.method, f"{row.fill:.2%}", f"{row.least_fill:.2%}",
                         f"{row.ratio:.4f}", f"{row.worst_ratio:.4f}", f"{row.microseconds:.1f}",
                     )  # fmt: skip
-    Console().print(table)
+    Console(width=max(110, Console().width)).print(table)
     if arguments.svg:
         draw(drawn, arguments.svg)
 

@@ -33,7 +33,7 @@ from megacogvx.testing.peak_memory import peak_bytes
 from megacogvx.testing.tolerance import relative_error
 
 EXPECTED = """Expected: time <= 1.0x of diffusers', peak memory <= 0.8x, outputs within 1e-5 (fp32);
-over ranks: 1 / ranks of one rank's, plus two frames of halo in front of each convolution"""
+over ranks: the share of the frames of one rank's, plus four frames: the halo, and a copy of those on their way"""
 SIZES = ("17x128x128", "49x128x128")
 OUTPUT_BOUND = 1e-5
 console = Console(width=150)

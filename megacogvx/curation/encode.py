@@ -13,7 +13,7 @@ from megacogvx.curation.encode_ray import encode_with_ray
 from megacogvx.curation.encode_shards import prepare, write_dataset
 from megacogvx.errors import ConfigError
 from megacogvx.inference.coding import add_coding_arguments
-from megacogvx.parallel.groups import LaunchEnvironment, launch_environment
+from megacogvx.parallel.groups import LaunchEnvironment, array_task, launch_environment
 
 EXAMPLE = """\
 Writes DATASET/shard-*.bin, .idx and manifest.json. Start the same command again to go on after an interruption.
@@ -44,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--scaling-factor", type=float, help="latents times this have unit variance (default: 1 / measured deviation)")
     add("--measure-clips", type=int, default=64, help="clips that the scale is measured on (default 64)")
     add("--clips-per-shard", type=int, default=1024, help="default 1024")
-    add("--rank", type=int, help="which of the processes this is (default: from torchrun or Slurm)")
-    add("--ranks", type=int, help="number of processes (default: from torchrun or Slurm)")
+    add("--rank", type=int, help="which of the processes this is (default: from torchrun, Slurm or its array)")
+    add("--ranks", type=int, help="number of processes (default: from torchrun, Slurm or its array)")
     add("--ray", type=int, default=0, metavar="ACTORS", help="run as a Ray Data job of so many actors (default 0: no)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
     add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the encoders (default fp32)")
@@ -82,8 +82,9 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _rank_of(arguments: argparse.Namespace, place: LaunchEnvironment) -> tuple[int, int]:
-    rank = place.rank if arguments.rank is None else arguments.rank
-    ranks = place.world_size if arguments.ranks is None else arguments.ranks
+    task, tasks = array_task()
+    rank = task * place.world_size + place.rank if arguments.rank is None else arguments.rank
+    ranks = tasks * place.world_size if arguments.ranks is None else arguments.ranks
     if not 0 <= rank < ranks:
         raise ConfigError(f"--rank {rank} must lie in 0 .. --ranks - 1 = {ranks - 1}")
     return rank, ranks

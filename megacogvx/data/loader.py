@@ -229,7 +229,7 @@ def _load_step(source: _Source, guarded: GuardedReader, step: int) -> _Loaded:
 
 def _check_ids(record: Record, vocabulary: int | None) -> None:
     """Refuse token ids that the text encoder doesn't know here: inside a step one rank alone would fail."""
-    if vocabulary is None:
+    if vocabulary is None or not len(record.text):
         return
     least, most = (int(value) for value in record.text.aminmax())
     if least < 0 or most >= vocabulary:

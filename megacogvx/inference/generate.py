@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     plan = plan_of(arguments, parallel, upsampler_name(arguments))
     check_world_size(parallel, launch_environment().world_size)
-    groups = initialize(parallel, arguments.seed)
+    groups = initialize(parallel)  # no draw of sampling is core's
     try:
         generate(plan, groups, lambda: upsampler_of(arguments, groups.device))
     finally:

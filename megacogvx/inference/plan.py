@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -162,6 +164,7 @@ def plan_of(arguments: argparse.Namespace, parallel: ParallelConfig, upsampler: 
     check_coding(plan, parallel.tensor_parallel_size * parallel.context_parallel_size)
     for job in plan.jobs:
         check_job(plan, job)
+    check_output(plan.output)
     return plan
 
 
@@ -177,9 +180,9 @@ def check_models(plan: Plan) -> None:
     if problem := size_problem(plan.transformer.model, frames, height, width):
         size = f"--frames {plan.size.frames} --height {plan.size.height} --width {plan.size.width}"
         raise ConfigError(f"{size}: {problem}")
-    if not plan.fps > 0:
+    if not 0 < plan.fps < math.inf:
         raise ConfigError(f"--fps {plan.fps} must be positive")
-    if plan.image_noise < 0:
+    if not 0 <= plan.image_noise < math.inf:
         raise ConfigError(f"--image-noise {plan.image_noise} must not be negative; 0 adds none")
     width, expected = width_of(plan.text_encoder), plan.transformer.model.text_embed_dim
     if width != expected:
@@ -208,6 +211,19 @@ def check_coding(plan: Plan, ranks: int) -> None:
         )
     if problem := split_problem(plan.size.frames, ranks, vae.temporal_compression_ratio, period_of(vae)):
         raise ConfigError(f"--vae-over-ranks: {problem}")
+
+
+def check_output(folder: Path) -> None:
+    """Check that videos can be written below a folder, which need not be there yet.
+
+    Raises:
+        ConfigError: it is a file, or may not be written to.
+    """
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ConfigError(
+            f"--output {folder}: {there} {'may not be written to' if there.is_dir() else 'is no folder'}; name another"
+        )
 
 
 def check_job(plan: Plan, job: Job) -> None:

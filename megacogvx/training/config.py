@@ -197,9 +197,10 @@ class TrainConfig(Section):
             )
         replicas = max(1, world_size // self.parallel.replica_size)
         if packs % replicas and self.data.samples_per_step is None:
+            near = [count * replicas for count in (packs // replicas, packs // replicas + 1) if count]
             yield (
                 f"data.packs_per_step={packs} doesn't divide over {replicas} data-parallel replicas; "
-                f"nearest that work: {max(1, packs // replicas) * replicas}, {(packs // replicas + 1) * replicas}"
+                f"nearest that work: {', '.join(map(str, near))}"
             )
 
     def _fp8_rules(self) -> Iterator[str]:

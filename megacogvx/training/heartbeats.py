@@ -1,7 +1,7 @@
 """Heartbeats to nvidia-resiliency-ext's `ft_launcher`, for clusters whose jobs it starts; the package is optional.
 
 The launcher runs a monitor beside each rank. It ends a rank from which no heartbeat has come for the launcher's
-`--ft-param-rank_heartbeat_timeout`, and starts the job again, which then goes on from its newest checkpoint. Written
+`--ft-rank-heartbeat-timeout`, and starts the job again, which then goes on from its newest checkpoint. Written
 against `fault_tolerance/rank_monitor_client.py` of nvidia-resiliency-ext 0.4.1, the last version with wheels for Python
 3.11. Rank and monitor talk over a Unix socket that the launcher makes.
 """

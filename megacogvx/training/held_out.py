@@ -93,7 +93,6 @@ def _encoded_once(packs: list[Pack], texts: TextRows | None) -> tuple[list[Pack]
     """Return the packs with embeddings in place of token ids."""
     if texts is None or not texts.ids:
         return packs, texts
-    texts.check(text for pack in packs for text in pack.text)
     return [replace(pack, text=[texts.rows(text) for text in pack.text]) for pack in packs], replace(
         texts, ids=False, encoder=None
     )

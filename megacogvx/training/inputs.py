@@ -24,17 +24,15 @@ from megacogvx.parallel.groups import ParallelGroups
 from megacogvx.training.agreement import read_together
 from megacogvx.training.config import TrainConfig, VAETrainConfig
 from megacogvx.training.loop import StepInput
-from megacogvx.training.text_condition import TextRows
 
 
 def pack_inputs(
-    loader: PackLoader, config: TrainConfig, groups: ParallelGroups, bad_samples: Mapping[str, Any],
-    texts: TextRows | None = None,
-) -> Iterator[StepInput]:  # fmt: skip
-    """Yield the packs of this rank with the timesteps of their samples, step after step; `texts` checks token ids."""
+    loader: PackLoader, config: TrainConfig, groups: ParallelGroups, bad_samples: Mapping[str, Any]
+) -> Iterator[StepInput]:
+    """Yield the packs of this rank with the timesteps of their samples, step after step."""
     sizes = f"tp{groups.tensor[1]} cp{groups.context[1]} pp{groups.pipeline[1]} dp{groups.data[1]}"
     counter = FaultCounter(config.data.max_bad_in_a_row, bad_samples)
-    for packs in read_together(_checked(loader, texts), groups):
+    for packs in read_together(loader, groups):
         weights = [sample_weights(layout, config.diffusion.loss_mean) for layout in loader.layouts]
         timesteps = step_timesteps(config.diffusion, config.training.seed, packs[0].step, weights)
         bad = agree_on_faults(packs, loader.layouts, groups, counter)
@@ -44,13 +42,6 @@ def pack_inputs(
         ids = [[sample.sample_id for sample in pack.layout.samples[:-1]] for pack in packs]
         microbatches = [(pack, timesteps[pack.place]) for pack in placed]
         yield StepInput(microbatches, facts, loader.state(), ids, counter.state())
-
-
-def _checked(loader: PackLoader, texts: TextRows | None) -> Iterator[list[Pack]]:
-    for packs in loader:
-        if texts is not None:
-            texts.check(text for pack in packs for text in pack.text)
-        yield packs
 
 
 def agree_on_faults(

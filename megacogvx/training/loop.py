@@ -145,13 +145,7 @@ def train(run: Run) -> bool:
             _advance(state, inputs)
             own.end_step(meter.data_wait)
             if run.validate is not None and _is_due(step, settings.validate_every, settings.steps):
-                watch.at(step, "validation")
-                row |= run.validate(step)
-                alive = partial(watch.at, step, "validation")
-                videos = run.make_videos(step, alive) if run.make_videos is not None else {}
-                with agreed(groups, "writing the validation videos"):
-                    for name, frames_THWC in videos.items():
-                        tracking.add_video(name, frames_THWC, step)
+                row |= _measure_held_out(run, step, watch, tracking)
             row |= meter.end_step(inputs.facts)
             with agreed(groups, "writing the row of a step"):
                 run.metrics.add(row)
@@ -174,6 +168,19 @@ def train(run: Run) -> bool:
         who = run.stop.received or "a signal to another rank"
         logger.warning("stopped by %s at step %d of %d", who, state.step, settings.steps)
     return state.step >= settings.steps
+
+
+def _measure_held_out(run: Run, step: int, watch: Watch, tracking: Tracking) -> dict[str, Any]:
+    """Measure on held-out data and show the videos; return numbers for the row."""
+    assert run.validate is not None
+    watch.at(step, "validation")
+    numbers = run.validate(step)
+    alive = partial(watch.at, step, "validation")
+    videos = run.make_videos(step, alive) if run.make_videos is not None else {}
+    with agreed(run.groups, "writing the validation videos"):
+        for name, frames_THWC in videos.items():
+            tracking.add_video(name, frames_THWC, step)
+    return numbers
 
 
 def train_step(run: Run, inputs: StepInput, guard: Guard, events: MetricsFile) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def build_transformer_run(config: TrainConfig) -> Run:
     validate, make_videos = held_out_measures(config, corpus, held_out, maker, ddp, average)
     return Run(
         config.training, groups, ddp, optimizer, state,
-        pack_inputs(loader, config, groups, state.bad_samples, maker.texts),
+        pack_inputs(loader, config, groups, state.bad_samples),
         transformer_step.TransformerStep(maker), transformer_step.read_log_sums,
         validate,
         checkpoints, MetricsFile(config.training.run_folder, state.step, groups.is_first),

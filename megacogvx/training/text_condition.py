@@ -6,7 +6,6 @@ run on stored embeddings does, and every rank of every layout sees the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +14,7 @@ import torch
 
 from megacogvx.config import Section
 from megacogvx.data.indexed.layout import EncoderInfo
-from megacogvx.errors import ConfigError, DataError
+from megacogvx.errors import ConfigError
 
 if TYPE_CHECKING:
     from megacogvx.models.text_encoder import TextEncoder
@@ -62,21 +61,6 @@ class TextRows:
         if self.encoder is None:
             return torch.zeros(len(text), self.width, dtype=torch.bfloat16)
         return self.encoder.encode_ids(text[None].long())[0].to("cpu", torch.bfloat16)
-
-    def check(self, texts: Iterable[torch.Tensor]) -> None:
-        """Check stored token ids before the ranks compute together, where one rank's error would leave the others.
-
-        Raises:
-            DataError: an id is none of the encoder's.
-        """
-        if self.encoder is None:
-            return
-        for text in texts:
-            if len(text) and (int(text.min()) < 0 or int(text.max()) >= self.encoder.vocabulary):
-                raise DataError(
-                    f"a text has token ids {int(text.min())} to {int(text.max())}, the text encoder knows 0 to "
-                    f"{self.encoder.vocabulary - 1}; name the encoder whose tokenizer wrote the dataset (text.encoder)"
-                )
 
     def dropped(self, length: int) -> torch.Tensor:
         """Return what stands for a dropped text of `length` tokens: `[length, E]` bf16 on the CPU."""

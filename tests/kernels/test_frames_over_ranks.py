@@ -13,6 +13,7 @@ from megacogvx_kernels.causal_halo import causal_halo, start_halo
 from megacogvx_kernels.group_norm_moments import group_norm_moments
 
 CUTS = ((3, 2, 4), (1, 1, 1), (1, 3, 1), (2, 1, 1), (4, 1, 2))  # frames of each rank
+CUTS_OF = {2: ((3, 2), (1, 1)), 3: CUTS, 4: ((2, 1, 3, 1), (1, 1, 1, 1))}
 BATCH, CHANNELS = 2, 4
 
 
@@ -32,13 +33,27 @@ def _stack(x, weights, halo):
     return x
 
 
+@on_ranks(2, {"context_parallel_size": 2})
+def test_stacked_causal_convolutions_over_two(groups):
+    _stacked_causal_convolutions(groups)
+
+
 @on_ranks(3, {"context_parallel_size": 3})
 def test_stacked_causal_convolutions(groups):
+    _stacked_causal_convolutions(groups)
+
+
+@on_ranks(4, {"context_parallel_size": 4})
+def test_stacked_causal_convolutions_over_four(groups):
+    _stacked_causal_convolutions(groups)
+
+
+def _stacked_causal_convolutions(groups):
     """In fp64, so that nothing hides in rounding."""
     from torch.distributed import all_reduce
 
-    group, (rank, _) = groups.context_group, groups.context
-    for counts, size in itertools.product(CUTS, (1, 2, 4)):
+    group, (rank, ranks) = groups.context_group, groups.context
+    for counts, size in itertools.product(CUTS_OF[ranks], (1, 2, 4)):
         whole = _leaf(draws.normal((BATCH, CHANNELS, sum(counts), 5, 4), 0, "x").double().to(groups.device))
         mine = _leaf(_cut(whole, counts, rank))
         shape = (CHANNELS, CHANNELS, size + 1, 3, 3)

@@ -52,7 +52,7 @@ def test_the_pieces_are_the_whole_proof(prove, toolchain):
     assert parts["shapes "] == list(range(600))
     assert parts["AddressSanitizer, shapes "] == list(range(120))
     (rest,) = (piece for piece in found if piece.name == "tests")
-    assert rest.command[-2:] == ["-k", "not random_shapes"]
+    assert rest.command[-2:] == ["-k", "not random_shapes and not keeps_its_budget"]
 
 
 def test_what_passed_is_not_run_again(prove, monkeypatch, capsys):

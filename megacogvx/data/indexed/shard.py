@@ -208,8 +208,9 @@ class Shard:
         names = ("frames", "height", "width", "text_length", "sample_id", "text_offset", "text_hash", "metadata_length")
         expected = [int(columns[name][row]) for name in names]
         expected_channels = 2 * self.index.encoder.latent_channels
-        good_note = note_hash in (0, int(columns["metadata_hash"][row]) % 2**32)
-        if [frames, height, width, *rest, number] != [*expected, row] or channels != expected_channels or not good_note:
+        good = note_hash in (0, int(columns["metadata_hash"][row]) % 2**32) and channels == expected_channels
+        # Its number is above the row where records before it were lost, and the index was rebuilt.
+        if not good or [frames, height, width, *rest] != expected or number < row:
             raise DataError(f"{where}: the record's header disagrees with the index")
         end = aligned(int(columns["metadata_offset"][row]) + int(columns["metadata_length"][row])) + 8 * frames
         if int.from_bytes(self.source.view(end, 8).tobytes(), "little") != int(columns["latent_hash"][row]):

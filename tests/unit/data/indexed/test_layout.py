@@ -100,7 +100,7 @@ def test_truncated_index(folder, idx, length):
         ("record", 1, 2**63, "beyond"),
         ("frames", 0, 0, "no latents"),
         ("frames", 5, 60000, "reach into"),
-        ("metadata_length", 5, 1500, "hashes that reach into the next record"),
+        ("metadata_length", 5, 100, "hashes that reach into the next record"),
         ("height", 3, 60000, "reach into its metadata"),
         ("text_offset", 0, 65, "not aligned"),
         ("text_offset", 0, 0, "header"),
