@@ -82,10 +82,14 @@ def report(state: dict, names: list[str]) -> int:
     shown = {key: entry for key, entry in state.items() if key.split()[0] in names}
     for key, entry in shown.items():
         outcomes = ", ".join(f"{count} {name}" for name, count in sorted(entry["outcomes"].items()))
-        found = "\n".join(f"seed {seed}: {kind}: {detail[-300:]}" for seed, kind, detail in entry["findings"][:5])
+        found = "\n".join(f"seed {seed}: {kind}: {_last_line(detail)}" for seed, kind, detail in entry["findings"][:5])
         table.add_row(key, str(sum(entry["outcomes"].values())), outcomes, found or "none")
     Console().print(table)
     return int(any(entry["findings"] for entry in shown.values()))
+
+
+def _last_line(detail: str) -> str:
+    return (detail.strip().splitlines() or [""])[-1][:160]
 
 
 if __name__ == "__main__":
