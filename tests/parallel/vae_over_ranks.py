@@ -12,6 +12,7 @@ from megacogvx import draws
 from megacogvx.testing.tolerance import assert_all_close, assert_close
 
 OUTPUT_BOUND, GRADIENT_BOUND = 1e-5, 1e-4
+BOUNDS = {torch.float32: (OUTPUT_BOUND, GRADIENT_BOUND), torch.float64: (1e-11, 1e-10)}
 SMALL = {"block_out_channels": (4, 8, 8, 12), "layers_per_block": 1, "norm_num_groups": 2, "latent_channels": 4}
 FRAMES = (9, 13, 17, 21, 25)  # 3 to 7 latent frames; of three and four ranks most hold a single one
 HEIGHT, WIDTH, RATIO = 16, 24, 4
@@ -45,12 +46,13 @@ def gradients(model):
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-def check_coder(groups, frames, decode, **settings):
-    """Run encoder or decoder on the whole clip and on the ranks' frames; compare output and all gradients."""
+def check_coder(groups, frames, decode, dtype=torch.float32, gradient_bound=None, **settings):
+    """Run encoder or decoder on the whole clip and on the ranks' frames; compare output, gradients and new weights."""
     from megacogvx.parallel.frame_parallel import shard_latents, shard_pixels
 
     group, device = groups.context_group, groups.device
-    whole_model, model = make_model(**settings).to(device), make_model(**settings).to(device)
+    output_bound, gradient_bound = BOUNDS[dtype][0], gradient_bound or BOUNDS[dtype][1]
+    whole_model, model = (make_model(**settings).to(device, dtype) for _ in range(2))
     ratio, levels = model.config.temporal_compression_ratio, model.config.temporal_levels
     latents = model.config.latent_frames(frames)
     if decode:
@@ -61,28 +63,28 @@ def check_coder(groups, frames, decode, **settings):
     else:
         whole, shard = make_video(frames), shard_pixels(frames, ratio, group)
         out_shard = shard.halved(levels)
-    x = whole.to(device, copy=True).requires_grad_()
-    mine = shard.cut(whole).to(device, copy=True).requires_grad_()
+    x = whole.to(device, dtype, copy=True).requires_grad_()
+    mine = shard.cut(whole).to(device, dtype, copy=True).requires_grad_()
     expected, actual = code(whole_model, x, None, decode), code(model, mine, shard, decode)
     name = f"{'decode' if decode else 'encode'} {frames} frames over {group.size()} ranks:"
-    assert_close(actual, out_shard.cut(expected), OUTPUT_BOUND, name)
+    assert_close(actual, out_shard.cut(expected), output_bound, name)
 
     with torch.no_grad():  # another way through the convolutions and norms: in place, the exchange before it
         before = mine.clone()
-        assert_close(code(model, mine, shard, decode), out_shard.cut(expected), OUTPUT_BOUND, f"{name} without a graph")
+        assert_close(code(model, mine, shard, decode), out_shard.cut(expected), output_bound, f"{name} without a graph")
         assert torch.equal(mine, before), f"{name} the input was overwritten"
 
-    weights = draws.normal(tuple(expected.shape), 0, "loss").to(device) / expected.numel()
+    weights = draws.normal(tuple(expected.shape), 0, "loss").to(device, dtype) / expected.numel()
     (expected * weights).sum().backward()
     (actual * out_shard.cut(weights)).sum().backward()
-    assert_close(mine.grad, shard.cut(x.grad), GRADIENT_BOUND, f"{name} gradient of the input")
+    assert_close(mine.grad, shard.cut(x.grad), gradient_bound, f"{name} gradient of the input")
     for gradient in gradients(model).values():
         dist.all_reduce(gradient, group=group)
-    assert_all_close(gradients(model), gradients(whole_model), GRADIENT_BOUND)
+    assert_all_close(gradients(model), gradients(whole_model), gradient_bound)
 
     torch_step(whole_model)
     torch_step(model)
-    assert_all_close(weights_of(model), weights_of(whole_model), OUTPUT_BOUND)
+    assert_all_close(weights_of(model), weights_of(whole_model), output_bound)
 
 
 def check_all(groups, frames_of=FRAMES, **settings):
