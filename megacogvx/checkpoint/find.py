@@ -10,13 +10,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megacogvx.checkpoint.directory import CheckpointDirectory
 from megacogvx.checkpoint.whole import read_state
-from megacogvx.errors import CheckpointError
+from megacogvx.config import Section, build_config
+from megacogvx.errors import CheckpointError, ConfigError
 
 STEP_FOLDER = re.compile(r"step-(\d{8})")
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,10 @@ class Checkpoint:
     def path(self) -> Path:
         """The checkpoint's folder."""
         return self.directory.path(self.step)
+
+    def section(self, name: str, kind: type[AnySection]) -> AnySection:
+        """Return one section of the run's config; see `read_section`."""
+        return read_section(self.resolved, name, kind, str(self.path))
 
 
 def find_checkpoint(path: Path) -> Checkpoint:
@@ -68,3 +74,21 @@ def find_checkpoint(path: Path) -> Checkpoint:
     if not isinstance(resolved, dict):
         raise CheckpointError(f"{directory.path(step)} doesn't say which config it was trained with")
     return Checkpoint(directory, step, resolved)
+
+
+def read_section(sections: Mapping[str, Any], name: str, kind: type[AnySection], source: str) -> AnySection:
+    """Build one section of a resolved config.
+
+    Raises:
+        CheckpointError: it isn't there, so this is a checkpoint of another kind of model, or it doesn't fit this
+            version.
+    """
+    if not isinstance(sections.get(name), Mapping):
+        raise CheckpointError(
+            f"{source} has no section {name!r} (it has {', '.join(sections) or 'none'}); is it a "
+            "checkpoint of another kind of model?"
+        )
+    try:
+        return build_config(kind, dict(sections[name]), source=f"{source}, section {name}")
+    except ConfigError as error:
+        raise CheckpointError(f"{error}; was it written by another version?") from None
