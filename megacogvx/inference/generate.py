@@ -44,6 +44,7 @@ EXAMPLE = """\
 example:
   megacogvx generate --checkpoint runs/transformer --vae runs/vae --text-encoder t5 \\
       --prompt "a dog runs along a beach" --frames 49 --height 480 --width 720 --output samples
+  megacogvx generate --checkpoint CogVideoX-5b --prompt "a dog runs"      (a diffusers folder)
   megacogvx generate ... --image dog.png --prompt "the dog runs"          (an image-to-video model)
   megacogvx generate ... --video clip.mp4 --strength 0.7 --prompt "a watercolour of a dog"
   torchrun --nproc-per-node 2 -m megacogvx generate --tensor-parallel-size 2 --prompts-file prompts.jsonl ...
