@@ -112,11 +112,12 @@ class CogVideoXBlock(nn.Module):
     ) -> torch.Tensor:
         """Return the tokens after this block from those before it and the attention."""
         selective, rows_S, norm2 = self.policy == "selective", local.modulation_rows, self.mlp_norm
-        normed = Discarded(selective)
+        normed = Discarded(self._discards_norm)
         # fmt: off
         branch_S1D = self.attention.project(out_SNK)                                         # [S_local, 1, D]
-        if selective:
-            hidden_S1D = recompute(gated_residual, hidden_S1D, branch_S1D, modulation1_R3D, rows_S)
+        if self._discards_norm:
+            gated = (hidden_S1D, branch_S1D, modulation1_R3D, rows_S)
+            hidden_S1D = recompute(gated_residual, *gated) if selective else gated_residual(*gated)
             normed_S1D = normed.run(self._modulate, norm2, hidden_S1D, modulation2_R3D, local)
         else:
             hidden_S1D, normed_S1D = gated_residual_adaln(                                   # [S_local, 1, D] both
