@@ -20,6 +20,7 @@ from rich.table import Table
 
 from megacogvx.diffusion.config import DiffusionConfig, TimestepSampling
 from megacogvx.diffusion.timesteps import step_timesteps
+from megacogvx.draws import permutation
 from megacogvx.log import progress
 
 TIMESTEPS = 1000
@@ -73,13 +74,20 @@ def loss_at(timestep: int) -> float:
     return 0.15 + 0.8 * math.exp(-timestep / 150.0) + 0.1 * (timestep / TIMESTEPS) ** 4
 
 
+def draw(config: DiffusionConfig, seed: int, step: int, weights: Weights) -> list[list[int]]:
+    """Draw the timesteps of packs that the plan has put in random order; return them in the order of `weights`."""
+    order = permutation(len(weights), seed, "pack order", step)
+    drawn = step_timesteps(config, seed, step, [weights[pack] for pack in order])
+    return [timesteps for _, timesteps in sorted(zip(order, drawn, strict=True))]
+
+
 def measure(mode: TimestepSampling, weights_of: Callable[[int], Weights], steps: int, seed: int = 5) -> Result:
     """Draw `steps` steps by `mode`."""
     config = DiffusionConfig(timestep_sampling=mode, num_train_timesteps=TIMESTEPS)
     means, marginal = [], [0] * BINS
     for step in range(steps):
         weights = weights_of(step)
-        drawn = step_timesteps(config, seed, step, weights)
+        drawn = draw(config, seed, step, weights)
         pairs = [(w, t) for pack, ts in zip(weights, drawn, strict=True) for w, t in zip(pack, ts, strict=True)]
         means.append(sum(w * loss_at(t) for w, t in pairs) / sum(w for w, _ in pairs))
         # One sample a step: those of one step are not independent, which chi-square asks for.

@@ -17,6 +17,7 @@ import numpy as np
 from megacogvx.data.balance import Balancer, integer_costs
 from megacogvx.data.corpus import CorpusColumns, DataConfig
 from megacogvx.data.order import SampleOrder
+from megacogvx.draws import permutation
 from megacogvx.errors import ConfigError, DataError
 from megacogvx.log import get_logger
 from megacogvx.pack_layout import Triple
@@ -145,6 +146,8 @@ class PackPlan:
         )  # fmt: skip
         packs = sorted(sorted(members) for members in balancer.run())
         assert all(packs), [len(members) for members in packs]
+        # By age otherwise: the paper's uniform sampling of timesteps goes by place, which must say nothing of a sample.
+        packs = [packs[place] for place in permutation(len(packs), self.seed, "pack order", buffer.step)]
         self._recent[buffer.step] = tuple(tuple(buffer.indices[members].tolist()) for members in packs)
         self._recent.pop(buffer.step - REMEMBERED, None)
         waiting = balancer.free

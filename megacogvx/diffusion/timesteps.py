@@ -21,8 +21,9 @@ def step_timesteps(config: DiffusionConfig, seed: int, step: int, weights: list[
       loss, the first one starting at a random place, and draws uniformly within its arc. Any weights give each sample
       a uniform marginal over all T timesteps.
     - `uniform_pack`: the paper's, with packs in the place of ranks: N packs divide [0, T) into N equal intervals with
-      exact fractional bounds, and all samples of a pack are drawn from its interval. Which pack takes which interval
-      changes from step to step, so that no place in the step is tied to one noise level.
+      exact fractional bounds, and all samples of a pack are drawn from the interval of its place in the step, which is
+      its rank when each rank holds one pack. The plan puts the packs of a step in random order (`data/planner.py`), so
+      that no sample is tied to one noise level.
     - `independent`: each sample on its own.
 
     Args:
@@ -40,7 +41,7 @@ def step_timesteps(config: DiffusionConfig, seed: int, step: int, weights: list[
     if config.timestep_sampling == "uniform_sample":
         places = _sample_strata(flat, within, seed, step)
     elif config.timestep_sampling == "uniform_pack":
-        places = _pack_strata([len(pack) for pack in weights], within, seed, step)
+        places = _pack_strata([len(pack) for pack in weights], within)
     else:
         places = within
     timesteps = iter(_to_timestep(place, config.num_train_timesteps) for place in places)
@@ -67,10 +68,9 @@ def _fold(place: float) -> float:
     return 1.0 - abs(2.0 * place - 1.0)
 
 
-def _pack_strata(sizes: list[int], within: list[float], seed: int, step: int) -> list[float]:
-    interval = permutation(len(sizes), seed, "timestep order", step)
+def _pack_strata(sizes: list[int], within: list[float]) -> list[float]:
     owner = [pack for pack, size in enumerate(sizes) for _ in range(size)]
-    return [(interval[pack] + place) / len(sizes) for pack, place in zip(owner, within, strict=True)]
+    return [(pack + place) / len(sizes) for pack, place in zip(owner, within, strict=True)]
 
 
 def _to_timestep(place: float, num_train_timesteps: int) -> int:
