@@ -12,13 +12,15 @@ SUPPORTED := import ensurepip, sys; sys.exit(sys.version_info[:2] != (3, 11))
 PYTHON ?= $(shell for python in python3.11 python3 python; do \
 	$$python -c '$(SUPPORTED)' >/dev/null 2>&1 && { echo $$python; break; }; done)
 ARGS ?=
+WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); [ $$cores -lt 4 ] && echo $$cores || echo 4)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo ablations test fuzz kernels lint format clean faults
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo '  ARGS="..." is handed to the demo, the faults and pytest, PYTHON=... names another interpreter for the set-up'
+	@echo '  ARGS="..." is handed to the demo, the faults and pytest; WORKERS=0 tests in a single process'
+	@echo '  PYTHON=... names another interpreter for the set-up'
 
 setup: $(COMPILED)  ## make .venv/ with the pinned packages; the other targets do this themselves
 
@@ -46,9 +48,10 @@ demo: $(COMPILED)  ## the whole road on one small machine: videos to a pretraine
 ablations: $(COMPILED)  ## the paper's ablations, tiny, on the demo's clips: figure 10 from 21 short runs
 	$(BIN)/python examples/ablations/run.py $(ARGS)
 
-# Lint first: it takes seconds, and its complaints are read best in the tools' own words.
-test: lint $(COMPILED)  ## lint, then the default tests
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(ARGS)
+# Lint first: it takes seconds, and its complaints are read best in the tools' own words. A file of tests stays in one
+# worker, since its ranks are started once for all of its tests; files go out in order, those that take long first.
+test: lint $(COMPILED)  ## lint, then the default tests, one file a core
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # In full what `make test` does in part: three architectures, 2,000 shapes, and 200 of them under AddressSanitizer, which
 # is many times slower; nothing is skipped. ARGS="--minutes 3" begins no further piece after so long; the next call goes on.

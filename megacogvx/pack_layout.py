@@ -7,7 +7,7 @@ models read it. Also here: counting tokens, and patchify / unpatchify between la
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -162,7 +162,20 @@ class PackLayout:
             self._cache[key] = make().to(device)
         return self._cache[key]  # type: ignore[return-value]
 
-    def _cut(self, tensor: tuple[int, int], context: tuple[int, int], device: torch.device) -> LocalPack:
+    def slices(
+        self, tensor: tuple[int, int] = (0, 1), context: tuple[int, int] = (0, 1)
+    ) -> tuple[tuple[RowSlice, ...], tuple[RowSlice, ...]]:
+        """Return the video and the text slices of one rank: `local` without its tensors, which have an entry a token.
+
+        Raises:
+            ConfigError: the pack's tokens don't divide by the ranks.
+        """
+        segments = list(self._segments(self._tokens_of(tensor, context)))
+        video, text = ([piece for piece, _, is_text in segments if is_text is kind] for kind in (False, True))
+        return tuple(video), tuple(text)
+
+    def _tokens_of(self, tensor: tuple[int, int], context: tuple[int, int]) -> range:
+        """Return the positions that one rank holds."""
         ranks = tensor[1] * context[1]
         if self.num_tokens % ranks:
             raise ConfigError(
@@ -170,38 +183,41 @@ class PackLayout:
                 f"ranks; pad it to {padded_length(self.num_tokens, ranks)} tokens"
             )
         share = self.num_tokens // ranks
-        context_start = context[0] * tensor[1] * share
-        start = context_start + tensor[0] * share
-        tokens = range(start, start + share)
-        video: list[RowSlice] = []
-        text: list[RowSlice] = []
-        rows = torch.empty(share, dtype=torch.int64)
-        repeated: list[torch.Tensor] = []
+        start = (context[0] * tensor[1] + tensor[0]) * share
+        return range(start, start + share)
+
+    def _segments(self, tokens: range) -> Iterator[tuple[RowSlice, range, bool]]:
+        """Yield (slice of a sample's rows, its positions in the pack, whether they are text) within `tokens`."""
         for m, (first, sample) in enumerate(zip(self.boundaries, self.samples, strict=False)):
             middle = first + sample.text_length
-            for begin, end, slices, kind in (
-                (first, middle, text, 1),
-                (middle, first + sample.length, video, 0),
-            ):
+            for begin, end in ((first, middle), (middle, first + sample.length)):
                 low, high = max(begin, tokens.start), min(end, tokens.stop)
-                if low >= high:
-                    continue
-                slices.append(RowSlice(m, low - begin, high - begin))
-                rows[low - start : high - start] = 2 * m + kind
-                if kind == 0:
-                    frame_rows = sample.grid[1] * sample.grid[2]
-                    place = torch.arange(low - begin, high - begin)
-                    repeated.append(torch.where(place < frame_rows, sample.repeated_frames, 0))
+                if low < high:
+                    yield RowSlice(m, low - begin, high - begin), range(low, high), end == middle
+
+    def _cut(self, tensor: tuple[int, int], context: tuple[int, int], device: torch.device) -> LocalPack:
+        tokens = self._tokens_of(tensor, context)
+        context_start = context[0] * tensor[1] * len(tokens)
+        video, text = self.slices(tensor, context)
+        rows = torch.empty(len(tokens), dtype=torch.int64)
+        repeated: list[torch.Tensor] = []
+        for piece, places, in_text in self._segments(tokens):
+            rows[places.start - tokens.start : places.stop - tokens.start] = 2 * piece.sample + in_text
+            if not in_text:
+                sample = self.samples[piece.sample]
+                place = torch.arange(piece.start, piece.stop)
+                frame_rows = sample.grid[1] * sample.grid[2]
+                repeated.append(torch.where(place < frame_rows, sample.repeated_frames, 0))
         is_text = rows % 2 == 1
         behind = len(rows) - int(is_text.sum())  # the first text row
         return LocalPack(
-            context_tokens=range(context_start, context_start + tensor[1] * share),
+            context_tokens=range(context_start, context_start + tensor[1] * len(tokens)),
             tokens=tokens,
             video_index=torch.nonzero(~is_text).flatten().to(device),
             text_index=torch.nonzero(is_text).flatten().to(device),
             order=torch.where(is_text, behind + is_text.cumsum(0), (~is_text).cumsum(0)).sub(1).to(device),
-            video_slices=tuple(video),
-            text_slices=tuple(text),
+            video_slices=video,
+            text_slices=text,
             modulation_rows=rows.to(device),
             video_samples=(rows[~is_text] // 2).to(device),
             repeated=(torch.cat(repeated) if repeated else torch.empty(0, dtype=torch.int64)).to(device),

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Read 400 samples of 0.05-8 MB at random, alternately with raw memcpy of the same bytes; then a 700k-token pack.
+"""Read 400 samples of 0.05-8 MB at random, alternately with raw memcpy of the same bytes.
 
 One process reads for a while by each method in turn, so that what else the machine does falls on all of them; the table
 tells each method's rate and its ratio to memcpy by CPU time (median of the passes). Every method copies latents and
-text of a sample into one and the same buffer, which exists before. Peers live in environments of their own: the same
-script runs in each of them, writes the samples anew, and reports its ratio to memcpy there.
+text of a sample into one and the same buffer, which exists before; that it holds the right bytes is looked at first.
+Peers live in environments of their own: the same script runs in each, and reports its ratio to memcpy there.
 
 python tools/bench_data.py                                     this format, and the peers that are installed here
 python tools/bench_data.py --peer mosaic=ENVIRONMENT/bin/python --peer energon=OTHER/bin/python
@@ -31,12 +31,9 @@ from bench_data_peers import IN_ORDER, PEERS, Reader
 from rich.console import Console
 from rich.table import Table
 
-from megacogvx.data.corpus import Corpus, DataConfig
 from megacogvx.data.indexed import DatasetWriter, EncoderInfo, IndexedDataset, finish_dataset
-from megacogvx.data.indexed.layout import COLUMNS, write_index
+from megacogvx.data.indexed.layout import COLUMNS, aligned, write_index
 from megacogvx.data.indexed.manifest import write_atomically
-from megacogvx.data.indexed.reader import Record
-from megacogvx.data.pack import read_pack
 from megacogvx.log import progress
 
 SAMPLES, PASSES = 400, 7
@@ -125,9 +122,25 @@ def measure(readers: dict[str, Reader], numbers: list[int], passes: int) -> dict
     return seconds
 
 
+def check(folder: Path, readers: dict[str, Reader], count: int = 5) -> None:
+    """Fail unless every method copies the latents of the first samples and, behind them or at the next 64, the text."""
+    dataset, buffer = IndexedDataset(folder), np.zeros(48 << 20, np.uint8)
+    for number in range(count):  # in order, for those that know no other
+        record = dataset.sample(number)
+        latents, text = (part.view(torch.uint8).numpy().ravel() for part in (record.latents, record.text))
+        end = len(latents)
+        for name, read in readers.items():
+            buffer[: end + 64 + len(text)] = 0
+            read(number, buffer)
+            places = (end, aligned(end))
+            same = any(np.array_equal(buffer[place : place + len(text)], text) for place in places)
+            assert same and np.array_equal(buffer[:end], latents), f"{name} copied something else for sample {number}"
+
+
 def ratios(folder: Path, names: list[str], passes: int) -> Ratios:
     """Measure the methods `names`, memcpy among them, in this process."""
     readers = {name: METHODS[name][1](folder) for name in names}
+    check(folder, readers)
     megabytes = np.array([np.prod(size) * 64 / 1e6 for size in sizes()])
     result: Ratios = {name: [] for name in names}
     for low, high in CLASSES:
@@ -154,33 +167,6 @@ def peer_ratios(name: str, python: str, passes: int) -> Ratios:
     return {name: found[name], f"memcpy beside {name}": found["memcpy"]}
 
 
-def pack_rates(folder: Path, verify: str) -> tuple[float, float]:
-    """Return bytes per CPU second of assembling a 700k-token pack in memory that exists, and that over reads alone."""
-    corpus = Corpus(DataConfig(paths=(str(folder),), tokens_per_pack=700_000, verify=verify))  # type: ignore[arg-type]
-    memory, taken = torch.zeros(256 << 20, dtype=torch.uint8), 0
-    buffer = memory.numpy()
-
-    def allocate(size: int) -> torch.Tensor:
-        nonlocal taken
-        taken += size
-        return memory[taken - size : taken]
-
-    def read(index: int, frames: range | None, first_frame: bool) -> Record:
-        return corpus.sample_in(allocate, index, frames, first_frame)
-
-    rates, over = [], []
-    for _ in range(PASSES + 1):
-        began, taken, place = time.process_time(), 0, 0
-        read_pack(corpus, range(len(corpus)), (1, 2, 2), 700_000, 0, 0, read=read)
-        packed = time.process_time()
-        for index in range(len(corpus)):
-            place += corpus.read_into(index, buffer[place:])
-        assert place == taken, (place, taken)
-        rates.append(taken / (packed - began))
-        over.append((time.process_time() - packed) / (packed - began))
-    return statistics.median(rates[1:]), statistics.median(over[1:])
-
-
 def reader_memory(folder: Path) -> int:
     """Return the bytes of memory of its own that opening and reading every sample once takes, the buffer apart."""
     buffer = np.full(16 << 20, 1, np.uint8)  # touched, so that its pages are there
@@ -189,6 +175,12 @@ def reader_memory(folder: Path) -> int:
     for number in range(len(dataset)):
         dataset.read_into(number, buffer)
     return _anonymous() - before
+
+
+def index_bytes(folder: Path) -> str:
+    """Tell the bytes of index of a sample."""
+    dataset, size = IndexedDataset(folder), sum(path.stat().st_size for path in folder.glob("*.idx"))
+    return f"index {size / len(dataset):.1f} bytes a sample of {np.mean(dataset.frames):.1f} latent frames in the mean"
 
 
 def open_times(folder: Path, count: int, per_shard: int = 100_000) -> str:
@@ -259,11 +251,7 @@ def main() -> None:
         console = Console()
         console.print(_table(found, arguments.passes))
         if "ours" in chosen:
-            console.print(f"memory of a reader: {reader_memory(folder) / 2**20:.2f} MiB")
-            write(Path(root) / "large", [LARGE] * 4)
-        for verify in ("never", "always") if "ours" in chosen else ():
-            rate, over = pack_rates(Path(root) / "large", verify)
-            console.print(f"700k-token pack, verify={verify}: {rate / 1e9:.2f} GB/s, {over:.2f} of the read rate")
+            console.print(f"memory of a reader: {reader_memory(folder) / 2**20:.2f} MiB; {index_bytes(folder)}")
         if arguments.open:
             console.print(open_times(Path(root) / "many", arguments.open))
 

@@ -11,6 +11,7 @@ For the figures of a cluster: python tools/bench_packing.py --packs 8 64 512 --s
 from __future__ import annotations
 
 import argparse
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -141,6 +142,7 @@ def compare(stage: str, packs: int, seed: int, arguments: argparse.Namespace) ->
     plan = PackPlan(columns, config, seed, (1, 1, 1), cost)
     rows = []
     for method in METHODS:
+        gc.collect()  # else the first full collection, of what the imports left, falls on whichever method is at work
         start = time.process_time()
         if method == "planner":
             steps = planned(plan, arguments.steps)
@@ -151,17 +153,19 @@ def compare(stage: str, packs: int, seed: int, arguments: argparse.Namespace) ->
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Draw each pack's cost over the mean of its step, sorted, one panel a stage and number of packs."""
-    panels = list(dict.fromkeys((row.stage, row.packs) for row in rows))
-    figure = Figure(figsize=(3.6 * len(panels), 3.2), layout="constrained")
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for method in METHODS:
-            row = next(row for row in rows if (row.stage, row.packs) == panel and row.method == method)
-            label = f"{method}: fill {row.fill:.2%}, worst {row.ratio:.3f}"
-            axes.plot(np.linspace(0, 1, len(row.costs)), row.costs, label=label)
-        axes.set(title=f"{panel[0]}, {panel[1]} packs", xlabel="packs of a step, sorted", ylabel="cost / mean")
+    """Draw each pack's cost over the mean of its step, sorted: a row of panels a stage, a column a number of packs."""
+    stages, packs = (list(dict.fromkeys(values)) for values in ([r.stage for r in rows], [r.packs for r in rows]))
+    figure = Figure(figsize=(3.8 * len(packs), 2.9 * len(stages)), layout="constrained")
+    panels = figure.subplots(len(stages), len(packs), squeeze=False)
+    for row in rows:
+        axes = panels[stages.index(row.stage)][packs.index(row.packs)]
+        label = f"{row.method}: fill {row.fill:.2%}, costliest {row.ratio:.3f}"
+        axes.plot(np.linspace(0, 1, len(row.costs)), row.costs, label=label)
+        budget = lengths.STAGES[row.stage]["budget"]
+        axes.set(title=f"{budget // 1000}k tokens, {row.packs} packs", xlabel="packs of a step, sorted")
+        axes.set(ylabel="cost / mean")
         axes.legend(fontsize=7, loc="upper left")
-    figure.savefig(path, format="svg")
+    figure.savefig(path)
 
 
 def main() -> None:
@@ -174,7 +178,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=50_000, help="samples in the synthetic corpus")
     parser.add_argument("--buffer", type=float, default=2.0, help="the planner's buffer, in steps")
     parser.add_argument("--real-text", action="store_true", help="20-226 text tokens instead of 226")
-    parser.add_argument("--svg", type=Path, help="also draw the costs of the packs (of the first seed) here")
+    parser.add_argument("--svg", type=Path, help="also draw the costs of the first seed's packs here (or .png)")
     arguments = parser.parse_args()
     text = "20-226" if arguments.real_text else "226"
     table = Table(title=f"Packing, {arguments.steps} steps (the first {WARM_UP} not counted), {text} text tokens")
@@ -191,7 +195,7 @@ def main() -> None:
                         stage, str(packs), str(seed), row.method, f"{row.fill:.2%}", f"{row.least_fill:.2%}",
                         f"{row.ratio:.4f}", f"{row.worst_ratio:.4f}", f"{row.microseconds:.1f}",
                     )  # fmt: skip
-    Console().print(table)
+    Console(width=max(110, Console().width)).print(table)
     if arguments.svg:
         draw(drawn, arguments.svg)
 

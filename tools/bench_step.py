@@ -200,12 +200,14 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=None, help=f"default: {LAYERS}")
     parser.add_argument("--heads", type=int, default=8, help="of width 64")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--gpu", action="store_true", help="one 5B layer on a GPU, and nothing else")
+    parser.add_argument("--gpu", action="store_true", help="one 5B layer on a GPU, in bf16, and nothing else")
+    parser.add_argument("--packs", nargs="+", type=int, choices=range(4), default=range(4), help="of --gpu: 5 x 5,218, "
+                        "4 x 17,776, 1 x 85,906 and 8 x 85,906 tokens; a part where time is short")  # fmt: skip
     arguments = parser.parse_args()
     if arguments.gpu:
         import bench_step_gpu
 
-        return bench_step_gpu.main()
+        return bench_step_gpu.main(arguments.packs)
     console.print(EXPECTED, highlight=False)
     console.print(f"threads: {torch.get_num_threads()}; torch {torch.__version__}\n", highlight=False)
     groups = initialize(ParallelConfig(device="cpu"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,29 +34,32 @@ WARM_UP = 2  # rounds; the first compiles
 # elementwise ops are fused (x, modulated, q k v, q' k', attention, branch, x', modulated', fc1, branch').
 KEPT_PER_TOKEN = {"none": 32.0, "selective": 24.0, "keep_attention": 4.0, "full": 2.0}
 PARTS = (  # part -> what the names of its kernels hold; the first that fits counts
-    ("attention", r"sdpa|flash|fmha|attention"),
+    ("attention", r"sdpa|flash|fmha|attention|dot_do_o|convert_dq"),  # the last two: cuDNN's helpers of the backward
     ("matrix products", r"gemm|cutlass|nvjet|xmma|cublas|splitk"),
     ("norms, modulation, rotation, GELU, copies", r""),
 )
 GOALS = {0: "goal 55%, 58% with an FA3-class kernel", 1: "goal 47%, 51% with an FA3-class kernel"}
+REFERENCE = "diffusers, eager"
 console = Console(width=150)
 
 
 @dataclass
 class Layer:
-    """One side: forward on prepared tokens, and how to read the video tokens out of its result.
+    """One side: forward on prepared tokens, and how to read the tokens out of its result.
 
     Attributes:
         name: as printed.
         forward: makes the tokens after the layer.
         leaves: what gets gradients.
+        cotangents: the gradient of each of the results; random, since a GPU runs faster on equal numbers.
         tokens: result -> `[S, D]` in the order of the pack, for the comparison.
-        note: such as the bytes that should be kept.
+        predicted: bytes that should be kept between forward and backward; 0 if nothing is predicted.
     """
 
     name: str
     forward: Callable[[], tuple[torch.Tensor, ...]]
     leaves: list[torch.Tensor]
+    cotangents: tuple[torch.Tensor, ...]
     tokens: Callable[[tuple[torch.Tensor, ...]], torch.Tensor]
     predicted: float = 0.0
 
@@ -82,11 +85,14 @@ def layers(case: Case, groups: ParallelGroups) -> list[Layer]:
     """Return ours under each recompute policy that changes the time, then diffusers' eager and compiled."""
     config, samples = case.config, len(case.sizes)
     theirs = diffusers_model(case)
-    length, width = case.layout.samples[0].length, config.hidden_size
+    length, width, text = case.layout.samples[0].length, config.hidden_size, case.sizes[0][3]
     # the samples hold the same tokens and differ in their condition
-    tokens_SD = draws.normal((length, width), 0, "tokens").to(case.device, case.dtype)
+    tokens_SD, cotangent_SD = (
+        draws.normal((length, width), 0, name).to(case.device, case.dtype) for name in ("tokens", "cotangent")
+    )
     condition_ME = draws.normal((samples + 1, config.time_embed_dim), 0, "condition").to(case.device, case.dtype)
     hidden = tokens_SD.repeat(samples, 1)[:, None].requires_grad_()
+    cotangents = (cotangent_SD.repeat(samples, 1)[:, None],)
     sides = []
     for policy in ("none", "selective", "keep_attention"):
         model = our_model(case, theirs, groups, policy)
@@ -98,18 +104,25 @@ def layers(case: Case, groups: ParallelGroups) -> list[Layer]:
 
         predicted = KEPT_PER_TOKEN[policy] * width * samples * length
         leaves = [hidden, condition, *block.parameters()]
-        sides.append(Layer(f"megacogvx, {policy}", ours, leaves, lambda out: out[0][:, 0], predicted))
+        sides.append(Layer(f"megacogvx, {policy}", ours, leaves, cotangents, lambda out: out[0][:, 0], predicted))
     block, rotary = theirs.transformer_blocks[0], rotary_table(case, 0)
-    video, text = (part.repeat(samples, 1, 1).requires_grad_() for part in (tokens_SD[TEXT:], tokens_SD[:TEXT]))
+    both = [(tokens_SD[part], cotangent_SD[part]) for part in (slice(text, None), slice(None, text))]
+    inputs = [tokens.repeat(samples, 1, 1).requires_grad_() for tokens, _ in both]
+    cotangents = tuple(cotangent.repeat(samples, 1, 1) for _, cotangent in both)
     condition = condition_ME[:samples].clone().requires_grad_()
-    for name, function in (("eager", block), ("compiled", torch.compile(block, dynamic=False))):
+    for name, function in (("compiled", torch.compile(block, dynamic=False)), ("eager", block)):
 
         def diffusers(function=function):  # type: ignore[no-untyped-def]
-            return function(video, text, condition, image_rotary_emb=rotary)
+            return function(*inputs, condition, image_rotary_emb=rotary)
 
-        leaves = [video, text, condition, *block.parameters()]
-        sides.append(Layer(f"diffusers, {name}", diffusers, leaves, lambda out: torch.cat(out[::-1], 1).flatten(0, 1)))
+        leaves = [*inputs, condition, *block.parameters()]
+        sides.append(Layer(f"diffusers, {name}", diffusers, leaves, cotangents, video_behind_text))
     return sides
+
+
+def video_behind_text(out: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Return the tokens `[S, D]` of a pack from diffusers' (video, text), `[B, tokens, D]` each."""
+    return torch.cat(out[::-1], 1).flatten(0, 1)
 
 
 def step(layer: Layer) -> float:
@@ -117,7 +130,7 @@ def step(layer: Layer) -> float:
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     out = layer.forward()
-    torch.autograd.backward(out, [torch.ones_like(tensor) for tensor in out])
+    torch.autograd.backward(out, layer.cotangents)
     stop.record()
     torch.cuda.synchronize()
     drop_gradients(layer)
@@ -137,7 +150,7 @@ def kept_and_peak(layer: Layer) -> tuple[int, int]:
     before = torch.cuda.memory_allocated()
     out = layer.forward()
     kept = torch.cuda.memory_allocated() - before
-    torch.autograd.backward(out, [torch.ones_like(tensor) for tensor in out])
+    torch.autograd.backward(out, layer.cotangents)
     drop_gradients(layer)
     return kept, torch.cuda.max_memory_allocated() - before
 
@@ -154,58 +167,114 @@ def time_by_part(layer: Layer) -> tuple[dict[str, float], str]:
     return parts, max(kernels, key=lambda name: kernels[name], default="none")
 
 
+def ceilings() -> str:
+    """Measure what this GPU reaches on random data: a large matrix product in bf16, and a copy; say both."""
+    a, b = (draws.normal((8192, 8192), 0, name).to("cuda", torch.bfloat16) for name in "ab")
+    product = _median_ms(lambda: a @ b)
+    source = a.repeat(32, 1)  # 4 GiB, far more than the L2 cache holds
+    target = torch.empty_like(source)
+    copied = _median_ms(lambda: target.copy_(source))
+    return f"measured here: {2 * 8192**3 / product / 1e9:.0f} TFLOP/s, {2 * source.nbytes / copied / 1e9:.2f} TB/s"
+
+
+def _median_ms(run: Callable[[], object], rounds: int = 10) -> float:
+    times = []
+    for _ in range(3 + rounds):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop))
+    return statistics.median(times[3:])
+
+
+def time_in_turns(sides: list[Layer], rounds: int) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Return milliseconds of each round by side, and of those that don't run (out of memory, say) the reason."""
+    times: dict[str, list[float]] = {side.name: [] for side in sides}
+    failed: dict[str, str] = {}
+    for round_ in range(WARM_UP + rounds):
+        for side in (side for side in sides if side.name not in failed):
+            try:
+                milliseconds = step(side)
+            except RuntimeError as error:  # of the allocator, the compiler or a kernel; the others go on
+                failed[side.name] = reason(error)
+                release(side)
+                continue
+            if round_ >= WARM_UP:
+                times[side.name].append(milliseconds)
+    return times, failed
+
+
+def reason(error: RuntimeError) -> str:
+    """Return in a few words why a side doesn't run."""
+    return "out of memory" if isinstance(error, torch.OutOfMemoryError) else f"{error}".splitlines()[0][:60]
+
+
+def release(layer: Layer) -> None:
+    """Free what a failed run left."""
+    drop_gradients(layer)
+    torch.cuda.empty_cache()
+
+
+def largest_error(tokens_SD: torch.Tensor, reference_SD: torch.Tensor, samples: int) -> float:
+    """Return the largest relative error of a sample; one at a time, since it is computed in fp64."""
+    pairs = zip(tokens_SD.chunk(samples), reference_SD.chunk(samples), strict=True)
+    return max(relative_error(a, b) for a, b in pairs)
+
+
+def row(side: Layer, times: list[float], flops: int, error: str) -> tuple[list[str], str]:
+    """Return a row of the table, and the time by part as text."""
+    kept, peak = kept_and_peak(side)
+    median = statistics.median(times)
+    rate = flops / median / 1e9
+    off = f"{side.predicted / 2**30:.2f} ({kept / side.predicted - 1:+.1%})" if side.predicted else ""
+    parts, kernel = time_by_part(side)
+    shares = ", ".join(f"{part} {milliseconds:.1f} ms" for part, milliseconds in parts.items())
+    cells = [
+        side.name, f"{median:.1f}", f"{(max(times) - min(times)) / median:.1%}", f"{rate:.0f}",
+        f"{rate / PEAK_TFLOPS:.1%}", f"{kept / 2**30:.2f}", off, f"{peak / 2**30:.2f}", error,
+    ]  # fmt: skip
+    return cells, f"{side.name}: {shares}; attention kernel: {kernel}"
+
+
 def measure(number: int, groups: ParallelGroups) -> None:
     """Measure one of `PACKS` and print its table."""
     samples, latents, rounds = PACKS[number]
     case = case_of(samples, latents)
     flops = block_flops(case.config, case.layout)
     length = case.layout.samples[0].length
-    table = Table(title=f"{samples} x {length:,} tokens, {flops / 1e12:.0f} TFLOP; {GOALS.get(number, '')}")
+    table = Table(title=f"{samples} x {length:,} tokens, {flops / 1e12:.4g} TFLOP; {GOALS.get(number, '')}")
     for name in ("side", "ms", "spread", "TFLOP/s", "of 989", "GiB kept", "predicted", "peak GiB", "rel. error"):
         table.add_column(name, justify="left" if name == "side" else "right")
-    sides, reference, times, failed = layers(case, groups), None, {}, {}
-    for round_ in range(WARM_UP + rounds):
-        for side in (side for side in sides if side.name not in failed):
+    sides, reference, notes = layers(case, groups), None, []
+    times, failed = time_in_turns(sides, rounds)
+    for side in sides[::-1]:  # diffusers' last, eager, is what ours are compared with
+        if side.name not in failed:
             try:
-                milliseconds = step(side)
-            except torch.OutOfMemoryError:
-                failed[side.name] = "out of memory"
-                drop_gradients(side)
-                torch.cuda.empty_cache()
+                with torch.no_grad():
+                    tokens = side.tokens(side.forward())
+                error = f"{largest_error(tokens, reference, samples):.1e}" if reference is not None else ""
+                reference = tokens if side.name == REFERENCE else reference
+                del tokens
+                cells, note = row(side, times[side.name], flops, error)
+                table.add_row(*cells)
+                notes.append(note)
                 continue
-            if round_ >= WARM_UP:
-                times.setdefault(side.name, []).append(milliseconds)
-    notes = []
-    for side in [*sides[3:], *sides[:3]]:  # diffusers first, so that ours have something to be compared with
-        if side.name in failed:
-            table.add_row(side.name, failed[side.name])
-            continue
-        with torch.no_grad():
-            tokens = side.tokens(side.forward())
-        reference = tokens if side.name == "diffusers, eager" else reference
-        error = relative_error(tokens, reference) if reference is not None and tokens is not reference else None
-        kept, peak = kept_and_peak(side)
-        median = statistics.median(times[side.name])
-        rate = flops / median / 1e9
-        table.add_row(
-            side.name, f"{median:.1f}", f"{(max(times[side.name]) - min(times[side.name])) / median:.1%}",
-            f"{rate:.0f}", f"{rate / PEAK_TFLOPS:.1%}", f"{kept / 2**30:.2f}",
-            f"{side.predicted / 2**30:.2f}" if side.predicted else "", f"{peak / 2**30:.2f}",
-            "" if error is None else f"{error:.1e}",
-        )  # fmt: skip
-        parts, kernel = time_by_part(side)
-        shares = ", ".join(f"{part} {milliseconds:.1f} ms" for part, milliseconds in parts.items())
-        notes.append(f"{side.name}: {shares}; attention kernel: {kernel}")
+            except RuntimeError as problem:
+                failed[side.name] = reason(problem)
+                release(side)
+        table.add_row(side.name, failed[side.name])
     console.print(table)
     console.print("\n".join(notes), highlight=False)
 
 
-def main() -> None:
-    """Measure every pack, or say that nothing was measured."""
+def main(packs: Sequence[int] = range(len(PACKS))) -> None:
+    """Measure some of `PACKS`, or say that nothing was measured."""
     if not torch.cuda.is_available():
         return console.print("not measured: this machine has no GPU")
-    console.print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", highlight=False)
+    console.print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; {ceilings()}", highlight=False)
     groups = initialize(ParallelConfig(device="cuda"))
-    for number in range(len(PACKS)):
+    for number in packs:
         measure(number, groups)
         torch.cuda.empty_cache()

@@ -1,79 +1,79 @@
-"""The GPU's part of `bench_vae.py`: frames/s and peak memory in bf16, and the largest clip that fits.
+"""The GPU's part of `bench_vae.py`: frames/s and peak memory in bf16, and the longest clip that fits.
 
 Ours beside diffusers, the same weights, coding and inputs; a side that runs out of memory is told so. Times are medians
-of CUDA events after a warm-up. Written for one H100 or H200; not part of the CPU's tests but for what needs no GPU.
+of CUDA events after a warm-up, peaks those of torch's allocator above weights and input. Each row is printed as soon
+as it is measured: a machine that is lent for minutes may be gone before the last one. Parts, longest first:
+
+    python tools/bench_vae.py --gpu --modes whole chunked tiled            480 x 720, 49 frames
+    python tools/bench_vae.py --gpu --sizes 161x768x1360 --rounds 1         add --cases decode --modes chunked for one
+    python tools/bench_vae.py --gpu --longest --modes whole                 the longest clips, by prediction and trial
+
+Decoding takes 17 MFLOP a pixel: 0.3 PFLOP for 49 x 480 x 720, 2.9 for 161 x 768 x 1360. For one H100 or H200.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
-from bench_vae_sides import CODINGS, PARTS, Case, Ours, Theirs, diffusers_model, our_model
+from bench_vae_sides import Case, Ours, Theirs, diffusers_model, our_model
 from diffusers import AutoencoderKLCogVideoX
 from rich.console import Console
-from rich.table import Table
 
 from megacogvx.models.vae import CogVideoXVAE, VAEConfig
 from megacogvx.testing.tolerance import relative_error
 
 SIZES = ((49, 480, 720), (161, 768, 1360))
-ROUNDS = 5
-MOST_PERIODS = 512  # 4,097 frames
+TRIED = (9, 25)  # frames of the two clips that the longest one is predicted from
+STEP = 8  # frames between two lengths that come back
+SLACK = 0.02  # of the predicted length: the longest clip is found to within this
+MOST_FRAMES = 4097  # nobody asks for more; of chunks the peak grows by little more than input and result
+Size = tuple[int, int, int]
 console = Console(width=150)
 
 
-def main() -> None:
-    """Print a table for each size, then the longest clips."""
+def main(arguments: argparse.Namespace) -> None:
+    """Print a row for each case and side, or the longest clips."""
     if not torch.cuda.is_available():
         raise SystemExit("--gpu: torch sees no CUDA device")
-    ours = our_model(VAEConfig(), torch.bfloat16, "cuda")
-    theirs = diffusers_model(ours)
-    console.print(f"{torch.cuda.get_device_name()}; torch {torch.__version__}", highlight=False)
-    for size in SIZES:
-        table = Table(title=f"{' x '.join(map(str, size))}, bf16", title_justify="left", title_style="bold")
-        for name in ("part", "coding", "side", "frames/s", "x", "peak GiB", "x", "relative error"):
-            table.add_column(name)
-        for part in PARTS:
-            for mode in CODINGS:
-                add_rows(table, Case(part, mode, size, torch.bfloat16, "cuda"), ours, theirs)
-        console.print(table)
-    for _, height, width in SIZES:
-        for part in PARTS:
-            for mode in CODINGS:
-                frames = longest(ours, part, mode, height, width)
-                console.print(f"longest clip at {height} x {width}, {part}, {mode}: {frames} frames")
+    ours = our_model(VAEConfig(preset=arguments.preset), torch.bfloat16, "cuda")
+    free = torch.cuda.mem_get_info()[0] / 2**30
+    console.print(f"{torch.cuda.get_device_name()}, {free:.0f} GiB free; torch {torch.__version__}", highlight=False)
+    sizes = list(arguments.sizes or (SIZES if arguments.longest else SIZES[:1]))
+    theirs = None if arguments.longest else diffusers_model(ours)
+    for size in sizes:
+        for part in arguments.cases:
+            for mode in arguments.modes:
+                case = Case(part, mode, size, torch.bfloat16, "cuda")
+                if theirs is None:
+                    console.print(f"{part}, {mode}, {size[1]} x {size[2]}: {longest(ours, case)}", highlight=False)
+                else:
+                    compare(case, ours, theirs, arguments.rounds)
 
 
-def longest(model: CogVideoXVAE, part: str, mode: str, height: int, width: int) -> int:
-    """Return the most frames of this size that fit, ours alone."""
-
-    def fitting(frames: int) -> bool:
-        return fits(model, Case(part, mode, (frames, height, width), torch.bfloat16, "cuda"))
-
-    return largest(fitting)
-
-
-def add_rows(table: Table, case: Case, model: CogVideoXVAE, their_model: AutoencoderKLCogVideoX) -> None:
-    """Measure both sides of a case; one that doesn't fit has no figures."""
+def compare(case: Case, model: CogVideoXVAE, their_model: AutoencoderKLCogVideoX, rounds: int) -> None:
+    """Measure both sides of a case and print them; one that doesn't fit has no figures."""
     ours = Ours(model, case)
-    sides = (Theirs(their_model, case, ours.x), ours)
-    found = {side.name: measure(side) for side in sides}
-    base = found["diffusers"]
-    for side in sides:
-        mine = found[side.name]
-        if mine is None:
-            table.add_row(case.part, case.mode, side.name, "out of memory", "", "", "", "")
+    console.print(str(case), style="bold", highlight=False)
+    base = None
+    for side in (Theirs(their_model, case, ours.x), ours):
+        found = measure(side, rounds)
+        if found is None:
+            console.print(f"  {side.name:10} out of memory")
             continue
-        seconds, peak, result = mine
-        ratios = (f"{base[0] / seconds:.2f}", f"{peak / base[1]:.2f}") if base else ("", "")
-        error = f"{relative_error(result, base[2]):.1e}" if base and side is ours else ""
-        rate = f"{case.size[0] / seconds:.1f}"
-        table.add_row(case.part, case.mode, side.name, rate, ratios[0], f"{peak / 2**30:.1f}", ratios[1], error)
+        seconds, peak, result = found
+        text = f"  {side.name:10} {seconds:8.3f} s  {case.size[0] / seconds:8.1f} frames/s  {peak / 2**30:6.2f} GiB"
+        if side is ours and base is not None:
+            error = relative_error(result, base[2])
+            text += f"  {base[0] / seconds:.2f}x as fast, {peak / base[1]:.2f}x the memory, relative error {error:.1e}"
+        console.print(text, highlight=False)
+        base = found
 
 
-def measure(side: Callable[[], torch.Tensor]) -> tuple[float, int, torch.Tensor] | None:
+def measure(side: Callable[[], torch.Tensor], rounds: int) -> tuple[float, int, torch.Tensor] | None:
     """Return median seconds, peak bytes above what was there before, and the result on the CPU; None: out of memory."""
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
@@ -82,7 +82,7 @@ def measure(side: Callable[[], torch.Tensor]) -> tuple[float, int, torch.Tensor]
         result = side().cpu()
         peak = torch.cuda.max_memory_allocated() - before
         times = []
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             side()
@@ -94,29 +94,56 @@ def measure(side: Callable[[], torch.Tensor]) -> tuple[float, int, torch.Tensor]
     return statistics.median(times), peak, result
 
 
-def fits(model: CogVideoXVAE, case: Case) -> bool:
-    """Say whether a case runs without running out of memory."""
-    torch.cuda.empty_cache()
-    try:
-        Ours(model, case)()
-    except torch.OutOfMemoryError:
-        return False
-    return True
+def longest(model: CogVideoXVAE, case: Case) -> str:
+    """Say how many frames of the case's size fit, ours alone: predicted by a line through two peaks, then tried.
 
-
-def largest(fitting: Callable[[int], bool]) -> int:
-    """Return the most frames 8k + 1 that fit, up to 8 `MOST_PERIODS` + 1; 0: not even one does.
-
-    What fits is taken to be all below a limit: doubled until it doesn't, then halved between.
+    The trials are of whole clips alone: in chunks they would take minutes each, and the line is exact.
     """
-    if not fitting(1):
-        return 0
-    low, high = 0, 1
-    while high <= MOST_PERIODS and fitting(8 * high + 1):
-        low, high = high, 2 * high
-    if high > MOST_PERIODS:
-        return 8 * low + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fitting(8 * middle + 1) else (low, middle)
-    return 8 * low + 1
+
+    def peak(frames: int) -> int | None:
+        """Return the peak with the input, in bytes; None: out of memory."""
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            Ours(model, replace(case, size=(frames, *case.size[1:])))()
+        except torch.OutOfMemoryError:
+            return None
+        return torch.cuda.max_memory_allocated() - before
+
+    peaks = [peak(frames) for frames in TRIED]
+    if peaks[0] is None or peaks[1] is None:
+        return f"fewer than {TRIED[peaks[0] is not None]} frames"
+    torch.cuda.empty_cache()
+    predicted = on_line(TRIED, (peaks[0], peaks[1]), torch.cuda.mem_get_info()[0])
+    if case.coding.latents_per_chunk is not None:
+        return f"{predicted} frames predicted from the peaks of {TRIED[0]} and {TRIED[1]}, not tried"
+    found = largest(lambda frames: peak(frames) is not None, predicted)
+    return f"{found} frames fit, {predicted} predicted"
+
+
+def on_line(frames: tuple[int, int], peaks: tuple[int, int], free: int) -> int:
+    """Return the most frames 8k + 1, up to `MOST_FRAMES`, whose peak keeps below `free` on a line through two peaks."""
+    slope = (peaks[1] - peaks[0]) / (frames[1] - frames[0])
+    if slope <= 0:
+        return MOST_FRAMES
+    most = frames[0] + (free - peaks[0]) / slope
+    return max(1, min(MOST_FRAMES, int(most - 1) // STEP * STEP + 1))
+
+
+def largest(fitting: Callable[[int], bool], predicted: int) -> int:
+    """Return the most frames 8k + 1 that fit, to within `SLACK` of what was predicted; 0: not even one does.
+
+    What fits is taken to be all below a limit, which is near the prediction: a run takes seconds to minutes.
+    """
+    step = max(STEP, int(SLACK * predicted) // STEP * STEP)
+    frames = predicted
+    if fitting(frames):
+        while frames + step <= MOST_FRAMES and fitting(frames + step):
+            frames += step
+        return frames
+    while frames > 1:
+        frames = max(1, frames - step)
+        if fitting(frames):
+            return frames
+    return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers import AutoencoderKLCogVideoX
@@ -13,6 +13,7 @@ from megacogvx.conversion.tensors import InMemory, translate
 from megacogvx.models.vae import CHUNKED, TILED, WHOLE, Coding, CogVideoXVAE, VAEConfig, initialize_weights
 
 ALL_FRAMES = 10**6
+SMALLER = (9, 32, 32)  # of a run that only warms up
 CODINGS = {"whole": WHOLE, "chunked": CHUNKED, "tiled": TILED}
 PARTS = ("encode", "decode")
 
@@ -87,6 +88,10 @@ class Ours:
         result: torch.Tensor = code(self.x, self.case.coding)
         return result
 
+    def smaller(self) -> Ours:
+        """Return the same computation on a small clip."""
+        return Ours(self.model, replace(self.case, size=SMALLER))
+
 
 class Theirs:
     """Diffusers' side of a case; whole clips by a batch of frames that none exceeds."""
@@ -109,3 +114,8 @@ class Theirs:
             return moments
         pixels: torch.Tensor = model.decode(self.x).sample
         return pixels
+
+    def smaller(self) -> Theirs:
+        """Return the same computation on a small clip."""
+        small = self.x[:, :, :3, :4, :4] if self.case.part == "decode" else self.x[:, :, :9, :32, :32]
+        return Theirs(self.model, replace(self.case, size=SMALLER), small)

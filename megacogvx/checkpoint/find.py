@@ -41,21 +41,8 @@ class Checkpoint:
         return self.directory.path(self.step)
 
     def section(self, name: str, kind: type[AnySection]) -> AnySection:
-        """Return one section of the run's config.
-
-        Raises:
-            CheckpointError: it isn't there, so this is a checkpoint of another kind of model, or it doesn't fit this
-                version.
-        """
-        if name not in self.resolved:
-            raise CheckpointError(
-                f"{self.path} has no section {name!r} (it has {', '.join(self.resolved) or 'none'}); is it a "
-                "checkpoint of another kind of model?"
-            )
-        try:
-            return build_config(kind, dict(self.resolved[name]), source=f"{self.path}, section {name}")
-        except ConfigError as error:
-            raise CheckpointError(f"{error}; was it written by another version?") from None
+        """Return one section of the run's config; see `read_section`."""
+        return read_section(self.resolved, name, kind, str(self.path))
 
 
 def find_checkpoint(path: Path) -> Checkpoint:
@@ -87,3 +74,21 @@ def find_checkpoint(path: Path) -> Checkpoint:
     if not isinstance(resolved, dict):
         raise CheckpointError(f"{directory.path(step)} doesn't say which config it was trained with")
     return Checkpoint(directory, step, resolved)
+
+
+def read_section(sections: Mapping[str, Any], name: str, kind: type[AnySection], source: str) -> AnySection:
+    """Build one section of a resolved config.
+
+    Raises:
+        CheckpointError: it isn't there, so this is a checkpoint of another kind of model, or it doesn't fit this
+            version.
+    """
+    if not isinstance(sections.get(name), Mapping):
+        raise CheckpointError(
+            f"{source} has no section {name!r} (it has {', '.join(sections) or 'none'}); is it a "
+            "checkpoint of another kind of model?"
+        )
+    try:
+        return build_config(kind, dict(sections[name]), source=f"{source}, section {name}")
+    except ConfigError as error:
+        raise CheckpointError(f"{error}; was it written by another version?") from None

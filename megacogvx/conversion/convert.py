@@ -92,7 +92,7 @@ def open_parts(sources: Sequence[Path], options: ReadOptions) -> dict[Kind, Part
     """
     found: dict[Kind, tuple[ModuleType, Path]] = {}
     for source in sources:
-        for kind, place in _find(source).items():
+        for kind, place in find_models(source).items():
             if kind in found:
                 raise ConfigError(f"{found[kind][1]} and {place[1]} both hold a {kind}; name one")
             found[kind] = place
@@ -102,6 +102,23 @@ def open_parts(sources: Sequence[Path], options: ReadOptions) -> dict[Kind, Part
         asked = options if kind == "transformer" or "transformer" not in found else replace(options, weights=LIVE)
         parts[kind] = module.open_part(kind, path, asked)
     return agreeing(parts)
+
+
+def find_models(source: Path) -> dict[Kind, tuple[ModuleType, Path]]:
+    """Return the format and the place of each model that a source holds; no weights are read.
+
+    Raises:
+        CheckpointError: there is nothing, or nothing that is known.
+    """
+    if not source.exists():
+        raise CheckpointError(f"{source} does not exist")
+    for module in FORMATS.values():
+        if found := module.find(source):
+            return {kind: (module, found[kind]) for kind in KINDS if kind in found}
+    raise CheckpointError(
+        f"{source} is no checkpoint that is known here: neither a diffusers folder (transformer/config.json, "
+        "vae/config.json), nor SAT's (transformer/latest, vae/3d-vae.pt), nor a run of ours (checkpoints/step-...)"
+    )
 
 
 def agreeing(parts: dict[Kind, Part]) -> dict[Kind, Part]:
@@ -232,19 +249,6 @@ def shard_bytes(text: str) -> int:
     if match is None or not float(match[1]) > 0:
         raise ConfigError(f"--max-shard-size {text} is no size; write it like 5GB, 500MB or 100KB")
     return int(float(match[1]) * SIZES[match[2]])
-
-
-def _find(source: Path) -> dict[Kind, tuple[ModuleType, Path]]:
-    """Return the format and the place of each model that a source holds."""
-    if not source.exists():
-        raise CheckpointError(f"{source} does not exist")
-    for module in FORMATS.values():
-        if found := module.find(source):
-            return {kind: (module, found[kind]) for kind in KINDS if kind in found}
-    raise CheckpointError(
-        f"{source} is no checkpoint that is known here: neither a diffusers folder (transformer/config.json, "
-        "vae/config.json), nor SAT's (transformer/latest, vae/3d-vae.pt), nor a run of ours (checkpoints/step-...)"
-    )
 
 
 def _log_losses(part: Part, module: ModuleType) -> None:

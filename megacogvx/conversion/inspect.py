@@ -34,6 +34,7 @@ example:
   megacogvx inspect runs/5b --against CogVideoX-5b
 """
 
+FILE = "file"  # in place of a model's kind
 logger = get_logger(__name__)
 
 
@@ -105,21 +106,7 @@ def raw_sources(path: Path, weights: str = LIVE) -> dict[str, TensorSource]:
     Raises:
         CheckpointError: `path` isn't there, or is of no known format.
     """
-    if path.suffix == ".pt":
-        return {"": PickledFile(path, "module", "state_dict", "")}
-    if path.suffix in (".safetensors", ".json") and path.is_file():
-        return {"": SafetensorsFiles(path)}
-    for module in FORMATS.values():
-        if found := module.find(path):
-            several = len(found) > 1
-            return {
-                f"{kind}/" if several else "": _raw(module.NAME, found[kind], weights)
-                for kind in KINDS
-                if kind in found
-            }
-    if path.is_dir() and any(path.glob("*.safetensors*")):
-        return {"": SafetensorsFiles(path)}
-    raise CheckpointError(f"{path} does not exist, or is no checkpoint that is known here")
+    return _prefixed(_models(path, weights))
 
 
 def summaries(sources: Mapping[str, TensorSource], only: str = "*") -> dict[str, Summary]:
@@ -151,14 +138,26 @@ def summary(tensor: torch.Tensor) -> Summary:
 
 
 def comparable(path: Path, other: Path, weights: str = LIVE) -> tuple[dict[str, TensorSource], dict[str, TensorSource]]:
-    """Return the tensors of two checkpoints under the same kind of names.
+    """Return the tensors of two checkpoints under the same kind of names; a model that one of them lacks is left out.
 
     Raises:
-        CheckpointError: one can't be read, or their formats differ and one of them isn't a complete model.
+        CheckpointError: one can't be read, they hold no model of one kind, or their formats differ and one of them
+            isn't a complete model.
     """
     if _format(path) == _format(other):
-        return raw_sources(path, weights), raw_sources(other)
-    return _in_our_names(path, weights), _in_our_names(other)
+        first, second = _models(path, weights), _models(other)
+    else:
+        first, second = _in_our_names(path, weights), _in_our_names(other)
+    if len(first) == len(second) == 1 and FILE in (*first, *second):
+        return {"": first.popitem()[1]}, {"": second.popitem()[1]}
+    both = [kind for kind in first if kind in second]
+    if not both:
+        raise CheckpointError(
+            f"{path} holds {' and '.join(first)}, {other} holds {' and '.join(second)}: they have no model of one kind"
+        )
+    if alone := sorted(first.keys() ^ second.keys()):
+        logger.info("only one of them holds a %s, which is left out", " and a ".join(alone))
+    return _prefixed({kind: first[kind] for kind in both}), _prefixed({kind: second[kind] for kind in both})
 
 
 def differences(
@@ -244,7 +243,25 @@ def _format(path: Path) -> str:
 
 def _in_our_names(path: Path, weights: str = LIVE) -> dict[str, TensorSource]:
     parts = open_parts([path], ReadOptions(weights=weights, drop_foreign=True))
-    return {f"{kind}/": part.tensors for kind, part in parts.items()}
+    return {kind: part.tensors for kind, part in parts.items()}
+
+
+def _models(path: Path, weights: str = LIVE) -> dict[str, TensorSource]:
+    """Return the tensors of every model by its kind; those of a file that may be anything by `FILE`."""
+    if path.suffix == ".pt":
+        return {FILE: PickledFile(path, "module", "state_dict", "")}
+    if path.suffix in (".safetensors", ".json") and path.is_file():
+        return {FILE: SafetensorsFiles(path)}
+    for module in FORMATS.values():
+        if found := module.find(path):
+            return {kind: _raw(module.NAME, found[kind], weights) for kind in KINDS if kind in found}
+    if path.is_dir() and any(path.glob("*.safetensors*")):
+        return {FILE: SafetensorsFiles(path)}
+    raise CheckpointError(f"{path} does not exist, or is no checkpoint that is known here")
+
+
+def _prefixed(models: Mapping[str, TensorSource]) -> dict[str, TensorSource]:
+    return {f"{kind}/" if len(models) > 1 else "": source for kind, source in models.items()}
 
 
 def _all(sources: Mapping[str, TensorSource]) -> Iterator[tuple[str, TensorSource, str]]:

@@ -225,9 +225,9 @@ def _transformer_settings(source: TensorSource, file: Path, options: ReadOptions
             logger.info("%s is CogVideoX %s by its shapes", file, variant)
             return settings
     raise ConfigError(
-        f"{file} is none of the released models ({', '.join(VARIANTS)}) by its shapes; describe it with --config "
-        "FILE.yaml (sections model, diffusion, encoder, as in a run's config.yaml), or name the nearest with "
-        "--variant to see what differs"
+        f"{file} is none of the released models ({', '.join(VARIANTS)}) by its shapes; describe it to `megacogvx "
+        "convert` with --config FILE.yaml (sections model, diffusion, encoder, as in a run's config.yaml), or name the "
+        "nearest with --variant to see what differs"
     )
 
 

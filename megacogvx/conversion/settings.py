@@ -10,19 +10,19 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from megacogvx.config import Section, build_config, dump_config
+from megacogvx.checkpoint.find import read_section
+from megacogvx.config import Section, dump_config
 from megacogvx.data.indexed.layout import EncoderInfo
 from megacogvx.diffusion.config import DiffusionConfig
-from megacogvx.errors import CheckpointError, ConfigError
+from megacogvx.errors import CheckpointError
 from megacogvx.models.transformer.config import CogVideoXConfig
 from megacogvx.models.vae.config import VAEConfig
 
 SIDECAR = "megacogvx.json"
 FORMAT, VERSION = "megacogvx-settings", 1
 UNKNOWN = "unknown"  # fingerprint of an encoder that wasn't at hand
-AnySection = TypeVar("AnySection", bound=Section)
 
 
 class Conventions(Section):
@@ -184,17 +184,3 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} must hold a JSON object, not a {type(content).__name__}")
     return content
-
-
-def read_section(sections: Mapping[str, Any], name: str, kind: type[AnySection], source: str) -> AnySection:
-    """Build one section.
-
-    Raises:
-        CheckpointError: it isn't there, or doesn't fit this version.
-    """
-    if not isinstance(sections.get(name), Mapping):
-        raise CheckpointError(f"{source} has no section {name!r} (it has {', '.join(sections) or 'none'})")
-    try:
-        return build_config(kind, dict(sections[name]), source=f"{source}, section {name}")
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from None

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megacogvx.curation.encode import distinct, prepare, write_dataset
+from megacogvx.curation.encode_shards import distinct, prepare, write_dataset
 from megacogvx.data.clips import read_clips
 from megacogvx.errors import ConfigError
 from megacogvx.log import get_logger

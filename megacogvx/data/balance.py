@@ -13,6 +13,8 @@ All of it is integer arithmetic, so that two machines can't round their way to d
 
 from __future__ import annotations
 
+from bisect import insort
+
 import numpy as np
 
 from megacogvx.data.offers import BINS, NEVER, Drops, Offer
@@ -80,17 +82,17 @@ class Balancer:
         due = np.flatnonzero(np.cumsum(lengths) - lengths < self.budget * len(self.members))
         first = np.where(self.protected[:-1], -self.ages, 0)
         due = due[np.lexsort((-self.costs[due], first[due]))]
-        first_round = due[: len(self.members)].tolist()
-        for pack, candidate in enumerate(first_round):  # all packs are empty: the costliest go to one each
-            self._add(pack, candidate)
-        due = due[len(first_round) :]
-        for candidate, length in zip(due.tolist(), self.lengths[due].tolist(), strict=True):
-            load = np.where(self.room >= length, self.load, NEVER)
-            if self.has_twins:
-                load[[self._has_twin(pack, candidate) for pack in range(len(load))]] = NEVER
-            pack = int(load.argmin())
-            if load[pack] < NEVER:
-                self._add(pack, candidate)
+        room = self.room.tolist()
+        ranked = list(zip(self.load.tolist(), range(len(room)), strict=True))  # cheapest first
+        rows = zip(due.tolist(), lengths[due].tolist(), self.costs[due].tolist(), strict=True)
+        for candidate, length, cost in rows:
+            for rank, (load, pack) in enumerate(ranked):
+                if room[pack] >= length and not self._has_twin(pack, candidate):
+                    del ranked[rank]
+                    insort(ranked, (load + cost, pack))
+                    room[pack] -= length
+                    self._add(pack, candidate)
+                    break
 
     def _improve_from_reserve(self) -> None:
         used = self.budget * len(self.members) - int(self.room.sum())
@@ -125,7 +127,8 @@ class Balancer:
         order = order[rank < CHOICES]
         changed: set[int] = set()
         order = order[np.argsort((badness - now[place])[order], kind="stable")]
-        for pack, given, row in zip(packs[place[order]].tolist(), drop[order], rows[order].tolist(), strict=True):
+        columns = (packs[place[order]], drop[order], rows[order])
+        for pack, given, row in zip(*(column.tolist() for column in columns), strict=True):
             if pack in changed or (take := offer.take(row)) is None:
                 continue
             if self._change(pack, drops.candidates(given), take):
@@ -217,7 +220,7 @@ class Balancer:
         return len(rest) == len(set(rest))
 
     def _has_twin(self, pack: int, candidate: int) -> bool:
-        return any(self.indices[m] == self.indices[candidate] for m in self.members[pack])
+        return self.has_twins and any(self.indices[m] == self.indices[candidate] for m in self.members[pack])
 
     def _add(self, pack: int, candidate: int) -> None:
         self.members[pack].append(candidate)

@@ -13,8 +13,9 @@ from pydantic import Field, field_validator, model_validator
 from megacogvx.config import Section
 from megacogvx.data.indexed.layout import EncoderInfo, canonical_json, digest
 from megacogvx.data.indexed.manifest import differing_keys
-from megacogvx.data.indexed.reader import Allocate, IndexedDataset, Record
+from megacogvx.data.indexed.reader import IndexedDataset
 from megacogvx.data.indexed.remote import folder_at
+from megacogvx.data.indexed.shard import Allocate, Record
 from megacogvx.errors import ConfigError, DataError
 from megacogvx.pack_layout import PackSample, Triple, place_sample, tokens_of
 

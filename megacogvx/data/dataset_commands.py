@@ -18,9 +18,10 @@ from megacogvx.data.exchange.importers import ImportedSample, import_samples, re
 from megacogvx.data.exchange.megatron import read_megatron
 from megacogvx.data.indexed.layout import EncoderInfo, load_json, parse_encoder
 from megacogvx.data.indexed.manifest import MANIFEST, finish_dataset, read_manifest
-from megacogvx.data.indexed.reader import IndexedDataset, Shard
+from megacogvx.data.indexed.reader import IndexedDataset
 from megacogvx.data.indexed.recover import recover_shard
 from megacogvx.data.indexed.rewrite import SAMPLES_PER_SHARD, copy_samples, merge_datasets, split_shares
+from megacogvx.data.indexed.shard import Shard
 from megacogvx.data.indexed.side_columns import write_side_column
 from megacogvx.data.indexed.writer import shard_name
 from megacogvx.errors import ConfigError, DataError

@@ -18,7 +18,7 @@ import torch
 
 from megacogvx.data.corpus import Corpus
 from megacogvx.data.faults import GuardedReader
-from megacogvx.data.indexed.reader import Record
+from megacogvx.data.indexed.shard import Allocate, Record
 from megacogvx.data.pack import WHOLE, Cut, Pack, planned_layout, read_pack
 from megacogvx.data.planner import PackPlan
 from megacogvx.errors import ConfigError, DataError, LaunchError
@@ -49,6 +49,7 @@ class PackLoader:
     def __init__(
         self, corpus: Corpus, plan: PackPlan, data_rank: int = 0, data_size: int = 1, start_step: int = 0,
         state: dict[str, Any] | None = None, prefetch: int | None = None, cut: Cut = WHOLE, with_images: bool = False,
+        allocate: Allocate | None = None, vocabulary: int | None = None,
     ) -> None:  # fmt: skip
         """Start reading.
 
@@ -61,6 +62,9 @@ class PackLoader:
             prefetch: steps to read ahead; None takes `data.prefetch`.
             cut: this rank's place among those that share a pack; only the frames that its tokens need are read.
             with_images: read the first frames' pixels too.
+            allocate: gives the memory that samples are copied into; None: pinned memory where there is a GPU, else
+                mapped files are not copied at all.
+            vocabulary: texts are token ids, and a sample with one that isn't below this is a damaged one.
 
         Raises:
             ConfigError: the packs of a step don't divide by the ranks.
@@ -85,7 +89,9 @@ class PackLoader:
         self._state = plan.state()
         depth = plan.config.prefetch if prefetch is None else prefetch
         self._queue: queue.Queue[_Loaded | BaseException] = queue.Queue(maxsize=max(1, depth))
-        source = _Source(corpus, plan, range(data_rank, packs, data_size), cut, with_images)
+        if allocate is None and torch.cuda.is_available():
+            allocate = _pinned
+        source = _Source(corpus, plan, range(data_rank, packs, data_size), cut, with_images, allocate, vocabulary)
         self._stop = threading.Event()
         self._thread = threading.Thread(
             target=_read_ahead,
@@ -169,6 +175,8 @@ class _Source:
     places: range
     cut: Cut
     with_images: bool
+    allocate: Allocate | None
+    vocabulary: int | None
 
 
 def _read_ahead(source: _Source, step: int, out: queue.Queue[_Loaded | BaseException], stop: threading.Event) -> None:
@@ -198,12 +206,17 @@ def _load_step(source: _Source, guarded: GuardedReader, step: int) -> _Loaded:
     corpus, plan = source.corpus, source.plan
 
     def read(index: int, frames: range | None, first_frame: bool) -> Record:
+        def sample() -> Record:
+            if source.allocate is None:
+                record = corpus.sample(index, frames, first_frame)
+            else:
+                record = corpus.sample_in(source.allocate, index, frames, first_frame)
+            _check_ids(record, source.vocabulary)
+            return record
+
         if plan.config.on_bad_sample == "stop":
-            return corpus.sample(index, frames, first_frame)
-        what = f"sample {int(corpus.columns.sample_id[index])} of {corpus.locate(index)[0].folder}"
-        if torch.cuda.is_available():
-            return guarded(lambda: corpus.sample_in(_pinned, index, frames, first_frame), what)
-        return guarded(lambda: corpus.sample(index, frames, first_frame), what)
+            return sample()
+        return guarded(sample, f"sample {int(corpus.columns.sample_id[index])} of {corpus.locate(index)[0].folder}")
 
     planned, num_tokens = plan.step(step), plan.config.tokens_per_pack
     packs = [
@@ -212,6 +225,18 @@ def _load_step(source: _Source, guarded: GuardedReader, step: int) -> _Loaded:
     ]
     layouts = [planned_layout(corpus, indices, plan.patch, num_tokens) for indices in planned]
     return _Loaded(packs, layouts, plan.state())
+
+
+def _check_ids(record: Record, vocabulary: int | None) -> None:
+    """Refuse token ids that the text encoder doesn't know here: inside a step one rank alone would fail."""
+    if vocabulary is None or not len(record.text):
+        return
+    least, most = (int(value) for value in record.text.aminmax())
+    if least < 0 or most >= vocabulary:
+        raise DataError(
+            f"sample {record.sample_id} has token ids {least} to {most}, the text encoder knows 0 to {vocabulary - 1}; "
+            "name the encoder whose tokenizer wrote the dataset (text.encoder)"
+        )
 
 
 def _pinned(size: int) -> torch.Tensor:

@@ -33,23 +33,22 @@ class Drops:
         """
         counts = [len(pack) for pack in members]
         flat = np.array([member for pack in members for member in pack], np.int64)
-        self._flat = flat = flat[np.lexsort((lengths[flat], np.repeat(np.arange(len(members)), counts)))]
+        by_length = (np.repeat(np.arange(len(members)), counts) << 40) + lengths[flat]  # pack by pack
+        self._flat = flat = flat[np.argsort(by_length, kind="stable")]
         tables = [_choices(count) for count in counts]
         self.pack = np.repeat(np.arange(len(members)), [len(table) for table in tables])
         table = np.concatenate(tables) + np.cumsum([0, *counts[:-1]])[self.pack][:, None]
-        allowed = self._sum(barred[flat].astype(np.int64), table) == 0
-        self.pack, self._table = self.pack[allowed], table[allowed]
-        self.tokens, self.costs = self._sum(lengths[flat], self._table), self._sum(costs[flat], self._table)
+        if barred[flat].any():
+            allowed = _sum(barred[flat].astype(np.int64), table.T) == 0
+            self.pack, table = self.pack[allowed], table[allowed]
+        self._table = table
+        spans = np.ascontiguousarray(table.T)
+        self.tokens, self.costs = _sum(lengths[flat], spans), _sum(costs[flat], spans)
 
     def candidates(self, row: int) -> list[int]:
         """Return what row `row` drops."""
         first, end, second, second_end = self._table[row].tolist()
         return [*self._flat[first:end].tolist(), *self._flat[second:second_end].tolist()]
-
-    @staticmethod
-    def _sum(column: np.ndarray, table: np.ndarray) -> np.ndarray:
-        total = np.append(0, np.cumsum(column))[table]
-        return total[:, 1] - total[:, 0] + total[:, 3] - total[:, 2]
 
 
 class Offer:
@@ -79,23 +78,27 @@ class Offer:
         order = np.argsort(lengths[reserve], kind="stable")
         starts = np.flatnonzero(np.diff(lengths[reserve][order], prepend=-1))
         oldest = np.argsort(order[starts], kind="stable")[:limit]
-        ends = np.append(starts, len(order))[1:]
-        samples = reserve[order]
-        self._queues = [samples[start:end].tolist() for start, end in zip(starts[oldest], ends[oldest], strict=True)]
-        self._left = np.array([*map(len, self._queues), NEVER])  # the last is nobody, who never runs out
-        one, two = _pairs(len(self._queues))
+        samples, counts = reserve[order], np.diff(starts, append=len(order))
+        self._samples, self._next = samples.tolist(), starts[oldest].tolist()  # each length's queue, and its first
+        self._left = np.append(counts[oldest], NEVER)  # the last is nobody, who never runs out
+        nobody = len(oldest)
+        one, two = _pairs(nobody)
         of_length = np.append(samples[starts[oldest]], -1)
-        tokens = lengths[of_length[one]] + lengths[of_length[two]]
-        fits = np.flatnonzero(tokens <= budget)
+        length, cost = lengths[of_length], costs[of_length]
+        tokens = length.take(one, mode="clip") + length.take(two, mode="clip")  # the quickest of numpy's ways
+        fits = tokens <= budget
+        fits[one == two] &= self._left > 1
+        fits = np.flatnonzero(fits)
         one, two, tokens = one[fits], two[fits], tokens[fits]
-        pair_costs = costs[of_length[one]] + costs[of_length[two]]
+        pair_costs = cost.take(one, mode="clip") + cost.take(two, mode="clip")
         self._width = max(1, int(budget * window) // BINS)
         self._number_bits = max(1, (len(tokens) - 1).bit_length())
         keys = np.sort((self._key(tokens // self._width, pair_costs) << self._number_bits) + np.arange(len(tokens)))
         order = keys & ((1 << self._number_bits) - 1)
-        self._keys, self._one, self._two = keys, one[order], two[order]
-        self.tokens, self.costs = tokens[order], pair_costs[order]
-        self.refresh()
+        self._keys = keys
+        self._one, self._two, self.tokens, self.costs = (
+            column.take(order, mode="clip") for column in (one, two, tokens, pair_costs)
+        )
 
     def refresh(self) -> None:
         """Leave out what has been used up."""
@@ -107,13 +110,16 @@ class Offer:
 
     def take(self, row: int) -> list[int] | None:
         """Return the oldest candidates of row `row`, which are used up by that; None if there are not enough left."""
-        one, two, left = int(self._one[row]), int(self._two[row]), self._left
+        one, two, left = self._one.item(row), self._two.item(row), self._left
         if left[one] <= (one == two) or left[two] < 1:
             return None
-        chosen = [place for place in (one, two) if place < len(self._queues)]
-        for place in chosen:
-            left[place] -= 1
-        return [self._queues[place].pop(0) for place in chosen]
+        return [self._first(place) for place in (one, two) if place < len(self._next)]
+
+    def _first(self, place: int) -> int:
+        """Take the first of a length's queue."""
+        self._left[place] -= 1
+        self._next[place] += 1
+        return self._samples[self._next[place] - 1]
 
     def near(self, tokens: np.ndarray, costs: np.ndarray, bins: int) -> np.ndarray:
         """Return rows close below `tokens` and on both sides of `costs`: int64 `[n, 2 * (bins + 1)]`.
@@ -129,6 +135,12 @@ class Offer:
     @staticmethod
     def _key(bins: np.ndarray, costs: np.ndarray) -> np.ndarray:
         return (bins << (42 - COST_SHIFT)) + (costs >> COST_SHIFT)
+
+
+def _sum(column: np.ndarray, spans: np.ndarray) -> np.ndarray:
+    """Return the sums of `column` over two spans each: rows of first, end, second, second end, int64 `[4, n]`."""
+    first, end, second, second_end = np.append(0, np.cumsum(column))[spans]
+    return end - first + second_end - second
 
 
 @cache

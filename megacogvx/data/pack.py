@@ -10,7 +10,7 @@ import torch
 from megacogvx.data.corpus import Corpus
 from megacogvx.data.faults import Fault, SampleError
 from megacogvx.data.indexed.fields import field_dtype
-from megacogvx.data.indexed.reader import Record
+from megacogvx.data.indexed.shard import Record
 from megacogvx.errors import DataError
 from megacogvx.pack_layout import PackLayout, Triple, build_layout
 
@@ -109,12 +109,12 @@ def needed_frames(layout: PackLayout, cut: Cut) -> list[range]:
     A rank that holds text of a sample but none of its video gets its first frame: a record is read as a whole, and
     checked, but for the latents.
     """
-    local, q = layout.local(*cut), layout.patch[0]
+    (video, text), q = layout.slices(*cut), layout.patch[0]
     needed = [range(0)] * (layout.num_samples - 1)
-    for piece in local.text_slices:
+    for piece in text:
         if piece.sample < len(needed):
             needed[piece.sample] = range(1)
-    for piece in local.video_slices:
+    for piece in video:
         sample = layout.samples[piece.sample]
         rows = sample.grid[1] * sample.grid[2]
         first, last = piece.start // rows, -(-piece.stop // rows)
@@ -128,7 +128,7 @@ def needed_frames(layout: PackLayout, cut: Cut) -> list[range]:
 def _first_frames_seen(layout: PackLayout, cut: Cut) -> set[int]:
     """Return the samples of whose first grid frame one rank holds rows."""
     grids = [sample.grid for sample in layout.samples]
-    slices = layout.local(*cut).video_slices
+    slices, _ = layout.slices(*cut)
     return {piece.sample for piece in slices if piece.start < grids[piece.sample][1] * grids[piece.sample][2]}
 
 

@@ -67,6 +67,7 @@ class PackPlan:
             raise ConfigError(f"cost=(a, b)={cost}: both must be at least 0, and one above it")
         self.columns, self.config, self.seed, self.patch = columns, config, seed, patch
         self.lengths = columns.lengths(patch)
+        self._total_length = int(self.lengths.sum())
         self._check_lengths()
         self._costs = integer_costs(self.lengths, *cost, config.tokens_per_pack)
         self._order = SampleOrder(columns.groups, seed)
@@ -158,10 +159,11 @@ class PackPlan:
         step comes several times; a sample waits at most once per pack of the step, since no pack may hold it twice.
         """
         wanted = int(self.config.buffer * self.config.packs_per_step * self.config.tokens_per_pack)
-        chunk = max(64, 2 * wanted * len(self.lengths) // int(self.lengths.sum()))
         admitted = self._admits(buffer.step)
         stays = admitted[buffer.indices]
         indices, positions = buffer.indices[stays], buffer.positions[stays]
+        missing = max(0, wanted - int(self.lengths[indices].sum()))
+        chunk = max(64, 5 * missing * len(self.lengths) // (4 * self._total_length))  # a quarter more than needed
         held, drawn = len(indices), buffer.drawn
         while True:
             new = np.arange(drawn, drawn + chunk)

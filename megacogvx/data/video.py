@@ -172,7 +172,8 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     if not path.is_file():
         raise DataError(f"video {path} does not exist")
     try:
-        with av.open(str(path), options=OPEN_OPTIONS) as container:
+        # A title or a maker's name in another encoding than UTF-8 is common, and tells nothing that is used here.
+        with av.open(str(path), options=OPEN_OPTIONS, metadata_errors="replace") as container:
             if not container.streams.video:
                 raise DataError(f"{path} has no video stream")
             yield container, container.streams.video[0]

@@ -10,6 +10,7 @@ video (SDEdit, Meng et al., arXiv 2108.01073), as diffusers' CogVideoXVideoToVid
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -36,6 +37,8 @@ from megacogvx.pack_layout import (
 )
 from megacogvx.parallel.gather import gather_rows
 from megacogvx.parallel.groups import ParallelGroups
+
+SEEDS = 1 << 64  # other seeds would stand for one of these
 
 
 @dataclass(frozen=True)
@@ -67,12 +70,16 @@ class SamplingSettings:
         return self.guidance != "constant" or self.guidance_scale != 1.0
 
     def check(self, num_train_timesteps: int, from_video: bool = False) -> None:
-        """Raise `ConfigError` when the steps don't fit the noise schedule, or leave none to a video."""
+        """Raise `ConfigError` when steps don't fit the noise schedule or leave none to a video, or a number is none."""
         if not 1 <= self.num_steps <= num_train_timesteps:
             raise ConfigError(
                 f"{self.num_steps} sampling steps don't fit diffusion.num_train_timesteps={num_train_timesteps}; "
                 f"any number from 1 to {num_train_timesteps} works, 50 is usual"
             )
+        if not math.isfinite(self.guidance_scale):
+            raise ConfigError(f"a guidance scale of {self.guidance_scale} is no number to scale with; 6 is usual")
+        if not 0 <= self.seed < SEEDS:
+            raise ConfigError(f"the seed {self.seed} must lie in 0 .. 2^64 - 1")
         if from_video and (not 0.0 < self.strength <= 1.0 or not self.steps_from_video):
             raise ConfigError(
                 f"a strength of {self.strength} leaves no step of {self.num_steps} to a video: it takes a number of at "

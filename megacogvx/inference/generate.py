@@ -44,6 +44,7 @@ EXAMPLE = """\
 example:
   megacogvx generate --checkpoint runs/transformer --vae runs/vae --text-encoder t5 \\
       --prompt "a dog runs along a beach" --frames 49 --height 480 --width 720 --output samples
+  megacogvx generate --checkpoint CogVideoX-5b --prompt "a dog runs"      (a diffusers folder)
   megacogvx generate ... --image dog.png --prompt "the dog runs"          (an image-to-video model)
   megacogvx generate ... --video clip.mp4 --strength 0.7 --prompt "a watercolour of a dog"
   torchrun --nproc-per-node 2 -m megacogvx generate --tensor-parallel-size 2 --prompts-file prompts.jsonl ...
@@ -80,7 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     plan = plan_of(arguments, parallel, upsampler_name(arguments))
     check_world_size(parallel, launch_environment().world_size)
-    groups = initialize(parallel, arguments.seed)
+    groups = initialize(parallel)  # no draw of sampling is core's
     try:
         generate(plan, groups, lambda: upsampler_of(arguments, groups.device))
     finally:
@@ -113,7 +114,7 @@ def encode_texts(
     Every distinct text is encoded once. Without a negative prompt the second is what the weights expect: zeros of the
     first one's length, as dropped texts are in training, or the empty prompt.
     """
-    info, conventions = plan.transformer.encoder, plan.transformer.conventions
+    info, conventions = plan.transformer.settings.encoder, plan.transformer.settings.conventions
     encoder = TextEncoder.from_folder(plan.text_encoder, info.text_length, device, dtype)
     known: dict[str, torch.Tensor] = {}
 
@@ -143,8 +144,8 @@ def encode_conditions(
     if not starting:
         return {}
     encoder = ConditionEncoder(
-        load_vae(plan.vae.path, groups.device, dtype), plan.transformer.scaling_factor,
-        plan.transformer.conventions.image_latent_scale, plan.coding, plan.image_noise,
+        load_vae(plan.vae.path, groups.device, dtype), plan.transformer.settings.scaling_factor,
+        plan.transformer.settings.conventions.image_latent_scale, plan.coding, plan.image_noise,
         groups if plan.vae_over_ranks else None,
     )  # fmt: skip
     found: dict[str, dict[str, torch.Tensor]] = {}
@@ -191,11 +192,11 @@ def sample(
     """
     transformer = plan.transformer
     latents: dict[str, torch.Tensor] = {}
-    if copies := repeated_frames(plan.latent_shape[0], transformer.config.patch_size_t):
+    if copies := repeated_frames(plan.latent_shape[0], transformer.model.patch_size_t):
         logger.info("model.patch_size_t=%d: %d more latent frames are sampled in front and dropped",
-                    transformer.config.patch_size_t, copies)  # fmt: skip
+                    transformer.model.patch_size_t, copies)  # fmt: skip
     model = load_transformer(transformer.path, groups, dtype, plan.weights)
-    denoiser = Denoiser(model, NoiseSchedule(transformer.diffusion), groups)
+    denoiser = Denoiser(model, NoiseSchedule(transformer.settings.diffusion), groups)
     bar = progress(range(sum(plan.steps_of(work.job) for work in todo)), f"sample {len(todo)} videos")
     for work in todo:
         began, job = time.perf_counter(), work.job
@@ -232,11 +233,11 @@ def decode(
         todo = todo[groups.replica[0] :: groups.replica[1]]
     if not todo:
         return
-    decoder = load_vae(plan.vae.path, groups.device, dtype)
+    decoder, scale = load_vae(plan.vae.path, groups.device, dtype), plan.transformer.settings.scaling_factor
     for work in progress(todo, "decode"):
         began, name = time.perf_counter(), work.job.name
         latents_TCHW = latents[name] if name in latents else outputs.kept_latents(name)
-        z_BCTHW = (latents_TCHW / plan.transformer.scaling_factor).transpose(0, 1)[None].to(groups.device, dtype)
+        z_BCTHW = (latents_TCHW / scale).transpose(0, 1)[None].to(groups.device, dtype)
         frames_THWC = to_pixels(_decoded(decoder, z_BCTHW, plan, groups)[0])
         if plan.vae_over_ranks and groups.replica[0]:
             continue

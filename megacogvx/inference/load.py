@@ -1,7 +1,8 @@
-"""A training checkpoint to a model on this layout; whatever layout it was saved on.
+"""A checkpoint of any format to a model on this layout; whatever layout it was saved on.
 
-A path is a run folder, whose newest complete checkpoint is taken, or one of its checkpoints. The resolved config inside
-says which model it is.
+A path is a run folder, whose newest complete checkpoint is taken, one of its checkpoints, what `convert` wrote, a
+diffusers folder, or a SAT release or file. Foreign weights are read as they lie, one tensor at a time; each rank keeps
+its part.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ import torch
 
 from megacogvx.checkpoint.distributed import MODEL, load
 from megacogvx.checkpoint.find import Checkpoint, find_checkpoint
+from megacogvx.checkpoint.together import together
 from megacogvx.checkpoint.whole import load_whole
-from megacogvx.conversion import diffusers
-from megacogvx.conversion.part import ReadOptions
-from megacogvx.conversion.settings import Conventions
-from megacogvx.data.indexed.layout import EncoderInfo
-from megacogvx.diffusion.config import DiffusionConfig
-from megacogvx.errors import ConfigError
-from megacogvx.log import get_logger
+from megacogvx.conversion import megacogvx
+from megacogvx.conversion.convert import find_models
+from megacogvx.conversion.part import LIVE, Kind, Part, ReadOptions
+from megacogvx.conversion.settings import TransformerSettings, VAESettings
+from megacogvx.errors import CheckpointError, ConfigError
+from megacogvx.log import get_logger, progress
 from megacogvx.models.transformer.config import CogVideoXConfig
 from megacogvx.models.transformer.model import CogVideoXTransformer, transformer_core
 from megacogvx.models.vae.config import VAEConfig
@@ -28,80 +29,86 @@ from megacogvx.models.vae.model import CogVideoXVAE
 from megacogvx.models.weights import check_finite
 from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.groups import ParallelGroups
+from megacogvx.parallel.tensor_parallel import shard_of
 
-LIVE, EMA = "live", "ema"  # the weights that the optimizer steps, and their moving average
+EMA = "ema"  # the moving average of the weights
 
 logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class TransformerCheckpoint(Checkpoint):
-    """A checkpoint of a transformer, and what sampling has to know of its training.
+class TransformerCheckpoint:
+    """A transformer whose weights aren't read yet, and what sampling has to know of its training.
 
     Attributes:
-        config, diffusion: its sections `model` and `diffusion`.
-        encoder: what its dataset was encoded with.
-        conventions: how else its weights expect to be used; converted ones may differ from ours.
+        path: its folder or file.
+        settings: sizes, noise schedule, what its dataset was encoded with, and how else its weights expect to be used.
+        step: of its training; None where the format doesn't say.
+        part: its tensors in a foreign format; None: it is a checkpoint of ours.
     """
 
-    config: CogVideoXConfig
-    diffusion: DiffusionConfig
-    encoder: EncoderInfo
-    conventions: Conventions
+    path: Path
+    settings: TransformerSettings
+    step: int | None = None
+    part: Part | None = None
 
     @classmethod
-    def find(cls, path: Path) -> TransformerCheckpoint:
+    def find(cls, path: Path, weights: str = LIVE) -> TransformerCheckpoint:
         """Read which transformer `path` holds, without its weights.
+
+        Args:
+            path: of any format.
+            weights: the set of weights that will be loaded, "live" or "ema".
 
         Raises:
             CheckpointError: `path` holds no complete checkpoint of a transformer.
+            ConfigError: the checkpoint keeps no averaged weights.
         """
-        found = find_checkpoint(path)
-        return cls(
-            found.directory,
-            found.step,
-            found.resolved,
-            found.section("model", CogVideoXConfig),
-            found.section("diffusion", DiffusionConfig),
-            found.section("encoder", EncoderInfo),
-            found.section("conventions", Conventions) if "conventions" in found.resolved else Conventions(),
-        )
+        place, found = _find("transformer", path, weights)
+        if isinstance(found, Part):
+            return cls(place, found.transformer, part=found)
+        settings = TransformerSettings.from_sections(found.resolved, str(found.path))
+        if weights == EMA and not _keeps_average(found):
+            raise ConfigError(f"{found.path} keeps no averaged weights (ema.decay was 0); take the live ones")
+        return cls(found.path, settings, found.step)
 
     @property
-    def scaling_factor(self) -> float:
-        """What the VAE's latents were multiplied by in training."""
-        return self.diffusion.scaling_factor or self.encoder.latent_scale_factor
-
-    @property
-    def expects_image(self) -> bool:
-        """Whether this is an image-to-video model."""
-        return self.config.in_channels == 2 * self.config.out_channels
-
-    def check_weights(self, weights: str) -> None:
-        """Raise `ConfigError` when "ema" is asked for and this checkpoint keeps no averages."""
-        if weights == EMA and not self.resolved.get("ema", {}).get("decay"):
-            raise ConfigError(f"{self.path} keeps no averaged weights (ema.decay was 0); take the live ones")
+    def model(self) -> CogVideoXConfig:
+        """Its sizes."""
+        return self.settings.model
 
     def check_vae(self, vae: VAECheckpoint) -> None:
         """Raise `ConfigError` when this VAE can't decode what the transformer makes, or nothing could be made."""
-        if vae.config.latent_channels != self.config.out_channels:
+        if vae.config.latent_channels != self.model.out_channels:
             raise ConfigError(
                 f"the VAE {vae.path} has latent_channels={vae.config.latent_channels}, the transformer {self.path} "
-                f"makes model.out_channels={self.config.out_channels}; use the VAE that encoded its dataset"
+                f"makes model.out_channels={self.model.out_channels}; use the VAE that encoded its dataset"
             )
-        if self.config.in_channels not in (self.config.out_channels, 2 * self.config.out_channels):
+        if self.model.in_channels not in (self.model.out_channels, 2 * self.model.out_channels):
             raise ConfigError(
-                f"the transformer {self.path} has model.in_channels={self.config.in_channels} for "
-                f"model.out_channels={self.config.out_channels} of noise; what works is the same number, or twice as "
+                f"the transformer {self.path} has model.in_channels={self.model.in_channels} for "
+                f"model.out_channels={self.model.out_channels} of noise; what works is the same number, or twice as "
                 "many for image to video"
             )
 
 
 @dataclass(frozen=True)
-class VAECheckpoint(Checkpoint):
-    """A checkpoint of a VAE; `config` is its section `vae`."""
+class VAECheckpoint:
+    """A VAE whose weights aren't read yet.
 
+    Attributes:
+        path: its folder or file.
+        config: its sizes.
+        step: of its training; None where the format doesn't say.
+        part: its tensors in a foreign format; None: it is a checkpoint of ours.
+        is_averaged: whether its run kept averaged weights, which are then taken.
+    """
+
+    path: Path
     config: VAEConfig
+    step: int | None = None
+    part: Part | None = None
+    is_averaged: bool = False
 
     @classmethod
     def find(cls, path: Path) -> VAECheckpoint:
@@ -110,8 +117,11 @@ class VAECheckpoint(Checkpoint):
         Raises:
             CheckpointError: `path` holds no complete checkpoint of a VAE.
         """
-        found = find_checkpoint(path)
-        return cls(found.directory, found.step, found.resolved, found.section("vae", VAEConfig))
+        place, found = _find("vae", path)
+        if isinstance(found, Part):
+            return cls(place, found.vae.vae, part=found)
+        settings = VAESettings.from_sections(found.resolved, str(found.path))
+        return cls(found.path, settings.vae, found.step, is_averaged=_keeps_average(found))
 
 
 def load_transformer(
@@ -120,10 +130,10 @@ def load_transformer(
     """Load a transformer for inference; all ranks call it together.
 
     Args:
-        path: run folder or checkpoint.
+        path: a checkpoint of any format.
         groups: the layout to load it on; any that its heads divide by.
         dtype: of the weights.
-        weights: "live", those that the optimizer steps, or "ema", their average, if the run kept one (`ema.decay`).
+        weights: "live", those that the optimizer steps, or "ema", their average, if one was kept.
 
     Returns:
         The model on `groups.device`, in evaluation mode, without gradients.
@@ -133,18 +143,19 @@ def load_transformer(
         ConfigError: the heads don't divide by the layout, or the checkpoint keeps no average.
         DataError: a weight is NaN or infinite.
     """
-    checkpoint = TransformerCheckpoint.find(path)
-    checkpoint.check_weights(weights)
+    found = TransformerCheckpoint.find(path, weights)
     parallel = ParallelConfig(
         tensor_parallel_size=groups.tensor[1], context_parallel_size=groups.context[1], ring_size=groups.ring[1]
     )
-    model = CogVideoXTransformer(
-        checkpoint.config, transformer_core(checkpoint.config, parallel, groups, dtype), groups
-    ).to(groups.device)
-    load(checkpoint.path, model, None, groups, weights=EMA if weights == EMA else MODEL)
-    check_finite(model, str(checkpoint.path))
-    kind = ", averaged weights" if weights == EMA else ""
-    logger.info("transformer of step %d from %s%s", checkpoint.step, checkpoint.path, kind)
+    core = transformer_core(found.model, parallel, groups, dtype)
+    model = CogVideoXTransformer(found.model, core, groups).to(groups.device)
+    part = found.part
+    if part is None:
+        load(found.path, model, None, groups, weights=EMA if weights == EMA else MODEL)
+    else:
+        together(groups, lambda: _take_shards(part, model, groups))
+    check_finite(model, str(found.path))
+    logger.info("transformer%s from %s%s", _of_step(found.step), found.path, _averaged(weights == EMA))
     return model.eval().requires_grad_(False)
 
 
@@ -154,7 +165,7 @@ def load_vae(path: Path, device: torch.device, dtype: torch.dtype) -> CogVideoXV
     If its run kept averaged weights (`ema.decay`), those are taken.
 
     Args:
-        path: run folder or checkpoint of ours, or a diffusers folder: a pipeline's or its `vae/`.
+        path: a checkpoint of any format.
         device, dtype: where the model goes, and its weights' dtype.
 
     Returns:
@@ -164,24 +175,46 @@ def load_vae(path: Path, device: torch.device, dtype: torch.dtype) -> CogVideoXV
         CheckpointError: `path` holds no complete checkpoint of a VAE, or it is damaged.
         DataError: a weight is NaN or infinite.
     """
-    published = diffusers.find(path).get("vae")
-    model = _trained_vae(path) if published is None else _published_vae(published)
+    found = VAECheckpoint.find(path)
+    model = CogVideoXVAE(found.config)
+    if found.part is None:
+        load_whole(found.path, model, "ema." if found.is_averaged else "model.")
+    else:
+        tensors = found.part.tensors
+        model.load_state_dict({name: tensors.read(name) for name in tensors.infos})
     check_finite(model, str(path))
+    logger.info("VAE%s from %s%s", _of_step(found.step), found.path, _averaged(found.is_averaged))
     return model.to(device, dtype).eval().requires_grad_(False)
 
 
-def _trained_vae(path: Path) -> CogVideoXVAE:
-    checkpoint = VAECheckpoint.find(path)
-    model = CogVideoXVAE(checkpoint.config)
-    averaged = bool(checkpoint.resolved.get("ema", {}).get("decay"))
-    load_whole(checkpoint.path, model, "ema." if averaged else "model.")
-    logger.info("VAE of step %d from %s%s", checkpoint.step, checkpoint.path, ", averaged weights" if averaged else "")
-    return model
+def _find(kind: Kind, path: Path, weights: str = LIVE) -> tuple[Path, Part | Checkpoint]:
+    """Return where the model lies, and its checkpoint of ours, or its checked names in a foreign format."""
+    found = find_models(path)
+    if kind not in found:
+        raise CheckpointError(f"{path} holds a {' and a '.join(found)} and no {kind}; name one that does")
+    module, place = found[kind]
+    if module is megacogvx:
+        return place, find_checkpoint(place)
+    # What else a trained SAT file holds is listed in the log.
+    return place, module.open_part(kind, place, ReadOptions(weights=weights, drop_foreign=True))
 
 
-def _published_vae(folder: Path) -> CogVideoXVAE:
-    part = diffusers.open_part("vae", folder, ReadOptions())
-    model = CogVideoXVAE(part.vae.vae)
-    model.load_state_dict({name: part.tensors.read(name) for name in part.tensors.infos})
-    logger.info("VAE from the diffusers folder %s", folder)
-    return model
+@torch.no_grad()
+def _take_shards(part: Part, model: CogVideoXTransformer, groups: ParallelGroups) -> None:
+    """Fill a model with its part of every tensor; whole tensors are held one at a time."""
+    held = dict(model.named_parameters()) | dict(model.named_buffers())
+    assert held.keys() == part.tensors.infos.keys(), held.keys() ^ part.tensors.infos.keys()
+    for name in progress(list(part.tensors.infos), f"load from {part.format}"):
+        held[name].copy_(shard_of(part.tensors.read(name), held[name], groups))
+
+
+def _keeps_average(checkpoint: Checkpoint) -> bool:
+    return bool(checkpoint.resolved.get("ema", {}).get("decay"))
+
+
+def _of_step(step: int | None) -> str:
+    return "" if step is None else f" of step {step}"
+
+
+def _averaged(is_averaged: bool) -> str:
+    return ", averaged weights" if is_averaged else ""

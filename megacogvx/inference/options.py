@@ -7,10 +7,19 @@ from pathlib import Path
 
 import torch
 
+from megacogvx.conversion.part import LIVE
 from megacogvx.errors import ConfigError
+from megacogvx.inference.answers import Answers
 from megacogvx.inference.coding import add_coding_arguments
-from megacogvx.inference.load import EMA, LIVE
-from megacogvx.inference.prompt_upsampler import KEY_VARIABLE, Endpoint, LocalModel, PromptUpsampler
+from megacogvx.inference.load import EMA
+from megacogvx.inference.outputs import TEXTS
+from megacogvx.inference.prompt_upsampler import (
+    KEY_VARIABLE,
+    Endpoint,
+    LocalModel,
+    PromptUpsampler,
+    check_local_model,
+)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -26,10 +35,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def _add_models(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--checkpoint", type=Path, required=True,
-        help="run folder of a transformer (newest checkpoint) or a checkpoint, trained or converted")  # fmt: skip
+        help="the transformer: a run folder (newest checkpoint), one of its checkpoints, what `convert` wrote, a "
+        "diffusers folder, or a SAT release")  # fmt: skip
     add("--weights", choices=(LIVE, EMA), default=LIVE, help="ema: the moving average, if the run kept one")
-    add("--vae", type=Path, required=True, help="run folder or checkpoint of the VAE that encoded its dataset")
-    add("--text-encoder", type=Path, required=True, help="folder with tokenizer/ and text_encoder/ (T5)")
+    add("--vae", type=Path, help="the VAE that encoded its dataset, of any of these formats (default: the one in the "
+        "same folder)")  # fmt: skip
+    add("--text-encoder", type=Path, help="folder with tokenizer/ and text_encoder/ (T5; default: the one in the same "
+        "folder)")  # fmt: skip
 
 
 def _add_requests(group: argparse._ArgumentGroup) -> None:
@@ -121,11 +133,14 @@ def upsampler_name(arguments: argparse.Namespace) -> str | None:
     """Return how the language model is called in the record of a video, None without one; loads nothing.
 
     Raises:
-        ConfigError: the options contradict each other, or the endpoint's address is none.
+        ConfigError: the options contradict each other, the endpoint's address is none, or the folder holds no model.
     """
     if (endpoint := endpoint_of(arguments)) is not None:
         return endpoint.name
-    return None if arguments.upsampler_folder is None else str(arguments.upsampler_folder)
+    if arguments.upsampler_folder is None:
+        return None
+    check_local_model(arguments.upsampler_folder)
+    return str(arguments.upsampler_folder)
 
 
 def upsampler_of(arguments: argparse.Namespace, device: torch.device) -> PromptUpsampler:
@@ -134,8 +149,8 @@ def upsampler_of(arguments: argparse.Namespace, device: torch.device) -> PromptU
     Raises:
         ConfigError: the options contradict each other, or the local model can't be loaded.
     """
-    folder = arguments.upsampler_folder
+    folder, answers = arguments.upsampler_folder, Answers(arguments.output / TEXTS)
     if folder is None:
-        return PromptUpsampler(endpoint_of(arguments), arguments.upsampler_failure)
+        return PromptUpsampler(endpoint_of(arguments), arguments.upsampler_failure, answers)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return PromptUpsampler(LocalModel(folder, device, dtype), arguments.upsampler_failure)
+    return PromptUpsampler(LocalModel(folder, device, dtype), arguments.upsampler_failure, answers)

@@ -3,6 +3,7 @@
 OUT/sample-000.mp4    the video, and OUT/sample-000/frame-0000.png ..., OUT/sample-000-sheet.png where asked for
 OUT/sample-000.json   the settings it was made with, written last: a video without it is made anew
 OUT/.latents/...      what is sampled and not yet decoded
+OUT/texts.jsonl       what prompts were written out as; `answers.py`
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from megacogvx.inference.video_file import contact_sheet, write_mp4, write_png_f
 from megacogvx.log import get_logger
 
 SHEET_COLUMNS, SHEET_ROWS = 4, 2
+TEXTS = "texts.jsonl"
 VARYING = ("text", "layout", "seconds")  # facts that may differ between a run and the one that goes on with it
 Facts = dict[str, Any]
 

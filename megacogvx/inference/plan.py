@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megacogvx.conversion.convert import TEXT_FOLDERS, find_models, text_encoder_folder
+from megacogvx.conversion.part import LIVE
 from megacogvx.conversion.settings import Conventions
 from megacogvx.data.images import check_image
 from megacogvx.errors import ConfigError
 from megacogvx.inference.coding import coding_of
 from megacogvx.inference.conditions import check_start
 from megacogvx.inference.denoise import SamplingSettings
-from megacogvx.inference.load import LIVE, TransformerCheckpoint, VAECheckpoint
+from megacogvx.inference.load import TransformerCheckpoint, VAECheckpoint
 from megacogvx.inference.requests import Job, read_jobs
 from megacogvx.models.text_encoder import width_of
 from megacogvx.models.transformer.checks import size_problem
@@ -143,14 +147,15 @@ def plan_of(arguments: argparse.Namespace, parallel: ParallelConfig, upsampler: 
         ConfigError: sizes, steps, models or requests don't fit together.
         CheckpointError, DataError: a checkpoint, the text encoder, an image or a video can't be read.
     """
-    transformer, vae = TransformerCheckpoint.find(arguments.checkpoint), VAECheckpoint.find(arguments.vae)
-    settings = sampling_settings(arguments, transformer.conventions)
+    transformer = TransformerCheckpoint.find(arguments.checkpoint, arguments.weights)
+    vae = VAECheckpoint.find(vae_path(arguments))
+    settings = sampling_settings(arguments, transformer.settings.conventions)
     jobs = read_jobs(
         arguments.prompt, arguments.prompts_file, settings, arguments.image, arguments.video, arguments.negative_prompt
     )
     plan = Plan(
         jobs=tuple(jobs), size=video_size(arguments, transformer, vae), fps=arguments.fps, transformer=transformer,
-        vae=vae, text_encoder=arguments.text_encoder, coding=coding_of(arguments), weights=arguments.weights,
+        vae=vae, text_encoder=text_encoder_path(arguments), coding=coding_of(arguments), weights=arguments.weights,
         vae_over_ranks=arguments.vae_over_ranks, image_noise=arguments.image_noise, upsampler=upsampler,
         video_use=arguments.video_as, precision=arguments.precision, output=arguments.output, png=arguments.png,
         contact_sheet=arguments.contact_sheet, overwrite=arguments.overwrite,
@@ -159,6 +164,7 @@ def plan_of(arguments: argparse.Namespace, parallel: ParallelConfig, upsampler: 
     check_coding(plan, parallel.tensor_parallel_size * parallel.context_parallel_size)
     for job in plan.jobs:
         check_job(plan, job)
+    check_output(plan.output)
     return plan
 
 
@@ -168,18 +174,17 @@ def check_models(plan: Plan) -> None:
     Raises:
         ConfigError, DataError: they don't.
     """
-    plan.size.check(plan.vae.config, plan.transformer.config.patch_size)
-    plan.transformer.check_weights(plan.weights)
+    plan.size.check(plan.vae.config, plan.transformer.model.patch_size)
     plan.transformer.check_vae(plan.vae)
     frames, _, height, width = plan.latent_shape
-    if problem := size_problem(plan.transformer.config, frames, height, width):
+    if problem := size_problem(plan.transformer.model, frames, height, width):
         size = f"--frames {plan.size.frames} --height {plan.size.height} --width {plan.size.width}"
         raise ConfigError(f"{size}: {problem}")
-    if not plan.fps > 0:
+    if not 0 < plan.fps < math.inf:
         raise ConfigError(f"--fps {plan.fps} must be positive")
-    if plan.image_noise < 0:
+    if not 0 <= plan.image_noise < math.inf:
         raise ConfigError(f"--image-noise {plan.image_noise} must not be negative; 0 adds none")
-    width, expected = width_of(plan.text_encoder), plan.transformer.config.text_embed_dim
+    width, expected = width_of(plan.text_encoder), plan.transformer.model.text_embed_dim
     if width != expected:
         raise ConfigError(
             f"text encoder {plan.text_encoder} has width {width}, the model was trained with "
@@ -208,6 +213,19 @@ def check_coding(plan: Plan, ranks: int) -> None:
         raise ConfigError(f"--vae-over-ranks: {problem}")
 
 
+def check_output(folder: Path) -> None:
+    """Check that videos can be written below a folder, which need not be there yet.
+
+    Raises:
+        ConfigError: it is a file, or may not be written to.
+    """
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ConfigError(
+            f"--output {folder}: {there} {'may not be written to' if there.is_dir() else 'is no folder'}; name another"
+        )
+
+
 def check_job(plan: Plan, job: Job) -> None:
     """Check what one request asks for, and the files that it names.
 
@@ -215,17 +233,17 @@ def check_job(plan: Plan, job: Job) -> None:
         ConfigError: steps, strength, text, image or video don't fit the model.
         DataError: a file can't be read, or is too large or too short.
     """
-    job.settings.check(plan.transformer.diffusion.num_train_timesteps, plan.starts_from_video(job))
-    if plan.transformer.expects_image and job.image is None:
+    job.settings.check(plan.transformer.settings.diffusion.num_train_timesteps, plan.starts_from_video(job))
+    if plan.transformer.settings.expects_image and job.image is None:
         raise ConfigError(
             f"{job.name}: the transformer {plan.transformer.path} makes videos of images; give --image FILE, or a key "
             '"image" in its line of the prompts file'
         )
     if job.image is not None:
-        if not plan.transformer.expects_image:
+        if not plan.transformer.settings.expects_image:
             raise ConfigError(
                 f"{job.name} has the image {job.image}, but the transformer {plan.transformer.path} reads none "
-                f"(model.in_channels={plan.transformer.config.in_channels} are noise alone); use an image-to-video one"
+                f"(model.in_channels={plan.transformer.model.in_channels} are noise alone); use an image-to-video one"
             )
         check_image(job.image)
     if plan.describes_video(job) and plan.upsampler is None:
@@ -238,9 +256,36 @@ def check_job(plan: Plan, job: Job) -> None:
         check_start(job.video, plan.size.frames, plan.fps, period_of(plan.vae.config))
 
 
+def vae_path(arguments: argparse.Namespace) -> Path:
+    """Return where the VAE lies: where the option says, or in the transformer's folder.
+
+    Raises:
+        ConfigError: the option is left out, and there is none.
+    """
+    path: Path | None = arguments.vae
+    if path is None and "vae" not in find_models(arguments.checkpoint):
+        raise ConfigError(f"--checkpoint {arguments.checkpoint} holds no VAE; name the one that goes with it: --vae")
+    return path or arguments.checkpoint
+
+
+def text_encoder_path(arguments: argparse.Namespace) -> Path:
+    """Return where the text encoder lies: where the option says, or in the transformer's folder.
+
+    Raises:
+        ConfigError: the option is left out, and there is none.
+    """
+    path: Path | None = arguments.text_encoder or text_encoder_folder(None, [arguments.checkpoint], "copy")
+    if path is None:
+        raise ConfigError(
+            f"--checkpoint {arguments.checkpoint} holds no {' and '.join(name + '/' for name in TEXT_FOLDERS)}; name "
+            "the folder of the T5 that encoded its dataset: --text-encoder"
+        )
+    return path
+
+
 def video_size(arguments: argparse.Namespace, transformer: TransformerCheckpoint, vae: VAECheckpoint) -> VideoSize:
     """Return the size that is asked for, the model's native one where an option is left out."""
-    model, ratio = transformer.config, vae.config.spatial_compression_ratio
+    model, ratio = transformer.model, vae.config.spatial_compression_ratio
     native = (model.sample_frames, model.sample_height * ratio, model.sample_width * ratio)
     asked = (arguments.frames, arguments.height, arguments.width)
     return VideoSize(*(default if given is None else given for given, default in zip(asked, native, strict=True)))

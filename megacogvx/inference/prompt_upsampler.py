@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 
 from megacogvx.errors import ConfigError, EndpointError, MegacogvxError
+from megacogvx.inference.answers import Answers, Question, digest
 from megacogvx.log import get_logger
 
 KEY_VARIABLE = "MEGACOGVX_UPSAMPLER_KEY"  # a name of our own: another service's key must not reach this endpoint
@@ -82,17 +83,16 @@ class PromptUpsampler:
     Attributes:
         writer: the language model; None: every prompt goes through unchanged.
         on_failure: what to do when the model doesn't answer.
+        answers: what it answered before; the same question gets the same text.
     """
 
     writer: Writer | None = None
     on_failure: Literal["error", "unchanged"] = "error"
-    _known: dict[str, str] = field(default_factory=dict)
+    answers: Answers = field(default_factory=Answers)
 
     def text(self, prompt: str) -> str:
-        """Return the long form of a prompt; a prompt that came before gets the same."""
-        if prompt not in self._known:
-            self._known[prompt] = self._ask("text", prompt)
-        return self._known[prompt]
+        """Return the long form of a prompt."""
+        return self._ask("text", prompt)
 
     def image(self, prompt: str, image_HW3: torch.Tensor) -> str:
         """Return the long form of a prompt whose video begins with an image."""
@@ -111,6 +111,9 @@ class PromptUpsampler:
     def _ask(self, kind: Kind, prompt: str, pictures: Sequence[torch.Tensor] = ()) -> str:
         if self.writer is None:
             return prompt
+        question = Question(self.writer.name, kind, prompt, tuple(digest(picture) for picture in pictures))
+        if (known := self.answers.get(question)) is not None:
+            return known
         try:
             answer = self.writer.write(INSTRUCTIONS[kind], prompt, pictures).strip().strip('"').strip()
             if not answer:
@@ -120,6 +123,7 @@ class PromptUpsampler:
                 raise
             logger.warning("the prompt %r goes on unchanged: %s", prompt, error)
             return prompt
+        self.answers.keep(question, answer)
         logger.info("prompt %r was written out as %r", prompt, answer)
         return answer
 
@@ -159,9 +163,10 @@ class Endpoint:
 
     @property
     def name(self) -> str:
-        """Model and host; the path may hold what only the caller should know."""
+        """Models and host; the path may hold what only the caller should know."""
         parts = urlsplit(self.url)
-        return f"{self.model} at {parts.scheme}://{parts.netloc}"
+        models = " and ".join(dict.fromkeys((self.model, self.vision_model or self.model)))
+        return f"{models} at {parts.scheme}://{parts.netloc}"
 
     def write(self, instruction: str, text: str, pictures: Sequence[torch.Tensor] = ()) -> str:
         """Ask the model.
@@ -238,8 +243,7 @@ class LocalModel:
         import transformers
 
         self.name = str(folder)
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"{folder} has no config.json; a local language model is a folder of transformers'")
+        check_local_model(folder)
         try:
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
             self.has_vision = hasattr(config, "vision_config")
@@ -284,6 +288,12 @@ class LocalModel:
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
             return_tensors="pt",
         )  # fmt: skip
+
+
+def check_local_model(folder: Path) -> None:
+    """Raise `ConfigError` when a folder can't hold a local language model; nothing is loaded."""
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} has no config.json; a local language model is a folder of transformers'")
 
 
 def data_url(image_HW3: torch.Tensor) -> str:

@@ -105,7 +105,8 @@ def facts_of(plan: Plan, job: Job, groups: ParallelGroups, dtype: torch.dtype) -
         "video_as": plan.video_use if job.video else None, "image_noise": plan.image_noise, **asdict(plan.size),
         "fps": plan.fps, **asdict(job.settings), "precision": "bf16" if dtype == torch.bfloat16 else "fp32",
         "transformer": str(plan.transformer.path), "transformer_step": plan.transformer.step, "weights": plan.weights,
-        "vae": str(plan.vae.path), "vae_coding": str(plan.coding), "scaling_factor": plan.transformer.scaling_factor,
+        "vae": str(plan.vae.path), "vae_coding": str(plan.coding),
+        "scaling_factor": plan.transformer.settings.scaling_factor,
         "text_encoder": str(plan.text_encoder), "upsampler": plan.upsampler,
         "layout": f"tp{groups.tensor[1]} cp{groups.context[1]} dp{groups.data[1]}",
     }  # fmt: skip

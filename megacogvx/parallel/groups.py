@@ -150,6 +150,28 @@ def launch_environment() -> LaunchEnvironment:
     return LaunchEnvironment(0, 1, 0, 1)
 
 
+def array_task() -> tuple[int, int]:
+    """Return (place, number) of this task in a Slurm array job, whose tasks know nothing of each other; else (0, 1).
+
+    The variables are those of https://slurm.schedmd.com/job_array.html.
+
+    Raises:
+        LaunchError: the array's numbers have gaps, so that a task's place isn't known.
+    """
+    if "SLURM_ARRAY_TASK_ID" not in os.environ:
+        return 0, 1
+    this, first, last, count, step = (
+        int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", default))
+        for name, default in (("ID", ""), ("MIN", ""), ("MAX", ""), ("COUNT", ""), ("STEP", "1"))
+    )
+    if (last - first) // step + 1 != count or (this - first) % step:
+        raise LaunchError(
+            f"the {count} tasks of this Slurm array from {first} to {last} have gaps; submit it as "
+            f"--array=0-{count - 1}, or tell each its place"
+        )
+    return (this - first) // step, count
+
+
 def initialize(config: ParallelConfig, seed: int = 0) -> ParallelGroups:
     """Make the process groups of the run; call it once, before any model.
 

@@ -9,6 +9,7 @@ project is drawn in full and then cut.
 from __future__ import annotations
 
 import copy
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,9 +23,12 @@ from megatron.core.transformer import TransformerConfig
 from torch import nn
 
 from megacogvx.errors import ConfigError
+from megacogvx.log import get_logger
 from megacogvx.parallel import te_linear
 from megacogvx.parallel.groups import ParallelGroups
 from megacogvx_kernels.gelu_linear import gelu_linear
+
+logger = get_logger(__name__)
 
 
 class ColumnLinear(ColumnParallelLinear):
@@ -65,12 +69,14 @@ class RowLinear(RowParallelLinear):
 class GeluRowLinear(RowLinear):
     """`y = gelu(x) W^T + b`, cut as a `RowLinear`; keeps x and not gelu(x) for the backward pass (op `gelu_linear`)."""
 
+    keep_gelu = False  # True: gelu(x), too
+
     def _forward_impl(
         self, input: torch.Tensor, weight: torch.Tensor, *, gradient_accumulation_fusion: bool, **_: Any
     ) -> torch.Tensor:
         """Stand where megatron-core multiplies a row-parallel layer's own shards; nothing is sent here."""
         assert not gradient_accumulation_fusion, "gelu_linear returns the weight's gradient"
-        return gelu_linear(input, weight)
+        return gelu_linear(input, weight, keep_gelu=self.keep_gelu)
 
 
 class ModulationLinear(nn.Module):
@@ -120,7 +126,9 @@ def column_linear(in_features: int, out_features: int, core: TransformerConfig, 
     """
     _check_divides("out_features", out_features, groups)
     if core.transformer_impl == "transformer_engine":
+        _say("Transformer Engine's", f", in FP8: {core.fp8}, recipe {core.fp8_recipe}" if core.fp8 else "")
         return te_linear.column_linear(in_features, out_features, core, groups)
+    _say("megatron-core's own", "")
     layer = ColumnLinear(
         in_features,
         out_features,
@@ -135,6 +143,12 @@ def column_linear(in_features: int, out_features: int, core: TransformerConfig, 
     # would count the shard of rank 0 alone, as if all ranks held the same.
     set_tensor_model_parallel_attributes(layer.weight, True, 0, 1)
     return layer
+
+
+@lru_cache
+def _say(whose: str, precision: str) -> None:
+    """Log whose linear layers are made, once for each; the AdaLN projections are never Transformer Engine's."""
+    logger.info("linear layers: %s (parallel.transformer_impl)%s", whose, precision)
 
 
 def row_linear(

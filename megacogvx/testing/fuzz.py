@@ -1,12 +1,13 @@
-"""Seeded mutations of input files, each parsed in a limited process of its own: error, equal result, or a finding.
+"""Seeded mutations of input files, parsed in limited processes of their own: error, equal result, or a finding.
 
-A parser of outside bytes may answer a damaged file with a typed error or with the result of the sound one. A crash, a
-hang, another exception, a different result, or memory beyond the limit is a finding.
+A parser of outside bytes may answer a damaged file with a typed error that names it, or with the result of the sound
+one. A crash, a hang, another exception, a different result, or memory beyond the limit is a finding.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import json
 import os
 import resource
 import signal
@@ -22,9 +23,13 @@ import numpy as np
 from megacogvx.errors import MegacogvxError
 
 HANG_SECONDS = 20
-EQUAL, REFUSED, DIFFERENT, OTHER_ERROR, MEMORY, CRASHED = range(6)
-NAMES = ("equal", "typed error", "different result", "other exception", "out of memory", "crash or hang")
-FINDINGS = (DIFFERENT, OTHER_ERROR, MEMORY, CRASHED)
+SLACK = 8 << 20  # bytes; allocator, interpreter and the error's text
+EQUAL, REFUSED, NAMELESS, DIFFERENT, OTHER_ERROR, MEMORY, CRASHED = range(7)
+NAMES = (
+    "equal", "typed error", "typed error without the file's name", "different result", "other exception",
+    "out of memory", "crash or hang",
+)  # fmt: skip
+FINDINGS = (NAMELESS, DIFFERENT, OTHER_ERROR, MEMORY, CRASHED)
 
 
 @dataclass
@@ -69,7 +74,7 @@ def mutate(data: bytes, seed: int) -> bytes:
 
 def fuzz(
     path: Path, parse: Callable[[], Any], seeds: range, *, mutation: Callable[[bytes, int], bytes] = mutate,
-    memory: int | None = None,
+    memory: int | None = None, slack: int = SLACK,
 ) -> FuzzReport:  # fmt: skip
     """Parse mutations of the file at `path`, which is put back afterwards.
 
@@ -78,60 +83,86 @@ def fuzz(
         parse: reads it (and what belongs to it) and returns a comparable result.
         seeds: one mutation each.
         mutation: makes it.
-        memory: bytes that a parse may allocate beyond what the process holds; None: 64 MiB and twice the file.
+        memory: bytes of address space that a parse may take beyond what the process holds; None: twice the file, and
+            `slack`.
+        slack: what interpreter, allocator and libraries take whatever the file holds, bytes.
 
     Returns:
         The counts; a finding can be looked into by its seed.
     """
-    original, expected, report = path.read_bytes(), parse(), FuzzReport()
-    limit = 2 * len(original) + (64 << 20) if memory is None else memory
+    original, report = path.read_bytes(), FuzzReport()
+    trial = _Trial(path, original, parse, parse(), mutation, 2 * len(original) + slack if memory is None else memory)
+    left = list(seeds)
     try:
-        for seed in seeds:
-            changed = mutation(original, seed)
-            path.write_bytes(changed)
-            outcome, detail = _in_child(parse, expected, limit)
-            report.outcomes[NAMES[outcome]] += 1
-            if outcome in FINDINGS:
-                report.findings.append((seed, NAMES[outcome], detail))
+        while left:
+            for outcome, detail in _in_child(trial, left):
+                seed = left.pop(0)
+                report.outcomes[NAMES[outcome]] += 1
+                if outcome in FINDINGS:
+                    report.findings.append((seed, NAMES[outcome], detail))
     finally:
         path.write_bytes(original)
     return report
 
 
-def _in_child(parse: Callable[[], Any], expected: Any, limit: int) -> tuple[int, str]:
-    """Run `parse` in a fork of this process; returns how it ended and a line about it."""
+@dataclass(frozen=True)
+class _Trial:
+    path: Path
+    original: bytes
+    parse: Callable[[], Any]
+    expected: Any
+    mutation: Callable[[bytes, int], bytes]
+    limit: int
+
+
+def _in_child(trial: _Trial, seeds: list[int]) -> list[tuple[int, str]]:
+    """Run `seeds` in one fork of this process, up to the first whose finding may have hurt it.
+
+    Returns:
+        How each ended and a line about it, of at least one seed: a child that dies, dies of the next one.
+    """
     read_end, write_end = os.pipe()
     child = os.fork()
     if not child:
-        outcome, detail = OTHER_ERROR, ""
         try:
             os.close(read_end)
-            faulthandler.disable()
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(HANG_SECONDS)
-            pages = int(Path("/proc/self/statm").read_text().split()[0])
-            size = pages * os.sysconf("SC_PAGE_SIZE") + limit
-            resource.setrlimit(resource.RLIMIT_AS, (size, size))
-            outcome, detail = _outcome(parse, expected)
-            os.write(write_end, detail.encode()[:2000])
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # decoders and destructors have much to say
+            _run_seeds(trial, seeds, write_end)
         finally:
-            os._exit(outcome)
+            os._exit(0)
     os.close(write_end)
     with os.fdopen(read_end, "rb") as pipe:
-        detail = pipe.read().decode(errors="replace")
+        ended: list[tuple[int, str]] = [tuple(json.loads(line)) for line in pipe if line.endswith(b"\n")]
     status = os.waitpid(child, 0)[1]
     if os.WIFSIGNALED(status):
-        return CRASHED, f"signal {signal.Signals(os.WTERMSIG(status)).name}"
-    return os.WEXITSTATUS(status), detail
+        return [*ended, (CRASHED, f"signal {signal.Signals(os.WTERMSIG(status)).name}")]
+    return ended or [(CRASHED, f"ended with status {os.waitstatus_to_exitcode(status)}")]
 
 
-def _outcome(parse: Callable[[], Any], expected: Any) -> tuple[int, str]:
+def _run_seeds(trial: _Trial, seeds: list[int], pipe: int) -> None:
+    """Parse one mutation after the other; tell each outcome through `pipe` before the next begins."""
+    faulthandler.disable()
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    for seed in seeds:
+        trial.path.write_bytes(trial.mutation(trial.original, seed))
+        signal.alarm(HANG_SECONDS)
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGE_SIZE") + trial.limit, hard))
+        outcome, detail = _outcome(trial)
+        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+        os.write(pipe, (json.dumps([outcome, detail[-2000:]]) + "\n").encode())
+        if outcome == MEMORY:  # what is left of the process may be anything
+            return
+
+
+def _outcome(trial: _Trial) -> tuple[int, str]:
     try:
-        found = parse()
+        found = trial.parse()
     except MegacogvxError as error:
-        return REFUSED, str(error)
+        return (REFUSED if trial.path.stem in str(error) else NAMELESS), str(error)
     except MemoryError:
         return MEMORY, traceback.format_exc(limit=-2)
     except BaseException:
         return OTHER_ERROR, traceback.format_exc(limit=-3)
-    return (EQUAL, "") if found == expected else (DIFFERENT, repr(found)[:500])
+    return (EQUAL, "") if found == trial.expected else (DIFFERENT, repr(found)[:500])

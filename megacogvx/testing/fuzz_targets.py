@@ -9,6 +9,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,21 @@ from megacogvx.data.exchange.importers import read_folder, read_tar
 from megacogvx.data.exchange.megatron import read_megatron
 from megacogvx.data.indexed import IndexedDataset
 from megacogvx.data.indexed.layout import EncoderInfo
-from megacogvx.data.indexed.reader import Record, Shard
 from megacogvx.data.indexed.recover import recover_shard
+from megacogvx.data.indexed.shard import Record, Shard
 from megacogvx.data.indexed.side_columns import write_side_column
 from megacogvx.data.video import read_frames, write_video
-from megacogvx.testing.fuzz import mutate
+from megacogvx.testing.fuzz import SLACK, mutate
 from megacogvx.testing.tiny_dataset import tiny_encoder, write_tiny_dataset
 
 WITH_IMAGES = tiny_encoder("token_ids", latent_dtype="fp8_e4m3", first_frame=True)
 
 
-PEER = "megatron-peer"  # not ours: asked for by name only, to compare
+PEERS = {  # not ours: asked for by name only, to compare
+    "megatron-peer-index": "latents.idx",
+    "megatron-peer-bin": "latents.bin",
+}
+THREADS = 64 << 20  # bytes of address space that a decoder's threads reserve for stacks and arenas
 
 
 @dataclass(frozen=True)
@@ -43,11 +48,13 @@ class Target:
         path: the sound file.
         parse: returns something comparable, or raises a typed error.
         mutation: how it is damaged.
+        slack: bytes of address space that reading takes beside twice the file.
     """
 
     path: Path
     parse: Callable[[], Any]
     mutation: Callable[[bytes, int], bytes] = mutate
+    slack: int = SLACK
 
 
 def targets(folder: Path) -> dict[str, Callable[[], Target]]:
@@ -65,10 +72,10 @@ def targets(folder: Path) -> dict[str, Callable[[], Target]]:
         "pt": lambda: _tensors(folder / "pt", ".pt"),
         "safetensors": lambda: _tensors(folder / "safetensors", ".safetensors"),
         "megatron": lambda: _megatron(folder / "megatron"),
-        PEER: lambda: _megatron_peer(folder / PEER),
         "captions": lambda: _captions(folder / "captions"),
         "clip-list": lambda: _clip_list(folder / "clip-list"),
         "video": lambda: _video(folder / "video"),
+        **{name: partial(_megatron_peer, folder / name, damaged) for name, damaged in PEERS.items()},
     }
 
 
@@ -101,8 +108,7 @@ def _recover(folder: Path, encoder: EncoderInfo | None = None) -> Target:
     sound = {row[0]: row[1:] for row in _recovered(folder, encoder)}
 
     def parse() -> bool:
-        # Latents are not checked: their checksums stood in the lost index.
-        return all(sound[row[0]][1:] == row[2:] for row in _recovered(folder, encoder))
+        return all(sound[row[0]] == row[1:] for row in _recovered(folder, encoder))
 
     return Target(folder / "shard-00000.bin", parse)
 
@@ -207,17 +213,17 @@ def _megatron(folder: Path) -> Target:
     return Target(folder / "latents.idx", lambda: _shapes(read_megatron(*paths)))
 
 
-def _megatron_peer(folder: Path) -> Target:
+def _megatron_peer(folder: Path, damaged: str) -> Target:
     """The same files, read by Megatron-LM's own reader; its errors are of many types."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset as MegatronDataset
 
-    target = _megatron(folder)
+    _megatron(folder)
 
     def parse() -> list[bytes]:
         peer = MegatronDataset(str(folder / "latents"))
         return [peer[number].tobytes() for number in range(len(peer))]
 
-    return Target(target.path, parse)
+    return Target(folder / damaged, parse)
 
 
 def _captions(folder: Path) -> Target:
@@ -257,4 +263,4 @@ def _video(folder: Path) -> Target:
     folder.mkdir(parents=True)
     frames = torch.randint(0, 255, (9, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     write_video(folder / "0.mp4", frames, 8)
-    return Target(folder / "0.mp4", lambda: read_frames(folder / "0.mp4").dtype == torch.uint8)
+    return Target(folder / "0.mp4", lambda: read_frames(folder / "0.mp4").dtype == torch.uint8, slack=THREADS)

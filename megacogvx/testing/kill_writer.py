@@ -37,7 +37,7 @@ def kill_and_resume(folder: Path, seed: int, samples: int = SAMPLES) -> str:
     time.sleep(random.Random(seed).uniform(0, 1.1) * whole)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    return _resumed(folder, samples)
+    return finish_and_compare(folder, samples)
 
 
 def fill_and_resume(folder: Path, seed: int, samples: int = SAMPLES) -> str:
@@ -62,7 +62,7 @@ def fill_and_resume(folder: Path, seed: int, samples: int = SAMPLES) -> str:
     code = os.waitstatus_to_exitcode(status)
     if code not in (FINISHED, REFUSED) or (code == FINISHED) != (limit >= largest):
         return f"the writer ended with {code} at a limit of {limit} bytes, the largest file has {largest}"
-    return _resumed(folder, samples)
+    return finish_and_compare(folder, samples)
 
 
 def _writer(folder: Path, samples: int, prepare: Callable[[], None] = lambda: None) -> int:
@@ -81,7 +81,13 @@ def _writer(folder: Path, samples: int, prepare: Callable[[], None] = lambda: No
         os._exit(code)
 
 
-def _resumed(folder: Path, samples: int) -> str:
+def finish_and_compare(folder: Path, samples: int) -> str:
+    """Finish an interrupted dataset of `samples` samples.
+
+    Returns:
+        What is wrong afterwards; empty if nothing is: no finished shard was written again, every sample is there once,
+        all checksums hold, and no temporary file is left.
+    """
     finished = {path: path.with_suffix(".bin").read_bytes() for path in folder.glob("*.idx")}
     write_tiny_dataset(folder, samples, shards=SHARDS)
     report = verify_dataset(folder)

@@ -1,9 +1,9 @@
 """Tests on several ranks: `on_ranks(2, ...)` turns a function of process groups into an ordinary pytest test.
 
-A plain `pytest` starts the processes itself, on gloo, once for all tests of a file with the same number of ranks. They
-are forked from a server that has imported megatron-core once, which takes eight seconds. Under `torchrun -m pytest`
-the tests run in the processes that are there, and those for another number of ranks are skipped. Each test is there
-twice: on gloo, and with the mark `gpu` on NCCL, one GPU a process.
+A plain `pytest` starts the processes itself, on gloo, once for all tests of a file with the same number of ranks, and
+once more for the slow ones among them. They are forked from a server that has imported megatron-core once, which takes
+eight seconds. Under `torchrun -m pytest` the tests run in the processes that are there, and those for another number of
+ranks are skipped. Each test is there twice: on gloo, and with the mark `gpu` on NCCL, one GPU a process.
 
     @on_ranks(2, {"tensor_parallel_size": 2}, {"context_parallel_size": 2})
     def test_something(groups, folder): ...
@@ -48,6 +48,7 @@ class Case:
     function: Callable[..., None]
     layout: Layout
     device: str
+    is_slow: bool = False
 
     @property
     def id(self) -> str:
@@ -68,12 +69,14 @@ _cases: dict[tuple[str, int, str], list[Case]] = {}  # by (file, ranks, device),
 _outcomes: dict[tuple[str, int, str], dict[str, str]] = {}  # the same: {case name: "" or what went wrong}
 
 
-def on_ranks(world_size: int, *layouts: Layout) -> Callable[[Callable[..., None]], Any]:
+def on_ranks(world_size: int, *layouts: Layout, slow: bool = False) -> Callable[[Callable[..., None]], Any]:
     """Run a test on `world_size` ranks, once for each layout.
 
     Args:
         world_size: number of processes.
         layouts: fields of `ParallelConfig`; without any, all ranks are data parallel.
+        slow: leave it to `pytest -m slow`; a mark alone would not, for the processes run all of a file's tests that are
+            alike in this.
 
     The test takes `groups`, the process groups of the layout, and may take `folder`, an empty folder that is the same
     on all ranks.
@@ -86,7 +89,7 @@ def on_ranks(world_size: int, *layouts: Layout) -> Callable[[Callable[..., None]
     def decorate(function: Callable[..., None]) -> Any:
         file = inspect.getsourcefile(function)
         assert file is not None
-        by_device = {device: [Case(function, layout, device) for layout in chosen] for device in DEVICES}
+        by_device = {device: [Case(function, layout, device, slow) for layout in chosen] for device in DEVICES}
         for device, cases in by_device.items():
             _cases.setdefault((file, world_size, device), []).extend(cases)
 
@@ -105,7 +108,7 @@ def on_ranks(world_size: int, *layouts: Layout) -> Callable[[Callable[..., None]
         del test.__wrapped__  # pytest would ask the original for its arguments
         # The first test of a file waits for all of them, with time limits of its own.
         test = pytest.mark.timeout(0)(test)
-        if world_size > MANY_RANKS and not launched:
+        if slow or (world_size > MANY_RANKS and not launched):
             test = pytest.mark.slow(test)
         parameters = [
             pytest.param(case, id=case.id, marks=[pytest.mark.gpu] if device == "cuda" else [])
@@ -145,13 +148,13 @@ def _missing_gpus(case: Case, world_size: int) -> str:
 def _outcome(file: str, world_size: int, case: Case) -> str:
     """Return what went wrong in `case`, or ""; the first question about a file and size runs all its cases."""
     place = (file, world_size, case.device)
-    if place not in _outcomes:
-        _outcomes[place] = {}
-        names = [case.name for case in _cases[place]]
+    known = _outcomes.setdefault(place, {})
+    if case.name not in known:
+        names = [other.name for other in _cases[place] if other.is_slow == case.is_slow]
         while names:
-            _outcomes[place].update(_launch(file, world_size, case.device, names))
-            names = [name for name in names if name not in _outcomes[place]]
-    return _outcomes[place][case.name]
+            known.update(_launch(file, world_size, case.device, names))
+            names = [name for name in names if name not in known]
+    return known[case.name]
 
 
 def _launch(file: str, world_size: int, device: str, names: list[str]) -> dict[str, str]:

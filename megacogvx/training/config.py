@@ -156,11 +156,6 @@ class TrainConfig(Section):
                 f"validation.videos={self.validation.videos} needs texts and a decoder: validation.paths (now "
                 f"{list(self.validation.paths)}) and validation.vae (now {self.validation.vae}); or set it to 0"
             )
-        if self.validation.videos and self.is_image_to_video:
-            yield (
-                f"validation.videos={self.validation.videos} with model.in_channels={self.model.in_channels}: during "
-                "training videos are made from text alone; set it to 0, and run `megacogvx generate` on the checkpoints"
-            )
         if self.validation.videos and self.parallel.pipeline_parallel_size > 1:
             yield (
                 f"validation.videos={self.validation.videos} with parallel.pipeline_parallel_size="
@@ -202,9 +197,10 @@ class TrainConfig(Section):
             )
         replicas = max(1, world_size // self.parallel.replica_size)
         if packs % replicas and self.data.samples_per_step is None:
+            near = [count * replicas for count in (packs // replicas, packs // replicas + 1) if count]
             yield (
                 f"data.packs_per_step={packs} doesn't divide over {replicas} data-parallel replicas; "
-                f"nearest that work: {max(1, packs // replicas) * replicas}, {(packs // replicas + 1) * replicas}"
+                f"nearest that work: {', '.join(map(str, near))}"
             )
 
     def _fp8_rules(self) -> Iterator[str]:

@@ -8,13 +8,14 @@ as the uninterrupted one would.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from megacogvx.config import Section
 from megacogvx.errors import AgreedError
@@ -41,6 +42,8 @@ class GuardConfig(Section):
             stuck: stacks are dumped and the job ends with status 76. None: it waits for ever.
         slow_factor: a rank that takes this many times the median of all ranks is named; None: none is.
         slow_window: steps over which a rank's seconds are taken; it is named after two windows in a row.
+        launcher_heartbeats: tell nvidia-resiliency-ext's `ft_launcher`, which must have started the run, that a rank
+            goes on (`training/heartbeats.py`).
     """
 
     on_bad_step: Literal["skip", "stop"] = "skip"
@@ -51,6 +54,16 @@ class GuardConfig(Section):
     stuck_seconds: float | None = Field(1800.0, gt=0)
     slow_factor: float | None = Field(2.0, gt=1)
     slow_window: int = Field(5, ge=1)
+    launcher_heartbeats: bool = False
+
+    @field_validator("launcher_heartbeats")
+    @classmethod
+    def _installed(cls, wanted: bool) -> bool:
+        if wanted and importlib.util.find_spec("nvidia_resiliency_ext") is None:
+            raise ValueError(
+                "the package nvidia-resiliency-ext is not installed; pip install '.[resiliency]', or set it to false"
+            )
+        return wanted
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from megacogvx.parallel.pipeline_parallel import from_last_stage
 from megacogvx.training.agreement import agreed
 from megacogvx.training.config import TrainingConfig
 from megacogvx.training.guard import BadStepError, Guard, GuardConfig, Measured, stop_error
+from megacogvx.training.heartbeats import heartbeats
 from megacogvx.training.metrics import Meter, MetricsFile, log_line
 from megacogvx.training.profiler import profile_window
 from megacogvx.training.run_lock import RunLock
@@ -71,8 +73,8 @@ class Run:
         resolved: the resolved config, kept in each checkpoint.
         pack_tokens: tokens of each pack; pipeline stages have to know it.
         checkpoint, guard, tracking: their sections.
-        make_videos: step -> uint8 frames `[T, H, W, 3]` by name on the first rank, called on every rank after
-            `validate`; None: none are made.
+        make_videos: (step, alive) -> uint8 frames `[T, H, W, 3]` by name on the first rank, called on every rank after
+            `validate`; calls `alive` on every rank now and then, for the watch. None: none are made.
         stop: whether a signal came; a run that a program starts has its handlers installed.
         before_pass: called before each pass over a step's packs, of which a bad step has two.
         after_step: what follows the model's optimizer step, if it was taken, called with its number: a discriminator's
@@ -97,7 +99,7 @@ class Run:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    make_videos: Callable[[int], dict[str, torch.Tensor]] | None = None
+    make_videos: Callable[[int, Callable[[], None]], dict[str, torch.Tensor]] | None = None
     stop: StopSignal = field(default_factory=StopSignal)
     before_pass: tuple[Callable[[], None], ...] = ()
     after_step: tuple[Callable[[int], dict[str, Any]], ...] = ()
@@ -126,11 +128,12 @@ def train(run: Run) -> bool:
     guard, saver = Guard(run.guard, state.guard), Saver(run.checkpoints, run.checkpoint, groups)
     events = MetricsFile(settings.run_folder, state.step, groups.is_first, "guard.jsonl")
     meter = Meter(settings.steps - state.step, groups)
-    watch = Watch(settings.run_folder, groups.rank, groups.world_size, run.guard.stuck_seconds)
+    beats = heartbeats(run.guard.launcher_heartbeats, groups)
+    watch = Watch(settings.run_folder, groups.rank, groups.world_size, run.guard.stuck_seconds, on_part=beats.beat)
     run.forward_step = own = OwnSeconds(run.forward_step, groups.device)
     stragglers = Stragglers(run.guard.slow_factor) if run.guard.slow_factor else None
     tracking = Tracking(run.tracking, settings.run_folder, state.step, run.resolved, groups.is_first)
-    with watch, tracking, saver, profile_window(run.tracking, settings.run_folder, groups) as profiler:
+    with beats, watch, tracking, saver, profile_window(run.tracking, settings.run_folder, groups) as profiler:
         for step in progress(range(state.step, settings.steps), "train", plain=False):
             watch.at(step, "data")
             inputs = next(run.inputs)
@@ -142,12 +145,7 @@ def train(run: Run) -> bool:
             _advance(state, inputs)
             own.end_step(meter.data_wait)
             if run.validate is not None and _is_due(step, settings.validate_every, settings.steps):
-                watch.at(step, "validation")
-                row |= run.validate(step)
-                videos = run.make_videos(step) if run.make_videos is not None else {}
-                with agreed(groups, "writing the validation videos"):
-                    for name, frames_THWC in videos.items():
-                        tracking.add_video(name, frames_THWC, step)
+                row |= _measure_held_out(run, step, watch, tracking)
             row |= meter.end_step(inputs.facts)
             with agreed(groups, "writing the row of a step"):
                 run.metrics.add(row)
@@ -170,6 +168,19 @@ def train(run: Run) -> bool:
         who = run.stop.received or "a signal to another rank"
         logger.warning("stopped by %s at step %d of %d", who, state.step, settings.steps)
     return state.step >= settings.steps
+
+
+def _measure_held_out(run: Run, step: int, watch: Watch, tracking: Tracking) -> dict[str, Any]:
+    """Measure on held-out data and show the videos; return numbers for the row."""
+    assert run.validate is not None
+    watch.at(step, "validation")
+    numbers = run.validate(step)
+    alive = partial(watch.at, step, "validation")
+    videos = run.make_videos(step, alive) if run.make_videos is not None else {}
+    with agreed(run.groups, "writing the validation videos"):
+        for name, frames_THWC in videos.items():
+            tracking.add_video(name, frames_THWC, step)
+    return numbers
 
 
 def train_step(run: Run, inputs: StepInput, guard: Guard, events: MetricsFile) -> dict[str, Any]:

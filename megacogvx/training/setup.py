@@ -6,7 +6,6 @@ What can be wrong without a process group is found before there is one.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,12 +18,10 @@ from megacogvx.data.corpus import Corpus
 from megacogvx.data.loader import PackLoader
 from megacogvx.data.planner import PackPlan
 from megacogvx.diffusion.schedule import NoiseSchedule
-from megacogvx.inference.denoise import SamplingSettings
 from megacogvx.log import get_logger
 from megacogvx.models.transformer.flops import cost_coefficients
 from megacogvx.models.transformer.initialize import initialize_weights
 from megacogvx.models.transformer.model import CogVideoXTransformer, transformer_core
-from megacogvx.models.transformer.rope import place_on_rope_grid
 from megacogvx.models.vae.discriminator import initialize_discriminator
 from megacogvx.models.vae.initialize import initialize_weights as initialize_vae
 from megacogvx.models.vae.losses import VAELoss
@@ -41,6 +38,7 @@ from megacogvx.training.batch import BatchMaker
 from megacogvx.training.config import OptimizerConfig, TrainConfig, VAETrainConfig
 from megacogvx.training.corpus_checks import check_corpus
 from megacogvx.training.ema import WeightAverage
+from megacogvx.training.held_out import held_out_measures, plan_held_out
 from megacogvx.training.image_condition import ImageLatents, load_image_vae
 from megacogvx.training.inputs import clip_inputs, pack_inputs
 from megacogvx.training.loop import Run
@@ -49,8 +47,6 @@ from megacogvx.training.resume import load_newest_or_start, lock_run, open_run
 from megacogvx.training.start_from import find_start
 from megacogvx.training.text_condition import text_rows
 from megacogvx.training.validation import HeldOutClips
-from megacogvx.training.validation_loss import ValidationLoss, held_out_packs
-from megacogvx.training.validation_videos import ValidationVideos
 
 logger = get_logger(__name__)
 
@@ -72,7 +68,7 @@ def build_transformer_run(config: TrainConfig) -> Run:
         corpus.columns, config.data, config.training.seed, config.model.patch, cost_coefficients(config.model)
     )
     config = _with_scaling_factor(config, corpus)
-    held_out = _held_out(config)
+    held_out = plan_held_out(config)
     checkpoints, resolved = open_run(config, config.training, section="model")
     if config.training.start_from is not None and checkpoints.latest() is None:
         find_start(config.training.start_from, config.model)
@@ -80,6 +76,8 @@ def build_transformer_run(config: TrainConfig) -> Run:
     groups = initialize(config.parallel, config.training.seed)
     lock = lock_run(config.training, groups)
     dtype = config.training.dtype(groups.device)
+    with agreed(groups, "loading the frozen encoders"):  # before the model: a T5 for the empty prompt alone goes again
+        maker = _batch_maker(config, corpus, groups, dtype)
     core = transformer_core(config.model, config.parallel, groups, dtype)
     model = CogVideoXTransformer(config.model, core, groups)
     initialize_weights(model, config.training.seed)
@@ -89,15 +87,17 @@ def build_transformer_run(config: TrainConfig) -> Run:
     beside: dict[str, Kept] = {"ema": average} if average else {}
     state = load_newest_or_start(config, ddp, optimizer, checkpoints, groups, beside)
 
+    with agreed(groups, "loading the frozen encoders"):
+        maker = _batch_maker(config, corpus, groups, dtype)
     loader = PackLoader(
         corpus, plan, *groups.data, start_step=state.step, state=state.data or None,
         cut=(groups.tensor, groups.context), with_images=config.is_image_to_video and groups.is_first_stage,
+        vocabulary=maker.texts.vocabulary if maker.texts is not None else None,
     )  # fmt: skip
-    with agreed(groups, "loading the frozen encoders"):
-        maker = _batch_maker(config, corpus, groups, dtype)
-    validate, make_videos = _validation(config, corpus, held_out, maker, ddp, average)
+    validate, make_videos = held_out_measures(config, corpus, held_out, maker, ddp, average)
     return Run(
-        config.training, groups, ddp, optimizer, state, pack_inputs(loader, config, groups, state.bad_samples),
+        config.training, groups, ddp, optimizer, state,
+        pack_inputs(loader, config, groups, state.bad_samples),
         transformer_step.TransformerStep(maker), transformer_step.read_log_sums,
         validate,
         checkpoints, MetricsFile(config.training.run_folder, state.step, groups.is_first),
@@ -173,49 +173,6 @@ def _facts_for_sampling(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
         image_latent_scale=config.image.scale_for(config.model.preset),
     )
     return {"encoder": corpus.encoder.model_dump(mode="json"), "conventions": dump_config(conventions)}
-
-
-def _held_out(config: TrainConfig) -> tuple[Corpus, PackPlan] | None:
-    """Open the held-out datasets and plan their packs, the same at every start."""
-    if not config.validation.paths:
-        return None
-    data = config.data.model_copy(update={"paths": config.validation.paths})
-    corpus = Corpus(data)
-    check_corpus(config, corpus)
-    plan = PackPlan(corpus.columns, data, 0, config.model.patch, cost_coefficients(config.model))
-    return corpus, plan
-
-
-def _validation(
-    config: TrainConfig, training: Corpus, held_out: tuple[Corpus, PackPlan] | None, maker: BatchMaker,
-    ddp: DistributedDataParallel, average: WeightAverage | None,
-) -> tuple[Callable[[int], dict[str, Any]] | None, Callable[[int], dict[str, torch.Tensor]] | None]:  # fmt: skip
-    """Return what measures held-out samples, and what makes videos of their texts."""
-    if held_out is None:
-        return None, None
-    settings, groups, texts = config.validation, maker.groups, maker.texts
-    packs = held_out_packs(*held_out, settings.steps, groups, training, with_images=maker.images is not None)
-    packs = [replace(pack, layout=place_on_rope_grid(pack.layout, config.model)) for pack in packs]
-    if texts is not None and texts.ids:  # they are encoded once
-        packs = [replace(pack, text=[texts.rows(text) for text in pack.text]) for pack in packs]
-        texts = replace(texts, ids=False, encoder=None)
-    images = maker.images
-    if images is not None:
-        images = replace(images, config=images.config.model_copy(update={"dropout": 0.0}))
-    diffusion = config.diffusion.model_copy(update={"conditioning_dropout": 0.0})
-    plain = replace(maker, diffusion=diffusion, texts=texts, images=images)
-    loss = ValidationLoss(
-        transformer_step.TransformerStep(plain), packs, settings.timesteps, ddp, groups,
-        config.data.tokens_per_pack, transformer_step.read_log_sums, average,
-    )  # fmt: skip
-    if settings.vae is None or not settings.videos:
-        return loss.measure, None
-    sampling = SamplingSettings(settings.video_steps, guidance_scale=settings.guidance_scale, seed=maker.seed)
-    videos = ValidationVideos(
-        packs, settings.videos, ddp.module, maker.schedule, maker.scaling_factor, settings.vae, sampling,
-        config.training.run_folder / "validation", groups, average, texts,
-    )  # fmt: skip
-    return loss.measure, videos.make
 
 
 def _make_adversary(config: VAETrainConfig, groups: ParallelGroups, dtype: torch.dtype) -> Adversary:

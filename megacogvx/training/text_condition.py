@@ -14,7 +14,7 @@ import torch
 
 from megacogvx.config import Section
 from megacogvx.data.indexed.layout import EncoderInfo
-from megacogvx.errors import ConfigError, DataError
+from megacogvx.errors import ConfigError
 
 if TYPE_CHECKING:
     from megacogvx.models.text_encoder import TextEncoder
@@ -49,21 +49,17 @@ class TextRows:
     encoder: TextEncoder | None = None
     empty_LE: torch.Tensor | None = None
 
-    def rows(self, text: torch.Tensor) -> torch.Tensor:
-        """Return the embedding `[L, E]` on the CPU of a stored text, `[L, E]` or ids `[L]`.
+    @property
+    def vocabulary(self) -> int | None:
+        """Token ids of samples have to be below this; None where no ids are encoded."""
+        return self.encoder.vocabulary if self.ids and self.encoder is not None else None
 
-        Raises:
-            DataError: an id is none of the encoder's.
-        """
+    def rows(self, text: torch.Tensor) -> torch.Tensor:
+        """Return the embedding `[L, E]` on the CPU of a stored text, `[L, E]` or checked ids `[L]`."""
         if not self.ids:
             return text
         if self.encoder is None:
             return torch.zeros(len(text), self.width, dtype=torch.bfloat16)
-        if int(text.min()) < 0 or int(text.max()) >= self.encoder.vocabulary:
-            raise DataError(
-                f"a text has token ids {int(text.min())} to {int(text.max())}, the text encoder knows 0 to "
-                f"{self.encoder.vocabulary - 1}; name the encoder whose tokenizer wrote the dataset (text.encoder)"
-            )
         return self.encoder.encode_ids(text[None].long())[0].to("cpu", torch.bfloat16)
 
     def dropped(self, length: int) -> torch.Tensor:

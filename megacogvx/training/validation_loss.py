@@ -52,7 +52,13 @@ class ValidationConfig(Section):
 
 
 def held_out_packs(
-    corpus: Corpus, plan: PackPlan, steps: int, groups: ParallelGroups, training: Corpus, with_images: bool = False
+    corpus: Corpus,
+    plan: PackPlan,
+    steps: int,
+    groups: ParallelGroups,
+    training: Corpus,
+    with_images: bool = False,
+    vocabulary: int | None = None,
 ) -> list[Pack]:
     """Read this rank's held-out packs.
 
@@ -62,6 +68,7 @@ def held_out_packs(
         groups: which data rank this is.
         training: the corpus that is trained on.
         with_images: read the first frames' pixels too.
+        vocabulary: see `PackLoader`.
 
     Raises:
         DataError: a held-out sample is trained on as well, or can't be read.
@@ -72,7 +79,7 @@ def held_out_packs(
             f"{len(shared)} samples of validation.paths are in data.paths too (the first is {shared[0]}): their loss "
             "would tell nothing; split the dataset, or name another one"
         )
-    with PackLoader(corpus, plan, *groups.data, with_images=with_images) as loader:
+    with PackLoader(corpus, plan, *groups.data, with_images=with_images, vocabulary=vocabulary) as loader:
         packs = [pack for packs in islice(loader, steps) for pack in packs]
     bad = [pack.sample_ids[place] for pack in packs for place in pack.faults]
     if bad:

@@ -38,6 +38,7 @@ class Watch:
         folder: the run folder, which all ranks share.
         rank, world_size: among all processes.
         limit: seconds; None watches nothing.
+        on_part: called when a part of a step begins, whether anything is watched or not.
         clock: seconds, of this process alone.
         pause: waits for so many seconds.
         end: ends the process with a status.
@@ -50,12 +51,13 @@ class Watch:
         world_size: int,
         limit: float | None,
         *,
+        on_part: Callable[[], Any] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[float], Any] = time.sleep,
         end: Callable[[int], Any] = os._exit,
     ) -> None:
         self.folder, self.rank, self.world_size, self.limit = folder, rank, world_size, limit
-        self._clock, self._pause, self._end = clock, pause, end
+        self._on_part, self._clock, self._pause, self._end = on_part, clock, pause, end
         self._step, self._part, self._since = 0, PARTS[0], clock()
         self._looks = 0
         self._done = threading.Event()
@@ -84,8 +86,9 @@ class Watch:
             faulthandler.cancel_dump_traceback_later()
 
     def at(self, step: int, part: str) -> None:
-        """Say that this rank begins a part of a step; the limit counts from here."""
+        """Say that this rank begins a part of a step, or goes on with a long one; the limit counts from here."""
         assert part in PARTS, part
+        self._on_part()
         self._step, self._part, self._since = step, part, self._clock()
         if self._thread is not None and self.limit is not None:
             faulthandler.dump_traceback_later(self.limit + self._patience() + GRACE_SECONDS, exit=True)

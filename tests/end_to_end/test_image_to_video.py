@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from megacogvx.checkpoint.directory import CheckpointDirectory
 from megacogvx.checkpoint.streamed import StreamedCheckpoint
@@ -32,7 +34,11 @@ def sections(tmp_path_factory):
     encoder = read_encoder(folder / "dataset")
     write_tiny_dataset(folder / "held_out", 4, encoder=encoder, sizes=((2, 4, 6),), first_id=9000)
     values["ema"] = {"decay": 0.8}
-    values["validation"] = {"paths": [str(folder / "held_out")], "timesteps": [500]}
+    values["tracking"] = {"tensorboard": True}
+    values["validation"] = {
+        "paths": [str(folder / "held_out")], "timesteps": [500],
+        "videos": 1, "video_steps": 2, "vae": values["image"]["vae"],
+    }  # fmt: skip
     return values
 
 
@@ -67,8 +73,20 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(sections, tmp_pa
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours), kind
     assert kept(tmp_path / "whole", "ema").keys() == kept(tmp_path / "whole", "model").keys()
     used_for_sampling(tmp_path / "whole")
+    shown_in_tensorboard(tmp_path / "whole")
     found = read_state(CheckpointDirectory(tmp_path / "whole" / "checkpoints").latest())["config"]
     assert found["conventions"]["image_latent_scale"] == "multiply" and found["encoder"]["text_kind"] == "token_ids"
+
+
+def shown_in_tensorboard(run: Path) -> None:
+    """The held-out video stands there as a moving picture of its frames, made of its own first frame."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    (shown,) = events.Images("video-0")
+    with Image.open(io.BytesIO(shown.encoded_image_string)) as moving:
+        assert (shown.step, moving.n_frames, moving.size) == (STEPS - 1, 5, (48, 32))
+    assert [file.name for file in (run / "validation").iterdir()] == [f"step-{STEPS:08d}-video-0.mp4"]
 
 
 def used_for_sampling(run: Path) -> None:

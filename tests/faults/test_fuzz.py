@@ -1,11 +1,18 @@
 """A few mutations of every parser, and a few kills; `make fuzz` runs thousands."""
 
+import os
+import shutil
+import subprocess
+import time
+
 import pytest
 
+import megacogvx.testing.fuzz
 from megacogvx.errors import DataError
 from megacogvx.testing.fuzz import fuzz, mutate
 from megacogvx.testing.fuzz_targets import targets
-from megacogvx.testing.kill_writer import fill_and_resume, kill_and_resume
+from megacogvx.testing.kill_writer import SAMPLES, SHARDS, fill_and_resume, finish_and_compare, kill_and_resume
+from megacogvx.testing.tiny_dataset import write_tiny_dataset
 
 
 @pytest.mark.parametrize(
@@ -17,37 +24,43 @@ from megacogvx.testing.kill_writer import fill_and_resume, kill_and_resume
 )  # fmt: skip
 def test_damaged_files_are_refused_or_read_the_same(tmp_path, name):
     target = targets(tmp_path)[name]()
-    report = fuzz(target.path, target.parse, range(12), mutation=target.mutation)
+    report = fuzz(target.path, target.parse, range(48), mutation=target.mutation, slack=target.slack)
     assert not report.findings
-    assert sum(report.outcomes.values()) == 12
+    assert sum(report.outcomes.values()) == 48
 
 
-def test_the_fuzzer_sees_what_it_is_there_for(tmp_path):
-    """A parser that trusts its input: wrong data, another exception, memory, a crash."""
+def test_the_fuzzer_sees_what_it_is_there_for(tmp_path, monkeypatch):
+    """A parser that trusts its input: another exception, memory, a crash, a hang, wrong data; seeds after it go on."""
     path = tmp_path / "x"
     path.write_bytes(b"\1" * 40)
 
     def parse():
         data = path.read_bytes()
         if len(data) < 40:
-            raise DataError("short")
+            raise DataError(f"{path} is short" if data[0] & 1 else "something is short")
         if data[0] & 2:
             raise ValueError("x")
         if data[0] & 4:
-            bytearray(1 << 40)
+            bytearray(12 << 20)
         if data[0] & 8:
             import ctypes
 
             ctypes.string_at(0)
+        if data[0] & 32:
+            time.sleep(60)
         return data
 
     def mutation(data, seed):
-        return {0: data, 1: data[:-1], 2: b"\2" + data, 3: b"\4" + data, 4: b"\x08" + data, 5: b"\x10" + data}[seed]
+        return bytes([(1, 3, 5, 9, 1, 33, 17, 0, 1)[seed]]) + data[1 : 39 if seed in (4, 7) else 40]
 
-    report = fuzz(path, parse, range(6), mutation=mutation)
-    kinds = [kind for _, kind, _ in report.findings]
-    assert kinds == ["other exception", "out of memory", "crash or hang", "different result"]
-    assert report.outcomes["equal"] == report.outcomes["typed error"] == 1
+    monkeypatch.setattr(megacogvx.testing.fuzz, "HANG_SECONDS", 1)
+    report = fuzz(path, parse, range(9), mutation=mutation)
+    assert {seed: kind for seed, kind, _ in report.findings} == {
+        1: "other exception", 2: "out of memory", 3: "crash or hang", 5: "crash or hang", 6: "different result",
+        7: "typed error without the file's name",
+    }  # fmt: skip
+    assert report.outcomes["equal"] == 2
+    assert report.outcomes["typed error"] == 1
     assert path.read_bytes() == b"\1" * 40
 
 
@@ -65,3 +78,26 @@ def test_killed_at_a_random_moment_nothing_finished_is_lost(tmp_path, seed):
 @pytest.mark.parametrize("seed", range(4))
 def test_on_a_disk_that_fills_up_nothing_finished_is_lost(tmp_path, seed):
     assert fill_and_resume(tmp_path / "dataset", seed) == ""
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 40 KiB of its own, and how to make it larger; only root may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", str(folder)]
+    if os.geteuid() or not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield folder, lambda: subprocess.run(["mount", "-o", "remount,size=4m", str(folder)], check=True)
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.slow
+def test_no_space_left_is_told_and_once_there_is_some_nothing_finished_is_lost(small_disk):
+    """The kernel's own ENOSPC, where `fill_and_resume` limits the size of files."""
+    folder, enlarge = small_disk
+    with pytest.raises(DataError, match=r"shard-0000\d.*No space left on device"):
+        write_tiny_dataset(folder, SAMPLES, shards=SHARDS)
+    assert any(folder.glob("*.idx")), "the disk is too small to finish a shard"
+    enlarge()
+    assert finish_and_compare(folder, SAMPLES) == ""

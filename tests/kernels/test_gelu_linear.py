@@ -41,6 +41,19 @@ def test_what_needs_no_gradient_gets_none_and_changes_no_bit_of_the_other(frozen
     assert leaves[frozen].grad is None and torch.equal(*gradients)
 
 
+def test_a_kept_gelu_changes_no_bit_and_is_not_computed_again(monkeypatch):
+    calls, results = [], []
+    gelu = torch.nn.functional.gelu
+    monkeypatch.setattr("megacogvx_kernels.gelu_linear.F.gelu", lambda *x, **how: calls.append(1) or gelu(*x, **how))
+    for keep_gelu in (False, True):
+        x, weight = _leaves()
+        out = gelu_linear(x * 1, weight, keep_gelu=keep_gelu)
+        out.backward(draws.normal((TOKENS, 1, WIDTH), 1, "cotangent"))
+        results.append((out, x.grad, weight.grad))
+    assert len(calls) == 2 + 1
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_only_the_input_is_kept():
     kept = []
     x, weight = _leaves()

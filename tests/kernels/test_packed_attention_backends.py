@@ -12,6 +12,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
 from megacogvx import draws
@@ -129,6 +131,33 @@ def test_cudnn_is_asked_for_one_dense_call_a_sample(monkeypatch):
     backends.attend("cudnn", qkv(), backends.Packed(BOUNDARIES, CU_SEQLENS))
     assert calls == [(1, HEADS, stop - start, WIDTH) for start, stop in pairwise(BOUNDARIES) if stop > start]
     assert torch.backends.cuda.math_sdp_enabled()
+
+
+@pytest.mark.parametrize("name", ["cudnn", "flash2"])
+def test_the_output_of_a_kernel_is_kept_as_the_joined_one_alone(name, fakes, monkeypatch):
+    parts, alive, results = [], [], []
+
+    def kernel(q, k, v, *_, **__):
+        out = F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (q, k, v)))[0].transpose(0, 1)
+        parts.append(StorageWeakRef(out.untyped_storage()))
+        return out
+
+    def definition(name, tensors, packed):
+        return reference.packed_attention(*tensors, packed.boundaries)
+
+    monkeypatch.setattr(reference, "_attend", kernel)
+    monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_varlen_func", kernel)
+    boundaries = BOUNDARIES if name == "cudnn" else (0, BOUNDARIES[-1])
+    for attend in (definition, backends.attend):
+        parts.clear()
+        tensors = qkv()
+        out = attend(name, tensors, backends.Packed(boundaries, CU_SEQLENS))
+        read = out * out  # what reads it keeps it, too
+        alive.append(any(not part.expired() for part in parts))
+        read.sum().backward()
+        results.append((out, *(leaf.grad for leaf in tensors)))
+    assert alive == [True, False]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def tensor(dtype=torch.bfloat16, device="cuda", heads=48):

@@ -2,49 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-from types import SimpleNamespace
-
 import torch
-import torch.distributed as dist
 
 from megacogvx import draws
 from megacogvx.pack_layout import build_layout, place_sample
 from megacogvx.testing.spawn import on_ranks
 from megacogvx.testing.tolerance import assert_close
 
+TEXT_TO_VIDEO = {"in_channels": 4, "max_text_seq_length": 20}
 SPLIT = ({"tensor_parallel_size": 2}, {"context_parallel_size": 2})
-SMALL = {
-    "num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 16, "text_embed_dim": 24, "time_embed_dim": 32,
-    "max_text_seq_length": 20, "in_channels": 4, "out_channels": 4, "use_rotary_positional_embeddings": True,
-}  # fmt: skip
-
-
-def _alone(groups):
-    solos = [dist.new_group([rank]) for rank in range(groups.world_size)]
-    solo = solos[groups.rank]
-    collection = SimpleNamespace(tp=solo, cp=solo, dp=solo, dp_cp=solo, tp_dp_cp=solo)
-    return dataclasses.replace(
-        groups, collection=collection, tensor=(0, 1), context=(0, 1), data=(0, 1), rank=0, world_size=1
-    )
-
-
-def _model(groups, **changes):
-    from megacogvx.models.transformer.config import CogVideoXConfig
-    from megacogvx.models.transformer.model import CogVideoXTransformer, transformer_core
-    from megacogvx.parallel.config import ParallelConfig
-    from megacogvx.parallel.tensor_parallel import full_shape, shard_of
-
-    config = CogVideoXConfig(**SMALL, **changes)
-    parallel = ParallelConfig(tensor_parallel_size=groups.tensor[1], context_parallel_size=groups.context[1])
-    model = CogVideoXTransformer(config, transformer_core(config, parallel, groups, torch.float32), groups)
-    with torch.no_grad():
-        for name, tensor in model.named_parameters():
-            shape = full_shape(tensor, groups)
-            scale = 0.3 if len(shape) == 1 else shape[1] ** -0.5
-            full = draws.normal(shape, 0, name) * scale + float("norm" in name and name.endswith("weight"))
-            tensor.copy_(shard_of(full, tensor, groups))
-    return model.to(groups.device)
 
 
 @on_ranks(2, *SPLIT)
@@ -75,13 +41,16 @@ def test_sampling_does_not_depend_on_the_layout(groups, folder):
     from megacogvx.diffusion.config import DiffusionConfig
     from megacogvx.diffusion.schedule import NoiseSchedule
     from megacogvx.inference.denoise import Denoiser, SamplingSettings
+    from megacogvx.testing.one_process import Setting, alone, make
 
-    alone, schedule = _alone(groups), NoiseSchedule(DiffusionConfig())
+    solo, schedule = alone(groups), NoiseSchedule(DiffusionConfig())
     text_LE, null_LE = draws.normal((7, 24), 0, "text"), torch.zeros(20, 24)
     for changes, sampler in (({}, "ddim"), ({"patch_size_t": 2}, "dpm"), ({"rope_grid": "crop"}, "ddim")):
         settings = SamplingSettings(num_steps=3, sampler=sampler, guidance_scale=3.0, seed=4)
         results = [
-            Denoiser(_model(where, **changes), schedule, where).sample(text_LE, null_LE, (3, 4, 8, 6), settings)
-            for where in (groups, alone)
+            Denoiser(make(where, Setting("5b", changes={**TEXT_TO_VIDEO, **changes})), schedule, where).sample(
+                text_LE, null_LE, (3, 4, 8, 6), settings
+            )
+            for where in (groups, solo)
         ]
         assert_close(*results, 1e-5, f"{sampler} {changes}")

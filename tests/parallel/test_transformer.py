@@ -72,6 +72,11 @@ def test_eight_ranks_equal_one(groups):
     check(groups, variant="5b_i2v")
 
 
+@on_ranks(24, {"context_parallel_size": 24, "ring_size": 4})
+def test_six_heads_over_rings_of_four_equal_one(groups):
+    check(groups, variant="5b", changes={"num_attention_heads": 6})
+
+
 @on_ranks(2, TP2, RING2, PP2)
 def test_recompute_changes_no_bit(groups):
     """Also with pipeline stages, which keep the packs under way and recompute those of their own layers."""

@@ -77,6 +77,8 @@ def test_peak_bytes_count_what_lives_at_a_time():
     model = torch.nn.ParameterList([weight])
 
     def run():
+        for _ in range(10):
+            torch.ones(1000)  # freed at once
         (weight * 2 * torch.ones(1000)).sum().backward()
         return []
 
@@ -106,6 +108,7 @@ def test_the_packs_of_the_gpu_part_have_the_stated_lengths_and_flops():
     [
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", "attention"),
         ("void pytorch_flash::flash_fwd_kernel<...>", "attention"),
+        ("void cudnn::fusion::compute_dot_do_o_specialized<true, __nv_bfloat16, 128, 64>", "attention"),
         ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_TNT", "matrix products"),
         ("sm90_xmma_gemm_bf16bf16_bf16f32", "matrix products"),
         ("vectorized_layer_norm_kernel", "norms, modulation, rotation, GELU, copies"),
@@ -117,11 +120,12 @@ def test_kernels_are_told_apart_by_name(kernel, part):
 
 def test_the_switch_for_the_gpu_runs_its_part_and_nothing_else(monkeypatch):
     ran = []
-    monkeypatch.setattr(bench_step_gpu, "main", lambda: ran.append("gpu"))
+    monkeypatch.setattr(bench_step_gpu, "main", lambda packs: ran.append(list(packs)))
     monkeypatch.setattr(bench_step, "initialize", lambda config: ran.append("cpu"))
-    monkeypatch.setattr(sys, "argv", ["bench_step.py", "--gpu"])
-    bench_step.main()
-    assert ran == ["gpu"]
+    for arguments in ([], ["--packs", "1", "3"]):
+        monkeypatch.setattr(sys, "argv", ["bench_step.py", "--gpu", *arguments])
+        bench_step.main()
+    assert ran == [[0, 1, 2, 3], [1, 3]]
 
 
 @pytest.mark.parametrize("policy", bench_step_gpu.KEPT_PER_TOKEN)
@@ -138,12 +142,64 @@ def test_without_a_gpu_nothing_is_measured(capsys):
     assert "not measured" in capsys.readouterr().out
 
 
+def _small_layers(groups, monkeypatch):
+    """What the GPU part compares, small, in fp32 on the CPU, and not compiled."""
+    case = Case(CONFIG.model_copy(update={"num_layers": 1}), EQUAL)
+    monkeypatch.setattr(torch, "compile", lambda block, dynamic: block)
+    return case, bench_step_gpu.layers(case, groups)
+
+
+def test_the_sides_of_the_gpu_part_are_the_same_computation(groups, monkeypatch):
+    _, sides = _small_layers(groups, monkeypatch)
+    results = []
+    for side in sides:
+        out = side.forward()
+        torch.autograd.backward(out, side.cotangents)
+        inputs = [leaf.grad for leaf in side.leaves[: len(out)]]
+        results.append((side.tokens(out), side.tokens(tuple(g if g.dim() == 3 else g[:, None] for g in inputs))))
+        bench_step_gpu.drop_gradients(side)
+    for side, (tokens, gradient) in zip(sides, results, strict=True):
+        assert_close(tokens, results[-1][0], 1e-5, side.name)
+        assert_close(gradient, results[-1][1], 1e-4, f"gradient, {side.name}")
+    assert [bool(side.predicted) for side in sides] == [True, True, True, False, False]
+
+
+def test_the_table_of_the_gpu_part_has_all_figures_and_names_what_fails(groups, monkeypatch, capsys):
+    """Its clocks and counters are a GPU's; here they are played."""
+    case, sides = _small_layers(groups, monkeypatch)
+
+    def step(side):
+        if "selective" in side.name:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        torch.autograd.backward(side.forward(), side.cotangents)
+        bench_step_gpu.drop_gradients(side)
+        return 2.0 if "eager" in side.name else 1.0
+
+    monkeypatch.setattr(bench_step_gpu, "case_of", lambda *_: case)
+    monkeypatch.setattr(bench_step_gpu, "layers", lambda *_: sides)
+    monkeypatch.setattr(bench_step_gpu, "step", step)
+    monkeypatch.setattr(bench_step_gpu, "kept_and_peak", lambda side: (int(1.01 * side.predicted), 2**30))
+    monkeypatch.setattr(bench_step_gpu, "time_by_part", lambda side: ({"attention": 0.25}, "sdpa_sm90"))
+    monkeypatch.setattr(bench_step_gpu, "PACKS", ((2, (3, 8, 12), 2),))
+    monkeypatch.setattr(bench_step_gpu, "PEAK_TFLOPS", bench_step_gpu.block_flops(case.config, case.layout) / 1e9)
+    bench_step_gpu.measure(0, groups)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "megacogvx" in line or "diffusers" in line]
+    (none, keep, eager, compiled, failed) = (
+        next(line for line in lines if name in line and "│" in line)
+        for name in ("megacogvx, none", "keep_attention", "eager", "compiled", "selective")
+    )
+    assert "100.0%" in none and "50.0%" in eager and "100.0%" in compiled and "(+1.0%)" in keep
+    assert "out of memory" in failed
+    assert float(none.split("│")[-2]) < 1e-5 and not eager.split("│")[-2].strip()
+    assert sum("attention 0.2 ms; attention kernel: sdpa_sm90" in line for line in lines) == 4
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_layers_of_the_gpu_part_compute_the_same(monkeypatch):
     groups = initialize(ParallelConfig(device="cuda"))
     case = bench_step_gpu.case_of(2, (3, 32, 48))
-    *ours, theirs = [side for side in bench_step_gpu.layers(case, groups) if "compiled" not in side.name]
+    *ours, theirs = (side for side in bench_step_gpu.layers(case, groups) if "compiled" not in side.name)
     reference = theirs.tokens(theirs.forward())
     for side in ours:
         assert_close(side.tokens(side.forward()), reference, 2e-2, side.name)

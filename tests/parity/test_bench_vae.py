@@ -50,10 +50,20 @@ def test_sizes_are_read():
     assert bench_vae.size_of("49x128x96") == (49, 128, 96)
 
 
-@pytest.mark.parametrize(("limit", "expected"), [(0, 0), (1, 1), (8, 1), (9, 9), (160, 153), (161, 161), (10**6, 4097)])
-def test_the_largest_clip_that_fits_is_found(limit, expected):
+def test_the_longest_clip_is_predicted_by_a_line():
+    line = lambda frames: 100 + 20 * frames  # noqa: E731
+    for free, expected in ((100 + 20 * 161, 161), (100 + 20 * 161 - 1, 153), (150, 1), (10**9, 4097)):
+        assert bench_vae_gpu.on_line((9, 25), (line(9), line(25)), free) == expected
+    assert bench_vae_gpu.on_line((9, 25), (100, 100), 200) == bench_vae_gpu.MOST_FRAMES
+
+
+@pytest.mark.parametrize(
+    ("limit", "predicted", "expected"),
+    [(0, 1, 0), (1, 9, 1), (161, 161, 161), (170, 161, 169), (150, 161, 145), (5000, 4097, 4097), (1000, 801, 993)],
+)
+def test_the_longest_clip_that_fits_is_found_near_the_prediction(limit, predicted, expected):
     asked = []
-    assert bench_vae_gpu.largest(lambda frames: asked.append(frames) or frames <= limit) == expected
+    assert bench_vae_gpu.largest(lambda frames: asked.append(frames) or frames <= limit, predicted) == expected
     assert all(frames % 8 == 1 for frames in asked)
 
 
@@ -61,6 +71,6 @@ def test_the_largest_clip_that_fits_is_found(limit, expected):
 def test_the_gpu_s_figures_exist():
     ours = our_model(CONFIG, torch.bfloat16, "cuda")
     case = Case("encode", "chunked", (17, 64, 64), torch.bfloat16, "cuda")
-    seconds, peak, result = bench_vae_gpu.measure(Ours(ours, case))
+    seconds, peak, result = bench_vae_gpu.measure(Ours(ours, case), 2)
     assert seconds > 0 and peak >= result.nbytes
-    assert bench_vae_gpu.fits(ours, case)
+    assert "frames" in bench_vae_gpu.longest(ours, case)

@@ -129,10 +129,15 @@ def through(source, to, output, **options):
     return convert(open_parts([source], ReadOptions()), to, output, **options)
 
 
-@pytest.mark.parametrize(
-    ("variant", "dtype", "with_vae"),
-    [*((variant, "fp32", variant == "2b") for variant in VARIANTS), ("2b", "fp16", False), ("1.5-5b", "bf16", False)],
-)
+QUICK = {*((variant, "fp32") for variant in VARIANTS), ("2b", "fp16"), ("1.5-5b", "bf16")}
+CASES = [
+    pytest.param(variant, dtype, (variant, dtype) not in QUICK or (variant, dtype) == ("2b", "fp32"),
+                 marks=[] if (variant, dtype) in QUICK else pytest.mark.slow)
+    for variant in VARIANTS for dtype in DTYPES
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("variant", "dtype", "with_vae"), CASES)
 def test_every_way_round_gives_the_same_bits(tmp_path, variant, dtype, with_vae):
     truth = diffusers_folder(tmp_path / "source", variant, DTYPES[dtype], with_vae)
     ours = through(tmp_path / "source", "megacogvx", tmp_path / "ours", check=False)

@@ -58,6 +58,10 @@ VARIANTS = {
         {"in_channels": 4, **ROTARY, "patch_size_t": 2, "sample_width": 16},
         ((4, 8, 12, TEXT), (1, 4, 6, 3), (5, 6, 16, 5)),
     ),
+    "patch_of_four_frames": Variant(
+        {"in_channels": 4, **ROTARY, "patch_size_t": 4, "sample_width": 16},
+        ((4, 8, 12, TEXT), (1, 4, 6, 3), (6, 6, 16, 5), (7, 4, 6, 2)),
+    ),
     "1_5_i2v": Variant(
         {"in_channels": 8, **ROTARY, "patch_size_t": 2, "ofs_embed_dim": 32}, ((4, 8, 12, TEXT), (1, 4, 6, 3))
     ),

@@ -54,7 +54,7 @@ def video(frames: int, height: int = 16, width: int = 24, batch: int = 2) -> tor
     return (still + steps.cumsum(2)).tanh()
 
 
-@pytest.mark.parametrize("frames", [*range(1, 18), 25])
+@pytest.mark.parametrize("frames", [*range(1, 18), 25, 49])
 def test_whole_clip_equals_diffusers(frames: int) -> None:
     ours, theirs = pair()
     clip = video(frames)
@@ -75,7 +75,12 @@ def test_chunks_of_one_latent_frame_equal_diffusers() -> None:
             assert_close(moments, theirs._encode(video(frames)), OUTPUT_BOUND, f"moments of {frames} frames")
 
 
-@pytest.mark.parametrize("frames", [1, 4, 8, 9, 12, 16, 17, 22, 25, 33])
+def others_slow(*frames: int) -> list:
+    """Every count of frames from 1 to 17, and 49; those that aren't named are for the slow tests."""
+    return [n if n in frames else pytest.param(n, marks=pytest.mark.slow) for n in (*range(1, 18), 22, 25, 33, 49)]
+
+
+@pytest.mark.parametrize("frames", others_slow(1, 4, 8, 9, 12, 16, 17, 22, 25, 49))
 def test_chunks_equal_the_published_default(frames: int) -> None:
     ours, theirs = pair(chunked=True)
     clip = video(frames)
@@ -114,7 +119,7 @@ def test_tiles_equal_the_published_ones(
         assert_close(ours.decode(latents, coding), theirs.decode(latents).sample, OUTPUT_BOUND, "pixels")
 
 
-@pytest.mark.parametrize("frames", [1, 9, 12, 17])
+@pytest.mark.parametrize("frames", others_slow(1, 9, 12, 17))
 def test_gradients_equal_diffusers(frames: int) -> None:
     ours, theirs = pair()
     clip, expected_clip = video(frames).requires_grad_(), video(frames).requires_grad_()

@@ -18,6 +18,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megacogvx_kernels.packed_attention import on_cpu, reference
+from megacogvx_kernels.packed_attention.kept_once import KeptOnce
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,9 @@ def torchs_own(tensors: Tensors, packed: Packed) -> torch.Tensor:
 
 def cudnn(tensors: Tensors, packed: Packed) -> torch.Tensor:
     """One dense call of cuDNN's attention per sample; flash-attn's for one that cuDNN won't take (a single token)."""
-    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
-        return reference.packed_attention(*tensors, packed.boundaries)
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+    with sdpa_kernel(order, set_priority=True), KeptOnce() as once:
+        return once.join(reference.of_each_sample(*tensors, packed.boundaries))
 
 
 def flash2(tensors: Tensors, packed: Packed) -> torch.Tensor:
@@ -136,8 +138,9 @@ def attend(name: str, tensors: Tensors, packed: Packed) -> torch.Tensor:
     if name in ("reference", "cudnn"):
         return KERNELS[name](tensors, packed)
     q, k, v = tensors
-    out = KERNELS[name]((q[:end], k[:end], v[:end]), packed)
-    return out if end == len(q) else torch.cat([out, out.new_zeros(len(q) - end, *q.shape[1:])])
+    with KeptOnce() as once:
+        out = KERNELS[name]((q[:end], k[:end], v[:end]), packed)
+        return out if end == len(q) else once.join([out, out.new_zeros(len(q) - end, *q.shape[1:])])
 
 
 def _twice(packed: Packed) -> tuple[torch.Tensor, torch.Tensor, int, int]:

@@ -13,13 +13,19 @@ def packed_attention(
     q_SNK: torch.Tensor, k_SNK: torch.Tensor, v_SNK: torch.Tensor, boundaries: Sequence[int]
 ) -> torch.Tensor:
     """softmax(q k^T K^-0.5) v within each sample; see the public function for the arguments."""
+    return torch.cat(of_each_sample(q_SNK, k_SNK, v_SNK, boundaries))
+
+
+def of_each_sample(
+    q_SNK: torch.Tensor, k_SNK: torch.Tensor, v_SNK: torch.Tensor, boundaries: Sequence[int]
+) -> list[torch.Tensor]:
+    """Return the attention of each sample that has tokens, then zeros for the padding."""
     parts = [
         _attend(q_SNK[start:stop], k_SNK[start:stop], v_SNK[start:stop])
         for start, stop in pairwise(boundaries)
         if stop > start
     ]
-    parts.append(torch.zeros_like(q_SNK[boundaries[-1] :]))
-    return torch.cat(parts)
+    return [*parts, torch.zeros_like(q_SNK[boundaries[-1] :])]
 
 
 def _attend(q_SNK: torch.Tensor, k_SNK: torch.Tensor, v_SNK: torch.Tensor) -> torch.Tensor:

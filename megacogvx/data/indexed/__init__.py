@@ -6,7 +6,8 @@ shards, `reader.py` maps them, `verify.py` reads everything once and lists what 
 
 from megacogvx.data.indexed.layout import EncoderInfo
 from megacogvx.data.indexed.manifest import Manifest, finish_dataset, read_manifest
-from megacogvx.data.indexed.reader import IndexedDataset, Record
+from megacogvx.data.indexed.reader import IndexedDataset
+from megacogvx.data.indexed.shard import Record
 from megacogvx.data.indexed.writer import DatasetWriter
 
 __all__ = ["DatasetWriter", "EncoderInfo", "IndexedDataset", "Manifest", "Record", "finish_dataset", "read_manifest"]

@@ -9,6 +9,7 @@ while it is in the cache: what was checked is what the caller has.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -17,7 +18,7 @@ from megacogvx.data.indexed.layout import RECORD_HEADER, ShardIndex, aligned
 from megacogvx.data.indexed.source import MappedSource, Source
 
 HEADER = RECORD_HEADER.size
-_hash = xxhash.xxh3_64_intdigest
+_hash: Callable[[Any], int] = xxhash.xxh3_64_intdigest  # takes arrays, whatever its stub says
 
 
 class RecordCopier:
@@ -33,14 +34,15 @@ class RecordCopier:
         """
         self._index, self._source, self._damaged = index, source, damaged
         self._data = source.data if isinstance(source, MappedSource) else None
+        self._bytes = None if self._data is None else self._data.data
         self._cell_bytes, self._token_bytes = index.encoder.frame_cell_bytes, index.encoder.text_token_bytes
         names = (
             "record", "frames", "height", "width", "text_offset", "text_length", "text_hash", "metadata_offset",
-            "metadata_length", "metadata_hash", "frame_hash",
+            "metadata_length", "metadata_hash", "latent_hash",
         )  # fmt: skip
         (
             self._record, self._frames, self._height, self._width, self._text, self._tokens, self._text_hash,
-            self._note, self._note_bytes, self._note_hash, self._frame_hash,
+            self._note, self._note_bytes, self._note_hash, self._latent_hash,
         ) = (index.columns[name].data for name in names)  # fmt: skip
 
     def whole(self, row: int, out: np.ndarray) -> int:
@@ -83,7 +85,11 @@ class RecordCopier:
         start = self._record[row] + HEADER + frames.start * frame_bytes
         latent_bytes, text_bytes = len(frames) * frame_bytes, self._tokens[row] * self._token_bytes
         note, note_bytes, text = self._note[row], self._note_bytes[row] if check else 0, self._text[row]
-        source = self._source.gathered(((start, latent_bytes), (text, text_bytes), (note, note_bytes)))
+        hashes, hash_bytes = aligned(note + note_bytes), 8 * self._frames[row]
+        behind = hashes + hash_bytes - note if check else 0
+        source = self._source
+        if self._bytes is None:
+            source = source.gathered(((start, latent_bytes), (text, text_bytes), (note, behind)))
         text_place = aligned(latent_bytes)
         end = text_place + text_bytes
         if not check:
@@ -91,17 +97,20 @@ class RecordCopier:
             source.copy(text, out[text_place:end])
             return aligned(end)
         source.check_size()
-        first = self._index.frame_start.item(row)
-        for place, frame in enumerate(frames):
+        trailer = source.view(note, behind).data if self._bytes is None else self._bytes[note : note + behind]
+        stored = trailer[hashes - note :]
+        if _hash(stored) != self._latent_hash[row]:
+            raise self._damaged(row, "the list of the latents' checksums")
+        for place, (frame, expected) in enumerate(zip(frames, stored.cast("Q")[frames.start :], strict=False)):
             piece = out[place * frame_bytes : (place + 1) * frame_bytes]
             source.copy(start + place * frame_bytes, piece)
-            if _hash(piece.data) != self._frame_hash[first + frame]:
+            if _hash(piece) != expected:
                 raise self._damaged(row, f"latent frame {frame}")
         piece = out[text_place:end]
         source.copy(text, piece)
-        if _hash(piece.data) != self._text_hash[row]:
+        if _hash(piece) != self._text_hash[row]:
             raise self._damaged(row, "the text")
-        if _hash(source.view(note, note_bytes).data) != self._note_hash[row]:
+        if _hash(trailer[:note_bytes]) != self._note_hash[row]:
             raise self._damaged(row, "the metadata")
         return aligned(end)
 

@@ -1,4 +1,4 @@
-"""The bytes of a shard: what stands where in `NAME.bin` and `NAME.idx` (format version 1.1, little-endian).
+"""The bytes of a shard: what stands where in `NAME.bin` and `NAME.idx` (format version 2.0, little-endian).
 
     DATASET/manifest.json     lists the shards (`manifest.py`)
     DATASET/NAME.bin          records, written once
@@ -13,6 +13,7 @@ NAME.bin
     56   8  u64 xxh3 of bytes 0-55
     64      records, each from a multiple of 64:
             record header 64 B | latents [T, h, w, 2C] | 0s to 64 | text [L, E], or ids [L] | 0s to 64 | JSON | 0s to 64
+            | u64 xxh3 of each latent frame [T] | u64 xxh3 of these | 0s to 64
             and, where the sample has a first frame: image header 64 B | pixels u8 [H, W, 3] | 0s to 64
     The text is left out of a record when an earlier record of the shard has the same bytes (equal captions): the header
     and the column `text_offset` point at the earlier one.
@@ -40,13 +41,13 @@ NAME.idx
    directory  64 B a column: 32s name, u16 dtype code, 6 zero, u64 offset, u64 bytes, u64 xxh3 of the column
    columns    each from a multiple of 64; see `COLUMNS`, `IMAGE_COLUMNS`; unknown ones are skipped
 
-Every hash is xxh3-64. They form a chain (manifest -> header, schema, directory -> columns -> latent frames, text,
-JSON), so that opening a dataset reads only its indexes and still ends in checked bytes. Latents are hashed per frame:
-a rank that needs frames 3-5 reads and checks only these.
+Every hash is xxh3-64. They form a chain (manifest -> header, schema, directory -> columns -> text, JSON, hashes of the
+latent frames -> these), so that opening a dataset reads only its indexes and still ends in checked bytes. Latents are
+hashed per frame: a rank that needs frames 3-5 reads and checks only these. Their hashes stand in the record, behind the
+JSON, which every checked read looks at anyway; in the index they would be most of its bytes.
 
 The dtypes of latents and text are one kind a corpus, so they stand once in the schema and in each .bin's header, not in
-a column per record. Version 1.0 had bf16 alone and no images; its files are read, and bf16 files without images are
-still written byte for byte as they were, but for the minor version.
+a column per record. Versions 1.0 and 1.1 had the hashes of the frames in the index; they are refused.
 
 Compared with the Megatron-LM format of the same suffixes: shapes, bf16, checksums, pairing by uuid, sizes checked
 against the files, and every check an exception.
@@ -57,22 +58,20 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import numpy as np
 import xxhash
-from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from megacogvx.config import Section
 from megacogvx.errors import DataError
 
 BIN_MAGIC, IDX_MAGIC = b"MCVXBIN\0", b"MCVXIDX\0"
 RECORD_MAGIC, IMAGE_RECORD_MAGIC, IMAGE_MAGIC = b"SMPL", b"SMPI", b"FRST"
-MAJOR, MINOR = 1, 1
+MAJOR, MINOR = 2, 0
 ALIGNMENT = 64  # a cache line, and what vector loads want
 BIN_HEADER = struct.Struct("<8sHHI16sIIHH12xQ")
 RECORD_HEADER = struct.Struct("<4sHHHHIQQQIIQQ")
@@ -92,7 +91,7 @@ COLUMNS = {
     "metadata_offset": "<u8",
     "metadata_length": "<u4",  # bytes
     "metadata_hash": "<u8",
-    "frame_hash": "<u8",  # one per latent frame of the shard, sample after sample
+    "latent_hash": "<u8",  # of the hashes of its latent frames
 }
 IMAGE_COLUMNS = {  # in shards whose `EncoderInfo.first_frame` is set; all 0 for a sample without one
     "image_offset": "<u8",  # of the pixels
@@ -108,7 +107,6 @@ FIELD_DTYPES = {
 FloatDtype = Literal["bf16", "fp8_e4m3", "fp8_e5m2"]
 TextDtype = Literal["bf16", "fp8_e4m3", "fp8_e5m2", "int16", "int32", "int64"]
 TextKind = Literal["padded", "real", "token_ids"]
-SINCE_1_1 = ("latent_dtype", "text_dtype", "first_frame")  # left out of the JSON where they say what 1.0 knew alone
 IMAGE_CHANNELS = 3
 MAX_SIDE = 2**16 - 1  # latent frames, rows, columns; pixels of a first frame
 MAX_METADATA_BYTES = 2**20
@@ -154,12 +152,6 @@ class EncoderInfo(Section):
             )
         return self
 
-    @model_serializer(mode="wrap")
-    def _as_in_1_0(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values: dict[str, Any] = handler(self)
-        defaults = type(self).model_fields
-        return {key: v for key, v in values.items() if key not in SINCE_1_1 or v != defaults[key].default}
-
     @property
     def pads_text(self) -> bool:
         """Whether every text has `text_length` tokens."""
@@ -195,7 +187,7 @@ class ShardIndex:
         uuid: 16 bytes, equal to the .bin's.
         encoder: what made the records.
         bin_bytes, idx_bytes: sizes of the two files.
-        columns: name -> array `[n]` (`frame_hash`: `[sum of frames]`), as `columns_of(encoder)` lists them.
+        columns: name -> array `[n]`, as `columns_of(encoder)` lists them.
         checksum: xxh3 of header, schema and directory; the manifest holds it.
     """
 
@@ -208,11 +200,6 @@ class ShardIndex:
 
     def __len__(self) -> int:
         return len(self.columns["sample_id"])
-
-    @cached_property
-    def frame_start(self) -> np.ndarray:
-        """Place of each sample's first hash in `frame_hash`: int64 `[n + 1]`."""
-        return np.concatenate([[0], np.cumsum(self.columns["frames"], dtype=np.int64)])
 
 
 def columns_of(encoder: EncoderInfo) -> dict[str, str]:
@@ -228,6 +215,12 @@ def digest(data: Any) -> int:
 def aligned(offset: int) -> int:
     """Return the next multiple of `ALIGNMENT`."""
     return -(-offset // ALIGNMENT) * ALIGNMENT
+
+
+def sealed_hashes(frames: Sequence[int]) -> bytes:
+    """Return the bytes of the hashes of latent frames, and of their own hash."""
+    packed = struct.pack(f"<{len(frames)}Q", *frames)
+    return packed + struct.pack("<Q", digest(packed))
 
 
 def canonical_json(value: Any) -> bytes:
@@ -286,7 +279,10 @@ def unseal(header: struct.Struct, data: bytes, magic: bytes, where: str) -> tupl
 def check_version(major: int, minor: int, where: str) -> None:
     """Refuse another major version; a newer minor one only adds columns."""
     if major != MAJOR:
-        raise DataError(f"{where} has format version {major}.{minor}, this program reads {MAJOR}.x")
+        raise DataError(
+            f"{where} has format version {major}.{minor}, this program reads {MAJOR}.x: encode the samples again, or "
+            "read them with the program that wrote them"
+        )
 
 
 def write_index(uuid: bytes, encoder: EncoderInfo, bin_bytes: int, columns: Mapping[str, np.ndarray]) -> bytes:
@@ -311,45 +307,6 @@ def write_index(uuid: bytes, encoder: EncoderInfo, bin_bytes: int, columns: Mapp
     return header + schema + bytes(directory_offset - IDX_HEADER.size - len(schema)) + directory + body
 
 
-def parse_index(
-    data: bytes | memoryview, path: Path | str, check_columns: bool = True, check_rows: bool = True
-) -> ShardIndex:
-    """Read the bytes of an `.idx` and check everything that can be checked without the `.bin`.
-
-    Args:
-        data: the whole file; the columns are views of it.
-        path: named in messages.
-        check_columns: also compare the hash of each column.
-        check_rows: also check every row, which takes longer than all the rest; otherwise call `check_rows` before the
-            first of them is used.
-
-    Raises:
-        DataError: anything is not as `layout.py` says.
-    """
-    where, data = str(path), memoryview(data)
-    (_, major, minor, _, uuid, count, bin_bytes, idx_bytes, num_columns, alignment, schema_at, schema_bytes,
-     directory_at, directory_hash) = unseal(IDX_HEADER, bytes(data[: IDX_HEADER.size]), IDX_MAGIC, where)  # fmt: skip
-    check_version(major, minor, where)
-    if idx_bytes != len(data):
-        raise DataError(f"{where} has {len(data)} bytes, its header says {idx_bytes}: truncated, or written to since")
-    if alignment != ALIGNMENT or bin_bytes > MAX_SHARD_BYTES or num_columns > 256:
-        raise DataError(f"{where}: alignment {alignment}, {bin_bytes} bytes or {num_columns} columns are out of range")
-    schema = bytes(_span(data, schema_at, schema_bytes, f"{where}: schema"))
-    directory = bytes(_span(data, directory_at, num_columns * DIRECTORY_ENTRY.size, f"{where}: column directory"))
-    if digest(schema + directory) != directory_hash:
-        raise DataError(f"{where}: schema or column directory is damaged (its checksum differs)")
-    encoder = parse_encoder(load_json(schema, f"{where}: schema"), where)
-    columns = _columns(data, directory, columns_of(encoder), where, check_columns)
-    index = ShardIndex(
-        uuid, encoder, bin_bytes, idx_bytes, columns,
-        digest(bytes(data[: IDX_HEADER.size]) + schema + directory),
-    )  # fmt: skip
-    _check_lengths(index, count, where)
-    if check_rows:
-        check_index_rows(index, where)
-    return index
-
-
 def parse_encoder(values: Any, where: str) -> EncoderInfo:
     """Return the checked `EncoderInfo`.
 
@@ -361,84 +318,3 @@ def parse_encoder(values: Any, where: str) -> EncoderInfo:
     except ValidationError as error:
         problem = error.errors()[0]
         raise DataError(f"{where}: encoder.{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
-
-
-def _span(data: memoryview, start: int, length: int, where: str) -> memoryview:
-    if start + length > len(data):  # Python integers: no wrap at 2^64
-        raise DataError(f"{where} reaches to byte {start + length} of {len(data)}")
-    return data[start : start + length]
-
-
-def _columns(
-    data: memoryview, directory: bytes, names: Mapping[str, str], where: str, check: bool
-) -> dict[str, np.ndarray]:
-    columns = {}
-    for raw_name, code, offset, length, stored in DIRECTORY_ENTRY.iter_unpack(directory):
-        name = raw_name.rstrip(b"\0").decode("ascii", "replace")
-        if name not in names:
-            continue
-        dtype = np.dtype(names[name])
-        if code != DTYPE_CODES[names[name]] or length % dtype.itemsize or offset % ALIGNMENT:
-            raise DataError(f"{where}: column {name} has dtype code {code}, {length} bytes at {offset}")
-        column = _span(data, offset, length, f"{where}: column {name}")
-        if check and digest(column) != stored:
-            raise DataError(f"{where}: column {name} is damaged (its checksum differs)")
-        columns[name] = np.frombuffer(column, dtype=dtype)
-    missing = [name for name in names if name not in columns]
-    if missing:
-        raise DataError(f"{where} lacks the columns {', '.join(missing)}")
-    return columns
-
-
-def _check_lengths(index: ShardIndex, count: int, where: str) -> None:
-    """Check that every column has an entry per record, or per latent frame."""
-    lengths = {name: len(column) for name, column in index.columns.items()}
-    names = columns_of(index.encoder)
-    frames = int(index.columns["frames"].sum(dtype=np.int64))
-    expected = {name: frames if name == "frame_hash" else count for name in names}
-    for name in names:
-        if lengths[name] != expected[name]:
-            raise DataError(f"{where}: column {name} has {lengths[name]} entries instead of {expected[name]}")
-
-
-def check_index_rows(index: ShardIndex, where: str) -> None:
-    """Check that all records lie in order, aligned and inside the `.bin`; nothing here trusts the columns.
-
-    Raises:
-        DataError: one does not.
-    """
-    names, count = columns_of(index.encoder), len(index)
-    if not count:
-        return
-    offsets = [index.columns[name] for name in names if name == "record" or name.endswith("_offset")]
-    if any(int(column.max()) > index.bin_bytes for column in offsets):
-        raise DataError(f"{where}: an offset lies beyond the {index.bin_bytes} bytes of the .bin")
-    record, text, metadata, *images = (column.astype(np.int64) for column in offsets)
-    cells = np.ones(count, np.int64)
-    for name in ("frames", "height", "width"):
-        cells *= index.columns[name]
-    latents_end = record + RECORD_HEADER.size + cells * index.encoder.frame_cell_bytes
-    text_end = text + index.columns["text_length"].astype(np.int64) * index.encoder.text_token_bytes
-    metadata_end = metadata + index.columns["metadata_length"].astype(np.int64)
-    following = np.append(record[1:], index.bin_bytes)
-    rules = {
-        "has no latents": cells < 1,
-        "is not aligned": (record | text | metadata) % ALIGNMENT != 0,
-        "starts in the header": (record < BIN_HEADER.size) | (text < BIN_HEADER.size),
-        "has latents that reach into its metadata": latents_end > metadata,
-        "has metadata that reach into the next record": metadata_end > following,
-        "has text beyond its own record": text_end > metadata,
-        "has too many text tokens": index.columns["text_length"] > index.encoder.text_length,
-        "has too much metadata": index.columns["metadata_length"] > MAX_METADATA_BYTES,
-    }
-    for image in images:
-        pixels = index.columns["image_height"].astype(np.int64) * index.columns["image_width"]
-        rules |= {
-            "has a first frame that is not aligned": image % ALIGNMENT != 0,
-            "has a first frame without a place or a size": (image > 0) != (pixels > 0),
-            "has a first frame that overlaps its metadata": (image > 0) & (image < metadata_end + IMAGE_HEADER.size),
-            "has a first frame that reaches into the next record": image + pixels * IMAGE_CHANNELS > following,
-        }
-    for rule, broken in rules.items():
-        if broken.any():
-            raise DataError(f"{where}: record {int(np.argmax(broken))} {rule}")

@@ -24,8 +24,8 @@ from megacogvx.data.indexed.layout import (
     canonical_json,
     digest,
     load_json,
-    parse_index,
 )
+from megacogvx.data.indexed.parse import parse_index
 from megacogvx.data.indexed.remote import Folder
 from megacogvx.errors import DataError
 

@@ -27,11 +27,12 @@ from megacogvx.data.indexed.layout import (
     columns_of,
     digest,
     load_json,
-    parse_index,
+    sealed_hashes,
     unseal,
     write_index,
 )
 from megacogvx.data.indexed.manifest import write_atomically
+from megacogvx.data.indexed.parse import parse_index
 from megacogvx.errors import DataError
 
 
@@ -53,8 +54,7 @@ class RecoverReport:
 def recover_shard(folder: Path, name: str, encoder: EncoderInfo) -> RecoverReport:
     """Write FOLDER/NAME.idx anew from FOLDER/NAME.bin; what was there is kept as NAME.idx.old.
 
-    Headers, texts and metadata are checked as they were when written. The checksums of latent frames stood in the lost
-    index alone, so they are taken from the latents as these are now: damage to them from before can't be seen any more.
+    Everything of a record is checked as it was when written; a record of which anything is damaged is left out.
 
     Args:
         folder: of the dataset.
@@ -78,8 +78,7 @@ def recover_shard(folder: Path, name: str, encoder: EncoderInfo) -> RecoverRepor
     if not rows:
         raise DataError(f"{path} holds no whole record")
     dtypes = columns_of(encoder)
-    columns = {key: np.array([row[key] for row in rows], dtypes[key]) for key in dtypes if key != "frame_hash"}
-    columns["frame_hash"] = np.concatenate([np.array(row["frame_hash"], "<u8") for row in rows])
+    columns = {key: np.array([row[key] for row in rows], dtypes[key]) for key in dtypes}
     index = write_index(uuid, encoder, len(data), columns)
     target = folder / f"{name}.idx"
     parse_index(index, target)  # our own checks have to accept it
@@ -120,7 +119,8 @@ def _record(data: mmap.mmap, start: int, encoder: EncoderInfo) -> tuple[dict[str
     text_bytes = length * encoder.text_token_bytes
     own_text_at = aligned(latents_at + frames * frame)
     note_at = aligned(own_text_at + text_bytes) if text_at == own_text_at else own_text_at
-    end = aligned(note_at + note_bytes)
+    hashes_at = aligned(note_at + note_bytes)
+    end = aligned(hashes_at + 8 * (frames + 1))
     if channels != 2 * encoder.latent_channels or not frames * frame or end > len(data):
         return None
     if note_bytes > MAX_METADATA_BYTES or length > encoder.text_length or text_at > own_text_at:
@@ -132,6 +132,10 @@ def _record(data: mmap.mmap, start: int, encoder: EncoderInfo) -> tuple[dict[str
         return None
     if digest(data[text_at : text_at + text_bytes]) != text_hash or note_hash not in (0, digest(note) % 2**32):
         return None
+    latents = [data[at : at + frame] for at in range(latents_at, latents_at + frames * frame, frame)]
+    hashes = sealed_hashes([digest(each) for each in latents])
+    if data[hashes_at : hashes_at + len(hashes)] != hashes:
+        return None
     image: dict[str, int] | None = dict.fromkeys(IMAGE_COLUMNS, 0) if encoder.first_frame else {}
     if magic == IMAGE_RECORD_MAGIC:
         image = _image(data, end, sample_id) if encoder.first_frame else None
@@ -141,8 +145,7 @@ def _record(data: mmap.mmap, start: int, encoder: EncoderInfo) -> tuple[dict[str
         "sample_id": sample_id, "record": start, "frames": frames, "height": height, "width": width,
         "text_offset": text_at, "text_length": length, "text_hash": text_hash, "metadata_offset": note_at,
         "metadata_length": note_bytes, "metadata_hash": digest(note),
-        "frame_hash": [digest(data[latents_at + i * frame : latents_at + (i + 1) * frame]) for i in range(frames)],
-        **image,
+        "latent_hash": digest(hashes[:-8]), **image,
     }  # fmt: skip
     if image and image["image_offset"]:
         end = aligned(image["image_offset"] + image["image_height"] * image["image_width"] * IMAGE_CHANNELS)

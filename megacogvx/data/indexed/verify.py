@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from megacogvx.data.indexed.manifest import differing_keys, read_manifest
-from megacogvx.data.indexed.reader import Shard
 from megacogvx.data.indexed.remote import Folder, RemotePath, folder_at
+from megacogvx.data.indexed.shard import Shard
 from megacogvx.errors import DataError
 from megacogvx.log import progress
 

@@ -43,6 +43,7 @@ from megacogvx.data.indexed.layout import (
     columns_of,
     digest,
     sealed,
+    sealed_hashes,
     write_index,
 )
 from megacogvx.data.indexed.manifest import SHARD_NAME, differing_keys, read_index, sync_folder, write_atomically
@@ -129,29 +130,29 @@ class DatasetWriter:
             RECORD_HEADER, magic, *latents.shape, len(text), sample_id, text_at, text_hash, len(note),
             digest(note) % 2**32, len(self),
         )  # fmt: skip
+        frame = len(latent_data) // len(latents)
+        hashes = sealed_hashes([digest(latent_data[i : i + frame]) for i in range(0, len(latent_data), frame)])
         image = memoryview(b"") if first_frame is None else _bytes_of(first_frame)
         image_header = b"" if first_frame is None else _image_header(first_frame, image, sample_id)
         try:
-            for piece in (header, latent_data, text_data if own_text else b"", note, image_header, image):
+            for piece in (header, latent_data, text_data if own_text else b"", note, hashes, image_header, image):
                 self._file.write(piece)
                 self._file.write(bytes(aligned(self._file.tell()) - self._file.tell()))
         except OSError as error:
             raise self._failed(error) from error
         self._texts[text_key] = text_at
         self._ids.add(sample_id)
-        for name, value in zip(
-            COLUMNS,
-            (sample_id, start, *latents.shape[:3], text_at, len(text), text_hash, note_at, len(note), digest(note)),
-            strict=False,
-        ):
+        entry = (
+            sample_id, start, *latents.shape[:3], text_at, len(text), text_hash, note_at, len(note), digest(note),
+            digest(hashes[:-8]),
+        )  # fmt: skip
+        for name, value in zip(COLUMNS, entry, strict=True):
             self._columns[name].append(value)
         if self.encoder.first_frame:
-            image_at = aligned(note_at + len(note)) + IMAGE_HEADER.size
-            entry = (0, 0, 0, 0) if first_frame is None else (image_at, *first_frame.shape[:2], digest(image))
-            for name, value in zip(IMAGE_COLUMNS, entry, strict=True):
+            image_at = aligned(aligned(note_at + len(note)) + len(hashes)) + IMAGE_HEADER.size
+            image_entry = (0, 0, 0, 0) if first_frame is None else (image_at, *first_frame.shape[:2], digest(image))
+            for name, value in zip(IMAGE_COLUMNS, image_entry, strict=True):
                 self._columns[name].append(value)
-        frame = len(latent_data) // len(latents)
-        self._columns["frame_hash"] += [digest(latent_data[i : i + frame]) for i in range(0, len(latent_data), frame)]
 
     def finalize(self) -> None:
         """Make the shard durable and visible; a finished one stays as it is.

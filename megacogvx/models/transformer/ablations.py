@@ -22,7 +22,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import nn
 
 from megacogvx.models.transformer.attention import JointAttention
-from megacogvx.models.transformer.block import CogVideoXBlock
+from megacogvx.models.transformer.block import RECOMPUTES_MLP, CogVideoXBlock
 from megacogvx.models.transformer.config import CogVideoXConfig
 from megacogvx.models.transformer.mlp import MLP
 from megacogvx.pack_layout import LocalPack, PackLayout, PackSample
@@ -68,7 +68,7 @@ class MMDiTBlock(CogVideoXBlock):
         super().__init__(config, core, groups, policy)
         self.text_qkv = column_linear(config.hidden_size, 3 * config.hidden_size, core, groups)
         self.text_out = row_linear(config.hidden_size, config.hidden_size, core, groups)
-        self.text_mlp = MLP(config, core, groups)
+        self.text_mlp = MLP(config, core, groups, keep_gelu=policy in RECOMPUTES_MLP)
 
     def _below(
         self,

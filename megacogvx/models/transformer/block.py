@@ -17,6 +17,8 @@ from megacogvx.parallel.sequence_parallel import sum_gradient_over_tensor_ranks
 from megacogvx.parallel.tensor_parallel import ModulationLinear
 from megacogvx_kernels.adaln import adaln_modulate, gated_residual, gated_residual_adaln
 
+RECOMPUTES_MLP = ("full", "keep_attention")  # policies
+
 
 class CogVideoXBlock(nn.Module):
     """Attention, then MLP, each between an expert AdaLN and a gated residual.
@@ -45,7 +47,7 @@ class CogVideoXBlock(nn.Module):
         self.attention = JointAttention(config, core, groups)
         self.mlp_modulation: ModulationLinear = ExpertModulation(config, core, groups)
         self.mlp_norm = nn.LayerNorm(config.hidden_size, config.norm_eps, dtype=dtype)
-        self.mlp = MLP(config, core, groups)
+        self.mlp = MLP(config, core, groups, keep_gelu=policy in RECOMPUTES_MLP)
         # every tensor rank sees only its tokens
         sum_gradient_over_tensor_ranks(self.attention_norm, self.mlp_norm, core=core)
 
@@ -110,11 +112,12 @@ class CogVideoXBlock(nn.Module):
     ) -> torch.Tensor:
         """Return the tokens after this block from those before it and the attention."""
         selective, rows_S, norm2 = self.policy == "selective", local.modulation_rows, self.mlp_norm
-        normed = Discarded(selective)
+        normed = Discarded(self._discards_norm)
         # fmt: off
         branch_S1D = self.attention.project(out_SNK)                                         # [S_local, 1, D]
-        if selective:
-            hidden_S1D = recompute(gated_residual, hidden_S1D, branch_S1D, modulation1_R3D, rows_S)
+        if self._discards_norm:
+            gated = (hidden_S1D, branch_S1D, modulation1_R3D, rows_S)
+            hidden_S1D = recompute(gated_residual, *gated) if selective else gated_residual(*gated)
             normed_S1D = normed.run(self._modulate, norm2, hidden_S1D, modulation2_R3D, local)
         else:
             hidden_S1D, normed_S1D = gated_residual_adaln(                                   # [S_local, 1, D] both

@@ -21,12 +21,20 @@ class MLP(nn.Module):
     Every recompute policy computes GELU again in the backward pass: it costs no matrix product, and its output would be
     the widest thing that a block keeps. Transformer Engine's layers, which keep what they multiply, leave it to the
     policy.
+
+    Args:
+        config, core, groups: as of the block.
+        keep_gelu: not where the whole MLP is computed again: once is enough.
     """
 
-    def __init__(self, config: CogVideoXConfig, core: TransformerConfig, groups: ParallelGroups) -> None:
+    def __init__(
+        self, config: CogVideoXConfig, core: TransformerConfig, groups: ParallelGroups, keep_gelu: bool = False
+    ) -> None:
         super().__init__()
         self.fc1 = column_linear(config.hidden_size, config.ffn_hidden_size, core, groups)
         self.fc2 = row_linear(config.ffn_hidden_size, config.hidden_size, core, groups, GeluRowLinear)
+        if isinstance(self.fc2, GeluRowLinear):
+            self.fc2.keep_gelu = keep_gelu
 
     def forward(self, hidden_S1D: torch.Tensor, discard: bool = False) -> torch.Tensor:
         """Return `[S_local, 1, D]`; `discard`: Transformer Engine's layers, too, shall have GELU computed again."""

@@ -88,7 +88,10 @@ class CausalConv3d(nn.Conv3d):
         previous = halos.previous() if halos else None
         halo_BCTHW = x_BCTHW[:, :, :1].expand(-1, -1, self.halo_frames, -1, -1) if previous is None else previous
         if halos:
-            halos.keep(torch.cat([halo_BCTHW, x_BCTHW[:, :, -self.halo_frames :]], dim=2), self.halo_frames)
+            last_BCTHW = x_BCTHW[:, :, -self.halo_frames :]
+            if last_BCTHW.shape[2] < self.halo_frames:
+                last_BCTHW = torch.cat([halo_BCTHW, last_BCTHW], dim=2)
+            halos.keep(last_BCTHW, self.halo_frames)
         return lambda: halo_BCTHW
 
     def _shared_halo(self, x_BCTHW: torch.Tensor, frames: FrameSpan, overwrite: bool) -> Callable[[], torch.Tensor]:
@@ -109,7 +112,7 @@ class CausalConv3d(nn.Conv3d):
         return F.conv3d(padded_BCTHW, self.weight, self.bias, self.stride, self.padding)
 
 
-def conv_frames(conv: nn.Conv2d, x_BCTHW: torch.Tensor) -> torch.Tensor:
+def conv_frames(conv: Callable[[torch.Tensor], torch.Tensor], x_BCTHW: torch.Tensor) -> torch.Tensor:
     """Apply a 2D convolution to every frame."""
     batch, channels, frames, height, width = x_BCTHW.shape
     y = conv(x_BCTHW.transpose(1, 2).reshape(batch * frames, channels, height, width))

@@ -5,6 +5,7 @@ The numbers are those of the whole, to rounding: each frame is computed from the
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -15,10 +16,12 @@ PIECE_BYTES = {"cpu": 2**24, "cuda": 2**28}
 
 
 def pieces(x_BCTHW: torch.Tensor, first: int = 0) -> list[tuple[int, int]]:
-    """Cut the frames from `first` on into (start, stop) of about `PIECE_BYTES` each, at least one frame."""
+    """Cut the frames from `first` on, if any, into (start, stop) of even sizes, at most `PIECE_BYTES` or one frame."""
     frames, size = x_BCTHW.shape[2], PIECE_BYTES["cpu" if x_BCTHW.device.type == "cpu" else "cuda"]
     step = max(1, size // max(1, x_BCTHW[:, :, 0].nbytes))
-    return [(start, min(start + step, frames)) for start in range(first, frames, step)]
+    count = -(-(frames - first) // step)
+    bounds = [first + (frames - first) * number // max(1, count) for number in range(count + 1)]
+    return list(itertools.pairwise(bounds))
 
 
 def over_frames(compute: Callable[[torch.Tensor], torch.Tensor], x_BCTHW: torch.Tensor) -> torch.Tensor:

@@ -84,7 +84,7 @@ def predict(
     size = {"data_size": replicas, "bytes_per_weight": bytes_per_weight}
     memories = [
         memory(config.model, parallel, costliest, stage=stage, packs_per_replica=per_replica, ops=ops,
-               reserve=RESERVE, averages=config.ema.decay > 0, frozen=frozen_parameters(config), **size)
+               reserve=RESERVE, averages=config.ema.decay > 0, frozen=frozen_parameters(config, work), **size)
         for stage in stages
     ]  # fmt: skip
     traffics = [
@@ -195,10 +195,12 @@ def reach(parallel: ParallelConfig, axis: Axis, ranks: int) -> int:
     return ranks * inner.get(axis, 10**9)  # stages are as far apart as ranks can be
 
 
-def frozen_parameters(config: TrainConfig) -> int:
-    """Return the parameters of the frozen encoders that run beside the training, of the published sizes."""
-    reads_text = config.text.encoder is not None
-    return int(config.is_image_to_video) * VAE_ENCODER + int(reads_text) * T5_XXL_ENCODER
+def frozen_parameters(config: TrainConfig, work: Workload) -> int:
+    """Return the parameters of the frozen encoders that run beside the training, of the published sizes.
+
+    A T5 that encodes the empty prompt alone is gone before the model is built.
+    """
+    return int(config.is_image_to_video) * VAE_ENCODER + int(work.token_ids) * T5_XXL_ENCODER
 
 
 def _optimizer_seconds(model: CogVideoXConfig, parallel: ParallelConfig, replicas: int, machine: Machine) -> float:

@@ -29,12 +29,15 @@ class Workload:
         packs: packs of a step.
         source: where the layouts come from, for the report.
         samples: `data.samples_per_step`: packs follow from it and may be rounded; None: the config asks for packs.
+        token_ids: whether texts are token ids, which training encodes; where the dataset isn't at hand, what the
+            config tells of it.
     """
 
     layouts: tuple[PackLayout, ...]
     packs: int
     source: str
     samples: int | None
+    token_ids: bool = False
 
     @property
     def samples_per_pack(self) -> float:
@@ -70,7 +73,9 @@ def workload(config: TrainConfig, clip: Sequence[int] | None = None) -> Workload
         return _planned(data, model, config.training.seed)
     layout, text = _equal_clips(model, data.tokens_per_pack, clip)
     packs = data.in_packs(layout.samples[0].length).packs_per_step
-    return Workload((layout,), packs, text, data.samples_per_step)
+    # an encoder is named for token ids, or for the empty prompt alone
+    token_ids = config.text.encoder is not None and config.diffusion.dropped_text != "empty"
+    return Workload((layout,), packs, text, data.samples_per_step, token_ids)
 
 
 def parse_clip(text: str) -> tuple[int, int, int]:
@@ -91,7 +96,10 @@ def _planned(data: DataConfig, model: CogVideoXConfig, seed: int) -> Workload:
     lengths = corpus.columns.lengths(model.patch)
     plan = PackPlan(corpus.columns, data.in_packs(float(lengths.mean())), seed, model.patch, cost_coefficients(model))
     layouts = [planned_layout(corpus, indices, model.patch, data.tokens_per_pack) for indices in plan.step(0)]
-    return Workload(tuple(layouts), len(layouts), "the packs of step 0 of the dataset", data.samples_per_step)
+    return Workload(
+        tuple(layouts), len(layouts), "the packs of step 0 of the dataset", data.samples_per_step,
+        corpus.encoder.text_kind == "token_ids",
+    )  # fmt: skip
 
 
 def _equal_clips(model: CogVideoXConfig, budget: int, clip: Sequence[int] | None) -> tuple[PackLayout, str]:

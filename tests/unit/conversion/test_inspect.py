@@ -6,8 +6,9 @@ import torch
 from safetensors.torch import save_file
 
 from megacogvx.cli import main
+from megacogvx.conversion import inspect
 from megacogvx.conversion.convert import convert
-from megacogvx.conversion.inspect import comparable, differences, raw_sources, summaries, summary
+from megacogvx.conversion.inspect import Difference, comparable, differences, raw_sources, summaries, summary
 from megacogvx.errors import CheckpointError, ConfigError
 from megacogvx.testing.drawn_checkpoint import tiny_parts
 
@@ -46,6 +47,17 @@ def test_every_format_is_shown_under_its_own_names(folders, name, tensor, count)
 def test_two_formats_are_compared_under_our_names(folders):
     found = differences(*comparable(folders["sat"], folders["diffusers"]))
     assert len(found) == 56 and not any(difference.differing for difference in found.values())
+
+
+@pytest.mark.parametrize("name", ["diffusers", "sat", "megacogvx"])
+def test_a_pipeline_is_compared_with_its_transformer_alone(folders, name, monkeypatch, tmp_path):
+    said, whole = [], convert(tiny_parts("5b"), "diffusers", tmp_path / "whole", check=False)
+    monkeypatch.setattr(inspect.logger, "info", lambda text, *values: said.append(text % values))
+    found = differences(*comparable(folders[name] / "transformer", whole))
+    assert found and all(isinstance(d, Difference) and not d.differing for d in found.values())
+    assert said == ["only one of them holds a vae, which is left out"]
+    with pytest.raises(CheckpointError, match=r"transformer holds transformer, .*vae holds vae: they have no model of"):
+        comparable(folders[name] / "transformer", whole / "vae")
 
 
 def test_differences_are_found(tmp_path, capsys):

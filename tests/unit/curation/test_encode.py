@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from megacogvx import draws
-from megacogvx.curation import encode
-from megacogvx.curation.encode import ClipEncoder, distinct, sample_id, weights_fingerprint, write_dataset
+from megacogvx.curation import encode, encode_shards
+from megacogvx.curation.encode_shards import ClipEncoder, distinct, sample_id, write_dataset
 from megacogvx.data.clips import Clip, read_clip, read_clips, write_clips
 from megacogvx.data.images import write_png
 from megacogvx.data.indexed import IndexedDataset
+from megacogvx.data.indexed.layout import TextKind
 from megacogvx.data.transforms import to_model_range
 from megacogvx.data.video import write_video
 from megacogvx.errors import ConfigError, DataError
@@ -18,6 +19,8 @@ from megacogvx.models.vae import gaussian
 from megacogvx.models.vae.config import VAEConfig
 from megacogvx.models.vae.initialize import initialize_weights
 from megacogvx.models.vae.model import CogVideoXVAE
+from megacogvx.models.vae.tiling import WHOLE, Coding
+from megacogvx.models.weights import weights_fingerprint
 from megacogvx.testing.moving_shapes import shape_frames
 from megacogvx.testing.tiny_text_encoder import build_tiny_text_encoder
 
@@ -53,7 +56,7 @@ def vae() -> CogVideoXVAE:
     return model
 
 
-def encoder_of(folder: Path, vae: CogVideoXVAE, text_kind: encode.TextKind = "padded") -> ClipEncoder:
+def encoder_of(folder: Path, vae: CogVideoXVAE, text_kind: TextKind = "padded") -> ClipEncoder:
     return ClipEncoder(vae, TextEncoder.from_folder(folder / "t5", LENGTH), text_kind)
 
 
@@ -134,6 +137,22 @@ def test_a_restart_goes_on_where_it_stopped(
     assert not list((tmp_path / "broken").glob("*.tmp"))
 
 
+def test_a_clip_is_encoded_in_chunks_where_that_is_asked(folder: Path, vae: CogVideoXVAE, tmp_path: Path) -> None:
+    coding = Coding(latents_per_chunk=1)
+    text_encoder = TextEncoder.from_folder(folder / "t5", LENGTH)
+    write(folder, tmp_path, ClipEncoder(vae, text_encoder, coding=coding))
+    dataset, clips = IndexedDataset(tmp_path), {sample_id(clip): clip for clip in read_clips(folder)}
+    differing = 0
+    for record in map(dataset.sample, range(len(dataset))):
+        video = to_model_range(read_clip(clips[record.sample_id]))[None]
+        chunked, whole = (vae.encode(video, each)[0].permute(1, 2, 3, 0).to(torch.bfloat16) for each in (coding, WHOLE))
+        assert torch.equal(record.latents, chunked)
+        differing += not torch.equal(chunked, whole)
+    assert differing, "the norms see a chunk at a time, so the numbers tell which coding it was"
+    with pytest.raises(DataError, match="coding=chunked by 1 then and whole now"):
+        write(folder, tmp_path, encoder_of(folder, vae))
+
+
 def test_distinct_captions_are_encoded_once(
     folder: Path, vae: CogVideoXVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,6 +219,23 @@ def test_other_settings_never_mix_in_one_dataset(folder: Path, vae: CogVideoXVAE
         write(folder, tmp_path, encoder_of(folder, vae), clips_per_shard=3)
 
 
+def test_tasks_of_a_slurm_array_share_the_shards(
+    folder: Path, vae: CogVideoXVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode_shards, "load_vae", lambda path, device, dtype: vae)
+    parser = argparse.ArgumentParser()
+    encode.add_arguments(parser)
+    fixed = ["--clips", str(folder), "--vae", "vae", "--text-encoder", str(folder / "t5"), "--text-length", "64",
+             "--clips-per-shard", "2", "--output", str(tmp_path), "--device", "cpu"]  # fmt: skip
+    for name, value in (("MIN", 5), ("MAX", 6), ("COUNT", 2)):
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+    for task, shards in ((6, [1]), (5, [0, 1, 2])):
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(task))
+        encode.run(parser.parse_args(fixed))
+        assert sorted(path.stem for path in tmp_path.glob("*.idx")) == [f"shard-{number:05d}" for number in shards]
+    assert len(IndexedDataset(tmp_path)) == 6
+
+
 def test_a_clip_listed_twice_is_one_record(folder: Path) -> None:
     clips = read_clips(folder)
     other = clips[0].model_copy(update={"caption": "another caption of the same clip"})
@@ -207,7 +243,7 @@ def test_a_clip_listed_twice_is_one_record(folder: Path) -> None:
 
 
 def test_the_verb(folder: Path, vae: CogVideoXVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode, "load_vae", lambda path, device, dtype: vae)
+    monkeypatch.setattr(encode_shards, "load_vae", lambda path, device, dtype: vae)
     parser = argparse.ArgumentParser()
     encode.add_arguments(parser)
     fixed = ["--clips", str(folder), "--vae", "vae", "--text-encoder", str(folder / "t5"), "--text-length", "64"]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megacogvx.curation import encode, encode_ray
+from megacogvx.curation import encode, encode_ray, encode_shards
 from megacogvx.data.clips import Clip, write_clips
 from megacogvx.data.indexed import IndexedDataset
 from megacogvx.data.video import write_video
@@ -58,7 +58,7 @@ def parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     config = VAEConfig(block_out_channels=(4, 4, 4, 4), norm_num_groups=2, layers_per_block=1, latent_channels=4)
     vae = CogVideoXVAE(config).requires_grad_(False)
     initialize_weights(vae, seed=0)
-    monkeypatch.setattr(encode, "load_vae", lambda path, device, dtype: vae)
+    monkeypatch.setattr(encode_shards, "load_vae", lambda path, device, dtype: vae)
     clips = []
     for number in range(3):
         path = tmp_path / f"{number}.mp4"

@@ -1,10 +1,16 @@
-"""`megacogvx data merge|split|filter|recover|column|import|export`, through the command line."""
+"""`megacogvx data` and all of its subcommands, through the command line, with the exit status."""
 
+import io
 import json
+import os
+import struct
+import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from megacogvx.cli import USER_ERROR_STATUS, main
 from megacogvx.data.dataset_commands import ranks
@@ -31,6 +37,22 @@ def source(tmp_path):
     ids = IndexedDataset(tmp_path / "a").sample_id
     write_side_column(tmp_path / "a", "flow", ids.astype(float) - 1000, ids)
     return tmp_path / "a"
+
+
+def test_info_and_verify_tell_and_end_with_a_status(source, tmp_path, capsys):
+    assert data("info", source) == 0
+    assert "shard-00001" in capsys.readouterr().out
+    assert data("verify", source) == 0
+    flip(source / "shard-00001.bin", 130)
+    assert data("verify", source) == USER_ERROR_STATUS
+    assert "shard-00001" in capsys.readouterr().out
+    assert data("info", tmp_path / "nothing") == USER_ERROR_STATUS
+
+
+def flip(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
 
 
 def test_split_and_merge_give_the_same_samples_and_scores(source, tmp_path):
@@ -136,29 +158,114 @@ def test_import_pt_folder_permutes_pads_and_adds_the_variance(tmp_path):
     assert record.metadata == {"caption": "a cat", "key": "x"}
 
 
-def test_import_megatron(tmp_path):
-    """The three files as Megatron-LM's IndexedDatasetBuilder writes them."""
-    import struct
+@pytest.fixture
+def encoder(tmp_path):
+    """A file that tells what made tensors of `[T, h, w, 8]` and `[L, 8]`."""
+    (tmp_path / "encoder.json").write_text(json.dumps(tiny_encoder("real").model_dump()))
+    return tmp_path / "encoder.json"
 
+
+def test_import_safetensors_folder(tmp_path, encoder):
+    """Files that other programs wrote: fp16 latents that were drawn already, texts of their own lengths."""
+    (tmp_path / "in").mkdir()
+    tensors = [{"latents": torch.randn(n, 2, 4, 4).half(), "text": torch.randn(n, 8)} for n in (1, 2)]
+    for number, each in enumerate(tensors):
+        save_file(each, tmp_path / "in" / f"{number}.safetensors")
+    assert data("import", tmp_path / "in", "--encoder", encoder, "--output", tmp_path / "new") == 0
+    dataset = IndexedDataset(tmp_path / "new")
+    for number, each in enumerate(tensors):
+        record = dataset.sample(number)
+        assert torch.equal(record.latents[..., :4], each["latents"].bfloat16())
+        assert torch.equal(record.text, each["text"].bfloat16()) and record.metadata["key"] == str(number)
+    assert data("verify", tmp_path / "new") == 0
+    assert data("import", tmp_path / "in", "--encoder", encoder, "--output", tmp_path / "new") == USER_ERROR_STATUS
+
+
+def test_import_webdataset_tar(tmp_path, encoder):
+    """A tar as WebDataset's writer names members: a folder in the key, a tensor a member, facts beside them."""
+    tensors = {name: torch.randn(shape).bfloat16() for name, shape in (("latents", (2, 2, 2, 8)), ("text", (3, 8)))}
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        for name, tensor in tensors.items():
+            _add(archive, f"part/a.{name}.pt", _saved(tensor))
+        _add(archive, "part/a.json", b'{"caption": "a cat"}')
+    assert data("import", tmp_path / "0.tar", "--encoder", encoder, "--output", tmp_path / "new") == 0
+    record = IndexedDataset(tmp_path / "new").sample(0)
+    assert torch.equal(record.latents, tensors["latents"]) and torch.equal(record.text, tensors["text"])
+    assert record.metadata == {"caption": "a cat", "key": "part/a"}
+
+
+def _add(archive, name, content):
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))
+
+
+def _saved(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+class MakesFolder:
+    """Unpickled without care, it makes a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("form", ["folder", "tar"])
+def test_importing_code_ends_with_an_error_and_leaves_no_dataset(tmp_path, encoder, form):
+    hostile = _saved({"latents": torch.zeros(1, 2, 2, 8), "text": MakesFolder(tmp_path / "ran")})
+    (tmp_path / "in").mkdir()
+    if form == "folder":
+        (tmp_path / "in" / "a.pt").write_bytes(hostile)
+    else:
+        with tarfile.open(tmp_path / "in" / "0.tar", "w") as archive:
+            _add(archive, "a.pt", hostile)
+    where = tmp_path / "in" / ("0.tar" if form == "tar" else "")
+    assert data("import", where, "--encoder", encoder, "--output", tmp_path / "new") == USER_ERROR_STATUS
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "new" / "manifest.json").exists()
+
+
+def write_as_megatron(prefix, sequences, code):
+    """The two files as Megatron-LM's IndexedDatasetBuilder writes them."""
+    sizes = np.array([len(values) for values in sequences], "<i4")
+    offsets = np.cumsum([0, *(values.nbytes for values in sequences)])[:-1].astype("<i8")
+    head = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, code, len(sequences), len(sequences) + 1)
+    documents = np.arange(len(sequences) + 1, dtype="<i8")
+    Path(f"{prefix}.idx").write_bytes(head + sizes.tobytes() + offsets.tobytes() + documents.tobytes())
+    Path(f"{prefix}.bin").write_bytes(b"".join(values.tobytes() for values in sequences))
+
+
+def write_with_megatron(prefix, sequences, code):
+    """The two files, written by Megatron-LM itself."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype={7: np.float32, 8: np.uint16}[code])
+    for values in sequences:
+        builder.add_item(torch.from_numpy(values))
+        builder.end_document()
+    builder.finalize(f"{prefix}.idx")
+
+
+@pytest.mark.parametrize(
+    "write", [write_as_megatron, pytest.param(write_with_megatron, marks=pytest.mark.slow)]
+)  # the second imports megatron-core, which takes seconds
+def test_import_megatron(tmp_path, encoder, write):
     latents = [torch.randn(1, 2, 2, 8).bfloat16(), torch.randn(3, 2, 4, 8).bfloat16()]
     texts = [torch.randn(6, 8), torch.randn(2, 8)]
-    for name, tensors, code in (("latents", latents, 8), ("text", texts, 7)):
-        flat = [t.view(torch.uint16).numpy().ravel() if code == 8 else t.numpy().ravel() for t in tensors]
-        sizes = np.array([len(f) for f in flat], "<i4")
-        offsets = np.array([0, flat[0].nbytes], "<i8")
-        head = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, code, 2, 3)
-        documents = np.arange(3, dtype="<i8")
-        (tmp_path / f"{name}.idx").write_bytes(head + sizes.tobytes() + offsets.tobytes() + documents.tobytes())
-        (tmp_path / f"{name}.bin").write_bytes(b"".join(f.tobytes() for f in flat))
+    write(tmp_path / "latents", [t.view(torch.uint16).numpy().ravel() for t in latents], 8)
+    write(tmp_path / "text", [t.numpy().ravel() for t in texts], 7)
     rows = [
         {"latents": list(a.shape), "text": list(b.shape), "n": n}
         for n, (a, b) in enumerate(zip(latents, texts, strict=True))
     ]
     (tmp_path / "shapes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "encoder.json").write_text(json.dumps(tiny_encoder("real").model_dump()))
     options = ("--megatron-text", tmp_path / "text", "--megatron-shapes", tmp_path / "shapes.jsonl")
-    where = ("--encoder", tmp_path / "encoder.json", "--output", tmp_path / "new")
-    assert data("import", tmp_path / "latents", *options, *where) == 0
+    assert data("import", tmp_path / "latents", *options, "--encoder", encoder, "--output", tmp_path / "new") == 0
     dataset = IndexedDataset(tmp_path / "new")
     for number in range(2):
         record = dataset.sample(number)

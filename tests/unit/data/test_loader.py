@@ -13,10 +13,11 @@ import torch
 
 from megacogvx.data.corpus import Corpus, DataConfig
 from megacogvx.data.faults import Fault
+from megacogvx.data.indexed import IndexedDataset
 from megacogvx.data.loader import PackLoader
 from megacogvx.data.planner import PackPlan
 from megacogvx.errors import ConfigError, DataError
-from megacogvx.testing.tiny_dataset import write_tiny_dataset
+from megacogvx.testing.tiny_dataset import tiny_encoder, write_tiny_dataset
 
 PATCH = (1, 2, 2)
 
@@ -225,3 +226,39 @@ time.sleep(0.5)
 def test_a_process_ends_cleanly_while_the_thread_is_inside_torch(folder):
     done = subprocess.run([sys.executable, "-c", BUSY, str(folder)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr  # -6, SIGABRT, if the interpreter goes down under the thread
+
+
+@pytest.mark.parametrize("access", ["mmap", "pread"])
+def test_packs_lie_in_the_callers_memory(folder, access):
+    with loader(folder) as packs:
+        expected = [pack for step in islice(packs, 2) for pack in step]
+    given = []
+
+    def allocate(size):
+        given.append(torch.zeros(size, dtype=torch.uint8))
+        return given[-1]
+
+    with loader(folder, access=access, allocate=allocate) as packs:
+        found = [pack for step in islice(packs, 2) for pack in step]
+    homes = {memory.untyped_storage().data_ptr() for memory in given}
+    for pack, plain in zip(found, expected, strict=True):
+        for tensor, other in zip([*pack.latents, *pack.text], [*plain.latents, *plain.text], strict=True):
+            assert torch.equal(tensor, other) and tensor.untyped_storage().data_ptr() in homes
+
+
+def test_a_sample_with_foreign_token_ids_keeps_its_place(tmp_path):
+    """Where it is read, not inside a step, which one rank alone would leave."""
+    write_tiny_dataset(tmp_path, 30, encoder=tiny_encoder("token_ids"))
+    texts = {record.sample_id: record.text for record in map(IndexedDataset(tmp_path).sample, range(30))}
+    vocabulary = int(max(text.max() for text in texts.values()))
+    foreign = {sample_id for sample_id, text in texts.items() if text.max() >= vocabulary}
+    assert 0 < len(foreign) < 30
+    with loader(tmp_path, vocabulary=vocabulary) as packs:
+        for pack in (pack for step in islice(packs, 8) for pack in step):
+            assert {pack.sample_ids[m] for m in pack.faults} == foreign & set(pack.sample_ids)
+            assert set(pack.faults.values()) <= {Fault.DAMAGED}
+    with loader(tmp_path, vocabulary=vocabulary + 1) as packs:
+        assert not any(pack.faults for step in islice(packs, 8) for pack in step)
+    with loader(tmp_path, vocabulary=vocabulary, on_bad_sample="stop") as packs:
+        with pytest.raises(DataError, match=rf"has token ids 0 to {vocabulary}, the text encoder knows 0 to"):
+            list(islice(packs, 8))

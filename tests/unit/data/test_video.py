@@ -140,6 +140,14 @@ def test_flipped_bytes_give_frames_or_a_data_error(video: Path, tmp_path: Path) 
         assert frames.dtype == torch.uint8 and frames.shape[0] == 5
 
 
+def test_a_title_that_is_not_utf_8_does_no_harm(tmp_path: Path) -> None:
+    write_video(tmp_path / "sound.mp4", shape_frames(0, 9, 32, 32)[0], 8)
+    content = (tmp_path / "sound.mp4").read_bytes()
+    assert b"Lavf" in content, "the muxer writes its name as a tag"
+    (tmp_path / "titled.mp4").write_bytes(content.replace(b"Lavf", b"\x8cavf"))
+    assert torch.equal(read_frames(tmp_path / "titled.mp4"), read_frames(tmp_path / "sound.mp4"))
+
+
 def test_a_playlist_opens_no_address(tmp_path: Path) -> None:
     calls: list[bool] = []
 

@@ -66,6 +66,8 @@ def test_a_half_written_checkpoint_is_refused(tmp_path):
 def test_other_folders_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"neither a run folder .* nor a checkpoint"):
         find_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match=r"neither a diffusers folder .*, nor SAT's .*, nor a run of ours"):
+        TransformerCheckpoint.find(tmp_path)
     with pytest.raises(CheckpointError, match="neither a run folder"):
         find_checkpoint(tmp_path / "checkpoints" / "step-00000005")
     (tmp_path / "checkpoints").mkdir()
@@ -78,7 +80,7 @@ def test_other_folders_are_refused(tmp_path):
 
 def test_a_checkpoint_of_another_kind_or_version_is_refused(tmp_path):
     write(tmp_path, 5, vae_state())
-    with pytest.raises(CheckpointError, match=r"no section 'model' \(it has vae\); is it a checkpoint of another kind"):
+    with pytest.raises(CheckpointError, match=r"holds a vae and no transformer; name one that does"):
         TransformerCheckpoint.find(tmp_path)
     write(tmp_path, 6, {"config": {"vae": {"new_setting": 1}}})
     with pytest.raises(CheckpointError, match=r"unknown key new_setting.*written by another version"):
@@ -89,10 +91,10 @@ def test_a_checkpoint_of_another_kind_or_version_is_refused(tmp_path):
 def test_what_sampling_has_to_know(tmp_path, own, expected):
     write(tmp_path, 5, transformer_state(own))
     found = TransformerCheckpoint.find(tmp_path)
-    assert found.config == CogVideoXConfig(preset="tiny")
-    assert found.diffusion.snr_shift == 3.0
-    assert found.encoder.text_kind == "padded"
-    assert found.scaling_factor == expected
+    assert found.model == CogVideoXConfig(preset="tiny")
+    assert found.settings.diffusion.snr_shift == 3.0
+    assert found.settings.encoder.text_kind == "padded"
+    assert found.settings.scaling_factor == expected
 
 
 def test_an_average_that_was_not_kept_is_refused(tmp_path):
@@ -113,6 +115,6 @@ def test_vae_and_transformer_have_to_fit(tmp_path):
         transformer.check_vae(VAECheckpoint.find(tmp_path / "c"))
     with_image = TransformerCheckpoint.find(tmp_path / "d")
     with_image.check_vae(vae)
-    assert (transformer.expects_image, with_image.expects_image) == (False, True)
+    assert (transformer.settings.expects_image, with_image.settings.expects_image) == (False, True)
     with pytest.raises(ConfigError, match=r"model.in_channels=24 .* or twice as many for image to video"):
         TransformerCheckpoint.find(tmp_path / "e").check_vae(vae)

@@ -10,15 +10,18 @@ from safetensors.torch import save_file
 from megacogvx import draws
 from megacogvx.checkpoint.directory import CheckpointDirectory, files_of, seal
 from megacogvx.config import dump_config
+from megacogvx.conversion.convert import convert
 from megacogvx.data.images import write_png
 from megacogvx.data.video import write_video
-from megacogvx.errors import ConfigError, DataError, MegacogvxError
+from megacogvx.errors import CheckpointError, ConfigError, DataError, MegacogvxError
 from megacogvx.inference.generate import add_arguments
 from megacogvx.inference.options import upsampler_name
 from megacogvx.inference.plan import VideoSize, plan_of
 from megacogvx.models.transformer.config import CogVideoXConfig
 from megacogvx.models.vae.config import VAEConfig
 from megacogvx.parallel.config import ParallelConfig
+from megacogvx.testing.drawn_checkpoint import FRAMES, HEIGHT, TEXT_WIDTH, WIDTH, tiny_parts
+from megacogvx.testing.tiny_text_encoder import build_tiny_text_encoder
 
 
 def test_sizes_that_work():
@@ -152,7 +155,12 @@ def test_steps_of_a_video_are_those_that_its_strength_leaves(plan, tmp_path):
         (("--frames", 16), {}, r"--frames 16 must be 8k \+ 1"),
         (("--fps", 0), {}, r"--fps 0.0 must be positive"),
         (("--steps", 1001), {}, r"1001 sampling steps don't fit diffusion.num_train_timesteps=1000"),
+        (("--fps", "inf"), {}, r"--fps inf must be positive"),
         (("--image-noise", -1), {}, "--image-noise -1.0 must not be negative"),
+        (("--image-noise", "nan"), {}, "--image-noise nan must not be negative"),
+        (("--guidance-scale", "nan"), {}, "a guidance scale of nan is no number"),
+        (("--seed", 2**64), {}, "the seed 18446744073709551616 must lie in 0"),
+        (("--output", "/dev/null/samples"), {}, "--output /dev/null/samples: /dev/null is no folder; name another"),
         (("--height", 80), {}, r"--frames 17 --height 80 --width 96: 5 x 6 tokens \(h, w\) are more than the rope"),
         (("--height", 32), {"model": {**I2V, "use_learned_positional_embeddings": True}},
          r"\(5, 2, 6\) tokens \(t, h, w\), but the learned position table of this model is made for at most 5 x 4 x 6"),
@@ -166,6 +174,7 @@ def test_steps_of_a_video_are_those_that_its_strength_leaves(plan, tmp_path):
         (("--upsampler-url", "http://localhost:1"), {}, "--upsampler-model NAME"),
         (("--upsampler-url", "localhost", "--upsampler-model", "a"), {}, "must be an address such as"),
         (("--upsampler-url", "http://a", "--upsampler-folder", "b"), {}, "name two language models"),
+        (("--upsampler-folder", "nowhere"), {}, "nowhere has no config.json; a local language model is a folder"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_said_before_any_model_is_loaded(plan, options, changes, message):
@@ -175,7 +184,7 @@ def test_what_does_not_fit_is_said_before_any_model_is_loaded(plan, options, cha
 
 
 def test_an_image_needs_a_model_that_reads_it(plan, tmp_path):
-    assert plan(*PROMPT, "--image", picture(tmp_path), model=I2V).transformer.expects_image
+    assert plan(*PROMPT, "--image", picture(tmp_path), model=I2V).transformer.settings.expects_image
     with pytest.raises(ConfigError, match=r"sample-000 has the image .*dog.png, but the transformer .* reads none"):
         plan(*PROMPT, "--image", picture(tmp_path))
 
@@ -205,3 +214,36 @@ def test_requests_of_a_file_are_checked_each(plan, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": "a dog"}\n{"prompt": "a cat", "steps": 2000}\n')
     with pytest.raises(ConfigError, match="2000 sampling steps"):
         plan("--prompts-file", tmp_path / "a.jsonl")
+
+
+def planned(*options):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return plan_of(parser.parse_args([str(word) for word in (*PROMPT, *options)]), ParallelConfig())
+
+
+def test_a_folder_of_another_format_is_enough(tmp_path):
+    """A pipeline's folder holds everything; what isn't there is asked for, and may come from another format."""
+    text = build_tiny_text_encoder(tmp_path / "t5", ["a dog runs"], width=TEXT_WIDTH)
+    parts = tiny_parts("1.5-5b")
+    whole = convert(parts, "diffusers", tmp_path / "whole", text_encoder=text, check=False)
+    sat = convert({"transformer": parts["transformer"]}, "sat", tmp_path / "sat", check=False)
+    made = planned("--checkpoint", whole)
+    assert (made.transformer.path, made.vae.path, made.text_encoder) == (whole / "transformer", whole / "vae", whole)
+    assert made.transformer.settings == parts["transformer"].settings
+    assert (made.transformer.step, made.jobs[0].settings.sampler) == (None, "dpm")
+    assert (made.size, made.latent_shape) == (VideoSize(FRAMES, HEIGHT, WIDTH), (3, 4, 4, 6))
+    with pytest.raises(ConfigError, match=r"--checkpoint .*sat holds no VAE; name the one that goes with it: --vae"):
+        planned("--checkpoint", sat)
+    with pytest.raises(ConfigError, match=r"sat holds no tokenizer/ and text_encoder/; .*--text-encoder"):
+        planned("--checkpoint", sat, "--vae", whole)
+    mixed = planned("--checkpoint", sat, "--vae", whole, "--text-encoder", whole)
+    assert mixed.transformer.settings == made.transformer.settings and mixed.vae.config == made.vae.config
+    with pytest.raises(ConfigError, match=r"--weights ema: a diffusers folder .* holds one set of weights"):
+        planned("--checkpoint", whole, "--weights", "ema")
+    with pytest.raises(CheckpointError, match="vae holds a vae and no transformer; name one that does"):
+        planned("--checkpoint", whole / "vae")
+    (file,) = (whole / "vae").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match=r"vae.*safetensors .* is cut short"):
+        planned("--checkpoint", whole)

@@ -1,4 +1,6 @@
+import argparse
 import dataclasses
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 from megacogvx.data.images import write_png
 from megacogvx.data.video import write_video
 from megacogvx.errors import EndpointError
-from megacogvx.inference import work
+from megacogvx.inference import options, work
 from megacogvx.inference.denoise import SamplingSettings
 from megacogvx.inference.outputs import Outputs
 from megacogvx.inference.plan import Plan, VideoSize
@@ -22,14 +24,14 @@ FRAMES = torch.zeros(9, 32, 48, 3, dtype=torch.uint8)
 class Writer:
     name = "writer"
 
-    def __init__(self, fails=False):
-        self.asked, self.fails = [], fails
+    def __init__(self, ending=", written out", fails=False):
+        self.asked, self.ending, self.fails = [], ending, fails
 
     def write(self, instruction, text, pictures=()):
         self.asked.append((text, [tuple(picture.shape) for picture in pictures]))
         if self.fails:
             raise EndpointError("writer is down")
-        return f"{text}, written out"
+        return text + self.ending
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +44,7 @@ def plan(tmp_path, **changes):
         Job(f"sample-{number:03d}", number, prompt, SamplingSettings(num_steps=2))
         for number, prompt in enumerate(["a dog", "a cat", "a dog"])
     )
-    found = SimpleNamespace(path="run", step=20, scaling_factor=0.7)
+    found = SimpleNamespace(path="run", step=20, settings=SimpleNamespace(scaling_factor=0.7))
     made = Plan(jobs, VideoSize(9, 32, 48), 8.0, found, found, tmp_path / "t5", WHOLE, output=tmp_path / "out")
     return dataclasses.replace(made, **changes)
 
@@ -61,6 +63,20 @@ def test_prompts_are_written_out_once_each(tmp_path):
     assert [item.text for item in found] == ["a dog, written out", "a cat, written out", "a dog, written out"]
     assert [text for text, _ in writer.asked] == ["a dog", "a cat"] and len(loads) == 1
     assert [item.facts["prompt"] for item in found] == ["a dog", "a cat", "a dog"]
+
+
+def test_a_run_that_goes_on_has_the_texts_of_the_first(tmp_path, monkeypatch):
+    """It was killed while it sampled: nothing is kept of the videos yet."""
+    arguments = argparse.Namespace(output=tmp_path / "out", upsampler_folder=tmp_path, upsampler_failure="error")
+    writers = [Writer(", one"), Writer(", two")]
+    found = []
+    for writer in writers:
+        monkeypatch.setattr(options, "LocalModel", lambda *_, writer=writer: writer)
+        made, outputs = plan(tmp_path), Outputs(tmp_path / "out")
+        load = functools.partial(options.upsampler_of, arguments, torch.device("cpu"))
+        found.append([item.text for item in work.list_work(made, outputs, ALONE, torch.float32, load)])
+    assert found[0] == found[1] == ["a dog, one", "a cat, one", "a dog, one"]
+    assert (len(writers[0].asked), writers[1].asked) == (2, [])
 
 
 def test_without_a_language_model_prompts_are_unchanged_and_the_log_says_so(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import torch
 from megacogvx.errors import ConfigError, LaunchError
 from megacogvx.parallel import groups as parallel_groups
 from megacogvx.parallel.config import ParallelConfig
-from megacogvx.parallel.groups import LaunchEnvironment, check_world_size, choose_device, launch_environment
+from megacogvx.parallel.groups import LaunchEnvironment, array_task, check_world_size, choose_device, launch_environment
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SLURM = {
@@ -48,6 +48,23 @@ def test_slurm(monkeypatch):
     assert launch_environment().local_world_size == 3
     with pytest.raises(LaunchError, match="MASTER_ADDR"):
         parallel_groups.initialize(ParallelConfig(device="cpu"))
+
+
+def array(task, **changes):
+    values = {"ID": task, "MIN": 1, "MAX": 9, "COUNT": 5, "STEP": 2, **changes}
+    return {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in values.items()}
+
+
+def test_tasks_of_a_slurm_array(monkeypatch):
+    for name in array(1):
+        monkeypatch.delenv(name, raising=False)
+    assert array_task() == (0, 1)
+    for place, task in enumerate(range(1, 10, 2)):
+        set_all(monkeypatch, array(task))
+        assert array_task() == (place, 5)
+    set_all(monkeypatch, array(1, COUNT=3))
+    with pytest.raises(LaunchError, match="have gaps; submit it as --array=0-2"):
+        array_task()
 
 
 def test_a_slurm_batch_script_is_one_process(monkeypatch):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from megacogvx.models.transformer import CogVideoXConfig, CogVideoXTransformer, transformer_core
+from megacogvx.parallel import tensor_parallel
 from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.groups import initialize, shutdown
 
@@ -114,6 +115,19 @@ def test_each_call_enters_the_recipe_that_the_config_names(groups, contexts, rec
     assert out.shape == (4, 1, CONFIG.hidden_size)
     assert [entered[0] for entered in contexts] == [format] * 2
     assert recipe == "none" or [entered[1] for entered in contexts] == [recipe] * 2
+
+
+def test_the_log_says_once_whose_linear_layers_are_made(groups, contexts, monkeypatch):
+    told = []
+    monkeypatch.setattr(tensor_parallel.logger, "info", lambda text, *values: told.append(text % values))
+    tensor_parallel._say.cache_clear()
+    for parallel in (ParallelConfig(), TE, TE.model_copy(update={"fp8_recipe": "none"})):
+        make(groups, parallel)
+    whose = "linear layers: Transformer Engine's (parallel.transformer_impl)"
+    assert told == [
+        "linear layers: megatron-core's own (parallel.transformer_impl)", f"{whose}, in FP8: e4m3, recipe blockwise",
+        whose,
+    ]  # fmt: skip
 
 
 def test_a_recompute_enters_it_again(groups, contexts):

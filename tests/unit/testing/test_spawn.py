@@ -17,6 +17,10 @@ def test_fails_on_one_rank(groups):
 @on_ranks(2)
 def test_last(groups, folder):
     assert folder.is_dir()
+
+@on_ranks(2, slow=True)
+def test_slow(groups):
+    assert False, "nobody asked for it"
 """
 
 
@@ -24,8 +28,11 @@ def test_a_failure_takes_only_its_own_test_with_it(tmp_path):
     file = tmp_path / "test_of_ranks.py"
     file.write_text(FILE)
     spawn._load(str(file))
-    cases = {case.function.__name__: case for case in spawn._cases[(str(file), 2, "cpu")]}
+    place = (str(file), 2, "cpu")
+    cases = {case.function.__name__: case for case in spawn._cases[place] if not case.is_slow}
     outcomes = {name: spawn._outcome(str(file), 2, case) for name, case in cases.items()}
     assert outcomes["test_first"] == "" and outcomes["test_last"] == ""
     for shown in ("rank 1, exit status 1", "hello from 1", "assert groups.rank == 0"):
         assert shown in outcomes["test_fails_on_one_rank"]
+    assert set(spawn._outcomes[place]) == {f"{name}[dp]" for name in outcomes}, "slow tests run with slow ones alone"
+    assert [mark.name for mark in spawn.sys.modules[file.stem].test_slow.pytestmark].count("slow") == 1

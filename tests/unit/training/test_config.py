@@ -217,3 +217,5 @@ def test_packs_are_asked_to_divide_once_they_are_known():
     known = given.model_copy(update={"data": given.data.in_packs(mean_tokens=512.0)})  # 5 packs
     with pytest.raises(ConfigError, match=r"data\.packs_per_step=5 .*3 data-parallel replicas"):
         known.validate_layout(6)
+    with pytest.raises(ConfigError, match=r"nearest that work: 8$"):
+        config(data={"packs_per_step": 5}).validate_layout(8)

@@ -274,3 +274,18 @@ def test_what_follows_the_step_is_called_each_time_and_fills_the_row(run):
     seven.after_step = (lambda step: {"discriminator": step / 2}, lambda step: {})
     loop.train(seven)
     assert [row["discriminator"] for row in rows(seven)] == [step / 2 for step in range(7)]
+
+
+def test_videos_tell_the_watch_that_they_go_on(run, monkeypatch):
+    """One that takes longer than the watch's limit is no hang."""
+    told = []
+    monkeypatch.setattr(loop.Watch, "at", lambda self, step, part: told.append((step, part)))
+
+    def make_videos(step, alive):
+        alive(), alive()
+        return {}
+
+    seven = run()
+    seven.make_videos = make_videos
+    loop.train(seven)
+    assert [place for place in told if place[1] == "validation"] == [(3, "validation")] * 3 + [(6, "validation")] * 3

@@ -92,6 +92,24 @@ def test_one_stuck_rank_ends_those_that_move_on(ranks):
     assert ended == dict.fromkeys(range(3), STUCK_STATUS)
 
 
+def test_a_long_part_that_goes_on_is_not_stuck(ranks):
+    """Such as a validation video, whose ranks say after each sampling step that they go on."""
+    watches, look, ended, _ = ranks
+    for _ in range(5):
+        for watch in watches:
+            watch.at(3, "validation")
+        look(after=40.0)
+    assert ended == {}
+
+
+def test_each_part_is_told_on_though_nothing_is_watched(tmp_path):
+    told = []
+    watch = Watch(tmp_path, 0, 1, None, on_part=lambda: told.append("on"))
+    for part in ("data", "step", "save"):
+        watch.at(0, part)
+    assert told == ["on"] * 3
+
+
 def test_what_an_earlier_start_left_is_cleared(ranks, tmp_path):
     _, look, ended, _ = ranks
     (tmp_path / "stuck").mkdir()

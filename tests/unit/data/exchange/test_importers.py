@@ -7,8 +7,10 @@ import tarfile
 import pytest
 import torch
 
-from megacogvx.data.exchange.importers import read_folder, read_tar
+from megacogvx.data.exchange.importers import ImportedSample, import_samples, read_folder, read_tar
+from megacogvx.data.indexed.writer import shard_name
 from megacogvx.errors import DataError
+from megacogvx.testing.tiny_dataset import tiny_encoder
 
 
 @pytest.mark.parametrize(
@@ -48,6 +50,23 @@ def test_code_in_a_pt_file_does_not_run(tmp_path):
     with pytest.raises(DataError, match=r"a\.pt can't be loaded as plain tensors"):
         list(read_folder(tmp_path / "in"))
     assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (torch.tensor([1, 2**15]), r"must lie in 0 .. the largest int16"),
+        (torch.tensor([-1, 4]), r"must lie in 0 .. the largest int16"),
+        (torch.zeros(9, dtype=torch.int64), r"not up to 6 token ids"),
+        (torch.zeros(3), r"not up to 6 token ids"),
+    ],
+)
+def test_token_ids_that_do_not_fit_are_refused(tmp_path, ids, message):
+    """A narrower integer would wrap round to another token."""
+    sample = ImportedSample("a", torch.zeros(1, 2, 2, 8), ids, {})
+    encoder = tiny_encoder("token_ids", text_dtype="int16")
+    with pytest.raises(DataError, match=message):
+        import_samples([sample], tmp_path, encoder, shard_bytes=10**6, name=shard_name)
 
 
 def test_a_view_larger_than_its_file(tmp_path):

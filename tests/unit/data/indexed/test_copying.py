@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from megacogvx.data.indexed import IndexedDataset
-from megacogvx.data.indexed.layout import aligned
+from megacogvx.data.indexed.layout import aligned, digest, sealed_hashes
+from megacogvx.data.indexed.verify import verify_dataset
 from megacogvx.errors import DataError
 from megacogvx.testing.tiny_dataset import write_tiny_dataset
 
@@ -77,3 +78,26 @@ def test_a_file_that_was_cut_is_an_error_not_a_signal(folder):
         file.truncate(100)
     with pytest.raises(DataError, match="to 100 bytes while in use"):
         dataset.read_into(5, out)
+
+
+@pytest.mark.parametrize("access", ["mmap", "pread"])
+def test_checksums_that_agree_with_damaged_latents_are_found_by_the_index(folder, access):
+    """Latents, their checksum and the checksum behind these are all replaced: the chain ends in the index."""
+    index, path = IndexedDataset(folder).shards[0].index, folder / "shard-00000.bin"
+    record, frames, notes, length = (
+        int(index.columns[name][1]) for name in ("record", "frames", "metadata_offset", "metadata_length")
+    )
+    data, hashes = bytearray(path.read_bytes()), aligned(notes + length)
+    cells = int(index.columns["height"][1]) * int(index.columns["width"][1])
+    size = cells * index.encoder.frame_cell_bytes
+    data[record + 64] ^= 1
+    found = [digest(data[record + 64 + n * size : record + 64 + (n + 1) * size]) for n in range(frames)]
+    forged = sealed_hashes(found)
+    data[hashes : hashes + len(forged)] = forged
+    path.write_bytes(data)
+    dataset, what = IndexedDataset(folder, access=access), r"sample 1001 .*list of the latents' checksums is damaged"
+    with pytest.raises(DataError, match=what):
+        dataset.read_into(1, np.empty(1 << 14, np.uint8))
+    with pytest.raises(DataError, match=what):
+        dataset.sample(1, range(1, 2))
+    assert any("checksum behind" in problem for problem in verify_dataset(folder).problems)

@@ -10,7 +10,7 @@ from megacogvx.data.exchange.exporters import export_folder
 from megacogvx.data.exchange.importers import import_samples, read_folder
 from megacogvx.data.indexed import DatasetWriter, IndexedDataset, finish_dataset, layout
 from megacogvx.data.indexed.fields import field_dtype, to_field
-from megacogvx.data.indexed.layout import EncoderInfo, digest
+from megacogvx.data.indexed.layout import digest
 from megacogvx.data.indexed.recover import recover_shard
 from megacogvx.data.indexed.rewrite import copy_samples, merge_datasets
 from megacogvx.data.indexed.verify import verify_dataset
@@ -157,14 +157,6 @@ def test_what_does_not_fit_is_refused(tmp_path):
         tiny_encoder("token_ids", text_dtype="bf16")
     with pytest.raises(ValueError, match="don't go together"):
         tiny_encoder("padded", text_dtype="int32")
-
-
-def test_a_dataset_of_version_1_0_is_what_it_was():
-    """What 1.0 didn't know is left out of the JSON where it says the same: checksums of old manifests stay right."""
-    keys = set(tiny_encoder().model_dump(mode="json"))
-    assert not keys & set(layout.SINCE_1_1)
-    assert EncoderInfo.model_validate(tiny_encoder().model_dump()) == tiny_encoder()
-    assert set(KINDS["ids"].model_dump(mode="json")) - keys == {"text_dtype", "first_frame"}
 
 
 def test_values_beyond_an_8_bit_float_become_its_largest():

@@ -8,8 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megacogvx.data.indexed import layout
-from megacogvx.data.indexed.layout import COLUMNS, digest, parse_index
+from megacogvx.data.indexed.layout import COLUMNS, digest
 from megacogvx.data.indexed.manifest import finish_dataset, read_manifest
+from megacogvx.data.indexed.parse import parse_index
 from megacogvx.errors import DataError
 from megacogvx.testing.tiny_dataset import tiny_encoder, write_tiny_dataset
 
@@ -30,7 +31,7 @@ def test_documented_offsets(folder, idx):
     """Reads both files with plain `struct`, as the docstring of layout.py says, not with the module's own structs."""
     data = (folder / "shard-00000.bin").read_bytes()
     assert data[:8] == b"MCVXBIN\0" and idx[:8] == b"MCVXIDX\0"
-    assert struct.unpack_from("<HHI", data, 8) == (1, 1, 64) and struct.unpack_from("<HHI", idx, 8) == (1, 1, 128)
+    assert struct.unpack_from("<HHI", data, 8) == (2, 0, 64) and struct.unpack_from("<HHI", idx, 8) == (2, 0, 128)
     assert data[16:32] == idx[16:32]
     assert struct.unpack_from("<II", data, 32) == (8, 8)
     assert struct.unpack_from("<QQQ", idx, 32) == (6, len(data), len(idx))
@@ -44,8 +45,22 @@ def test_documented_offsets(folder, idx):
         assert (frames, height, width) == tuple(int(index.columns[name][row]) for name in ("frames", "height", "width"))
         assert channels == 8 and struct.unpack_from("<Q", data, start + 16)[0] == 1000 + row
         frame = height * width * channels * 2
-        first = int(index.frame_start[row])
-        assert int(index.columns["frame_hash"][first]) == digest(data[start + 64 : start + 64 + frame])
+        metadata_end = int(index.columns["metadata_offset"][row]) + int(index.columns["metadata_length"][row])
+        *hashes, last = struct.unpack_from(f"<{frames + 1}Q", data, -(-metadata_end // 64) * 64)
+        at = start + 64
+        assert hashes == [digest(data[at + number * frame : at + (number + 1) * frame]) for number in range(frames)]
+        assert last == int(index.columns["latent_hash"][row]) == digest(struct.pack(f"<{frames}Q", *hashes))
+
+
+def test_bytes_of_the_index_do_not_grow_with_the_frames(tmp_path):
+    """At most 130 bytes a sample, and 40 more with a first frame; whatever its latent frames."""
+    for name, encoder in (("plain", tiny_encoder()), ("pixels", tiny_encoder(first_frame=True))):
+        sizes = []
+        for samples in (40, 80):
+            write_tiny_dataset(tmp_path / f"{name}{samples}", samples, shards=1, encoder=encoder, sizes=((13, 1, 1),))
+            sizes.append((tmp_path / f"{name}{samples}" / "shard-00000.idx").stat().st_size)
+        assert (sizes[1] - sizes[0]) / 40 <= 130 + 40 * encoder.first_frame
+        assert sum(np.dtype(dtype).itemsize for dtype in layout.columns_of(encoder).values()) <= 70 + 40
 
 
 def test_columns_survive_writing(folder, idx):
@@ -83,8 +98,9 @@ def test_truncated_index(folder, idx, length):
     [
         ("record", 2, 64, r"reach into the next record|text beyond"),
         ("record", 1, 2**63, "beyond"),
-        ("frames", 0, 0, "frame_hash"),
-        ("frames", 5, 60000, "frame_hash"),
+        ("frames", 0, 0, "no latents"),
+        ("frames", 5, 60000, "reach into"),
+        ("metadata_length", 5, 100, "hashes that reach into the next record"),
         ("height", 3, 60000, "reach into its metadata"),
         ("text_offset", 0, 65, "not aligned"),
         ("text_offset", 0, 0, "header"),
@@ -112,9 +128,9 @@ def test_text_of_a_later_record_is_refused(folder, idx):
 
 def test_another_major_version_is_refused(folder, idx):
     newer = bytearray(idx)
-    newer[8] = 2
+    newer[8] = 1
     newer[120:128] = struct.pack("<Q", digest(bytes(newer[:120])))
-    with pytest.raises(DataError, match=r"version 2\.1"):
+    with pytest.raises(DataError, match=r"version 1\.0, this program reads 2\.x: encode the samples again"):
         parse_index(bytes(newer), folder / "x.idx")
 
 

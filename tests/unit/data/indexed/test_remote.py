@@ -4,6 +4,7 @@ fsspec's memory file system stands for the store; where s3fs, moto and aiohttp a
 server in this process do so as well.
 """
 
+import json
 import re
 import shutil
 import threading
@@ -69,9 +70,12 @@ def test_a_corpus_blends_folders_and_urls(folder, store):
 
 def test_one_request_a_sample_and_only_for_the_frames_that_are_needed(folder, store, monkeypatch):
     """The last captions are no other sample's, so that their texts lie beside their latents."""
-    asked, read = [], RemotePath.read_range
+    asked, read, fetched, fetch = [], RemotePath.read_range, [], RemotePath.read_bytes
+    monkeypatch.setattr(RemotePath, "read_bytes", lambda self: fetched.append(self.name) or fetch(self))
     monkeypatch.setattr(RemotePath, "read_range", lambda *args: asked.append(args[1:]) or read(*args))
     dataset = IndexedDataset(URL)
+    whole_files = [name for name in fetched if name.endswith(".idx")]
+    assert len(whole_files) == len(set(whole_files)) == 2 and not any(name.endswith(".bin") for name in fetched)
     asked.clear()
     record = dataset.sample(3)
     assert len(asked) == 1
@@ -83,6 +87,7 @@ def test_one_request_a_sample_and_only_for_the_frames_that_are_needed(folder, st
     dataset.sample(3, range(1, 2))
     frame_bytes = record.latents[0].numel() * 2
     assert sorted(asked)[0] == (start + frame_bytes, start + 2 * frame_bytes) and len(asked) > 1
+    assert [name for name in fetched if name.endswith(".idx")] == whole_files
 
 
 def test_a_flipped_bit_names_url_and_sample(store):
@@ -182,6 +187,20 @@ def test_a_bucket_reads_as_the_folder_and_damage_there_is_named(folder, bucket):
         dataset.sample(2)
     with pytest.raises(DataError, match="s3://bucket/sets/other is not a dataset"):
         IndexedDataset("s3://bucket/sets/other")
+
+
+def test_multi_storage_client_is_a_protocol_of_fsspec(folder, tmp_path, monkeypatch):
+    """NVIDIA's client names stores by profiles of its own configuration: `msc://PROFILE/path`."""
+    pytest.importorskip("multistorageclient")
+    place = {"type": "file", "options": {"base_path": str(folder.parent)}}
+    (tmp_path / "msc.json").write_text(json.dumps({"profiles": {"far": {"storage_provider": place}}}))
+    monkeypatch.setenv("MSC_CONFIG", str(tmp_path / "msc.json"))
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.0)
+    dataset = assert_same(folder, "msc://far/dataset")
+    assert np.array_equal(dataset.side_column("flow"), np.arange(12.0))
+    assert not verify_dataset("msc://far/dataset").problems
+    with pytest.raises(DataError, match="msc://far/other is not a dataset"):
+        IndexedDataset("msc://far/other")
 
 
 def test_a_web_server_with_ranges_and_failures(folder, monkeypatch):

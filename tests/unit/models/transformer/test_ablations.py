@@ -141,6 +141,26 @@ def test_each_modality_puts_tokens_back_in_their_places():
     assert torch.equal(out[:, 0, 0], torch.where(is_text, -tokens[:, 0, 0], tokens[:, 0, 0] + 1000))
 
 
+def test_the_published_blocks_linears_are_those_of_the_video(groups):
+    """So that published weights, or their initial values, go to the modality that they have most to do with."""
+    model, tokens = _model(groups, "mmdit"), {}
+    block = model.blocks["0"]
+    linears = {"video": (block.attention.qkv, block.attention.out, block.mlp.fc1),
+               "text": (block.text_qkv, block.text_out, block.text_mlp.fc1)}  # fmt: skip
+    for modality, modules in linears.items():
+        for module in modules:
+            module.register_forward_pre_hook(lambda _, x, m=modality: tokens.setdefault(m, []).append(len(x[0])))
+    _run(model, (0, 1, 2))
+    assert tokens == {"video": [32 + 6 + 18] * 3, "text": [5 + 3 + 1] * 3}
+
+
+def test_text_within_frames_takes_the_mean_of_what_each_frame_gave_it(groups):
+    attention = _model(groups, "2d_1d").blocks["0"].attention
+    layout = build_layout([place_sample(0, 3, 8, 8, 5, (1, 2, 2))], (1, 2, 2))
+    q, k = (draws.normal((layout.num_tokens, 2, 16), 3, name) for name in "qk")
+    assert_close(attention.attend(q, k, torch.ones_like(q), layout), torch.ones_like(q), 1e-6)
+
+
 def test_sequences_within_frames_and_along_time():
     layout = build_layout([place_sample(0, 2, 4, 2, 2, (1, 2, 2)), place_sample(1, 1, 2, 2, 1, (1, 2, 2))], (1, 2, 2))
     tokens, boundaries = sequences_of(layout, along_time=False)

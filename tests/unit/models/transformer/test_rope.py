@@ -24,7 +24,13 @@ def test_the_native_grid_is_the_same_by_both_conventions():
 # Published corner cases: what a grid of this size is fitted to inside 30 x 45.
 @pytest.mark.parametrize(
     ("grid", "region"),
-    [((48, 85), ((2, 0), (27, 45))), ((24, 24), ((0, 8), (30, 38))), ((60, 90), ((0, 0), (30, 45)))],
+    [
+        ((48, 85), ((2, 0), (27, 45))),
+        ((24, 24), ((0, 8), (30, 38))),
+        ((60, 90), ((0, 0), (30, 45))),
+        ((30, 28), ((0, 8), (30, 36))),  # round(8.5) = 8: half to even
+        ((29, 45), ((0, 0), (29, 45))),  # round(0.5) = 0
+    ],
 )
 def test_crop_region(grid, region):
     assert crop_region(grid, (30, 45)) == region

@@ -1,8 +1,9 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 from megacogvx import draws
-from megacogvx.models.vae.blocks import double_frames, halve_frames
+from megacogvx.models.vae.blocks import Upsample, convolve_doubled, double_frames, halve_frames
 from megacogvx.models.vae.frames import FrameSpan
 from megacogvx.models.vae.norm import spread
 from megacogvx.testing.tolerance import assert_close
@@ -44,3 +45,27 @@ def test_spread_sums_gradients_of_copies():
     z = torch.zeros(1, 1, 3, 1, 2, requires_grad=True)
     (spread(z, FrameSpan.whole(9), 4, 4) + torch.zeros(1, 1, 9, 1, 4, 4)).sum().backward()
     assert_close(z.grad, torch.tensor([8.0, 32.0, 32.0]).view(1, 1, 3, 1, 1).expand_as(z.grad), 1e-6)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 3), (5, 4)])
+def test_a_convolution_of_doubled_pixels_equals_the_plain_one(height, width):
+    """In fp64, so that nothing hides in rounding; every edge is in the smallest picture."""
+    shapes = {"x": (2, 3, height, width), "weight": (4, 3, 3, 3), "bias": (4,)}
+    ours, theirs = ([draws.normal(s, 0, n).double().requires_grad_() for n, s in shapes.items()] for _ in range(2))
+    actual = convolve_doubled(*ours)
+    x, weight, bias = theirs
+    expected = F.conv2d(F.interpolate(x, scale_factor=2.0), weight, bias, padding=1)
+    assert_close(actual, expected, 1e-14, "result")
+    gradient = draws.normal(tuple(expected.shape), 0, "gradient").double()
+    actual.backward(gradient)
+    expected.backward(gradient)
+    for a, b, name in zip(ours, theirs, shapes, strict=True):
+        assert_close(a.grad, b.grad, 1e-13, f"gradient of {name}")
+
+
+def test_bf16_weights_are_not_summed():
+    layer = Upsample(4, over_time=False).bfloat16()
+    x = draws.normal((1, 4, 2, 3, 3), 0, "x").bfloat16()
+    doubled = F.interpolate(x, scale_factor=(1.0, 2.0, 2.0)).transpose(1, 2).flatten(0, 1)
+    expected = layer.conv(doubled).unflatten(0, (1, 2)).transpose(1, 2)
+    assert torch.equal(layer(x, FrameSpan.whole(2))[0], expected)

@@ -68,7 +68,8 @@ def test_a_coder_holds_little_beside_input_and_output_of_one_layer(smallest_piec
 def test_pieces_hold_every_frame_once(monkeypatch):
     x = torch.zeros(1, 2, 7, 4, 4)
     monkeypatch.setattr("megacogvx.models.vae.pieces.PIECE_BYTES", {"cpu": 3 * x[:, :, 0].nbytes})
-    assert pieces(x) == [(0, 3), (3, 6), (6, 7)]
-    assert pieces(x, 2) == [(2, 5), (5, 7)]
+    assert pieces(x) == [(0, 2), (2, 4), (4, 7)]
+    assert pieces(x, 2) == [(2, 4), (4, 7)]
+    assert pieces(x, 7) == []
     with torch.no_grad():
         assert torch.equal(over_frames(lambda part: part.repeat(1, 2, 1, 1, 2) + 1, x), torch.ones(1, 4, 7, 4, 8))

@@ -9,9 +9,10 @@ from megacogvx.config import load_config, read_yaml
 from megacogvx.models.transformer import CogVideoXTransformer, transformer_core
 from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.groups import initialize, shutdown
+from megacogvx.testing.tiny_dataset import tiny_encoder, write_tiny_dataset
 from megacogvx.training.config import TrainConfig
 from megacogvx.training.estimate.machine import machine
-from megacogvx.training.estimate.prediction import predict
+from megacogvx.training.estimate.prediction import frozen_parameters, predict
 from megacogvx.training.estimate.workload import workload
 
 CONFIGS = Path(__file__).resolve().parents[4] / "examples" / "configs"
@@ -66,3 +67,26 @@ def test_samples_of_a_step_become_packs_by_the_mean_length():
     work = workload(config)
     assert work.tokens_per_sample == 13 * 16 * 24 + 226 and work.samples_per_pack == 4
     assert work.packs == round(2000 * 5218 / 25_344) and work.samples == 2000
+
+
+@pytest.mark.parametrize(
+    ("overrides", "billions"),
+    [
+        ([], 0.0),
+        (["text.encoder=t5", "diffusion.dropped_text=empty"], 0.0),  # for one prompt, before the model is there
+        (["text.encoder=t5"], 4.762),
+    ],
+)
+def test_a_text_encoder_counts_only_while_it_is_kept(overrides, billions):
+    config = load_config(TrainConfig, CONFIGS / "cogvideox_5b_stage1.yaml", overrides)
+    assert frozen_parameters(config, workload(config)) == pytest.approx(billions * 1e9, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["padded", "token_ids"])
+def test_a_dataset_at_hand_says_whether_its_texts_are_token_ids(tmp_path, kind):
+    write_tiny_dataset(tmp_path, 4, encoder=tiny_encoder(kind))
+    config = load_config(
+        TrainConfig, CONFIGS / "demo.yaml",
+        [f"data.paths=[{tmp_path}]", "text.encoder=t5", "diffusion.dropped_text=empty", "data.packs_per_step=1"],
+    )  # fmt: skip
+    assert workload(config).token_ids == (kind == "token_ids")

@@ -1,0 +1,292 @@
+"""Shard: the records of one `.bin` and `.idx` as torch tensors that view the mapped file, without a copy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from megacogvx.data.indexed.copying import RecordCopier
+from megacogvx.data.indexed.fields import field_dtype
+from megacogvx.data.indexed.layout import (
+    BIN_HEADER,
+    BIN_MAGIC,
+    IMAGE_CHANNELS,
+    IMAGE_COLUMNS,
+    IMAGE_HEADER,
+    IMAGE_MAGIC,
+    IMAGE_RECORD_MAGIC,
+    RECORD_HEADER,
+    RECORD_MAGIC,
+    ShardIndex,
+    aligned,
+    check_version,
+    digest,
+    load_json,
+    unseal,
+)
+from megacogvx.data.indexed.manifest import MANIFEST, ShardEntry, read_index
+from megacogvx.data.indexed.parse import check_index_rows
+from megacogvx.data.indexed.remote import Folder, RemotePath
+from megacogvx.data.indexed.source import Access, MappedSource, Source, open_source
+from megacogvx.errors import DataError
+
+Verify = Literal["always", "once", "never"]
+Allocate = Callable[[int], torch.Tensor]  # bytes -> uint8 `[bytes]`, contiguous
+READ_COLUMNS = (
+    "record", "frames", "height", "width", "text_offset", "text_length", "metadata_offset", "metadata_length",
+    "sample_id",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Record:
+    """One sample as stored.
+
+    Attributes:
+        latents: posterior moments `[T, h, w, 2C]`, or the frames that were asked for; of `encoder.latent_dtype`.
+        text: text embedding `[L, E]`, or token ids `[L]`; of `encoder.text_dtype`.
+        sample_id: 64-bit key.
+        metadata_json: the metadata as stored; `metadata` parses them.
+        first_frame: pixels uint8 `[H, W, 3]`; None if the sample has none, or they weren't asked for.
+    """
+
+    latents: torch.Tensor
+    text: torch.Tensor
+    sample_id: int
+    metadata_json: bytes
+    first_frame: torch.Tensor | None = None
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The metadata; parsed at each access, since a training run never looks."""
+        return load_json(self.metadata_json, f"metadata of sample {self.sample_id}")
+
+
+class Shard:
+    """One shard: its index, and its .bin opened at the first read."""
+
+    def __init__(
+        self, folder: Folder, name: str, verify: Verify = "always", entry: ShardEntry | None = None,
+        access: Access = "mmap",
+    ) -> None:  # fmt: skip
+        """Read NAME.idx and check that it belongs to NAME.bin and to the manifest's `entry`.
+
+        Whether each row agrees with the others is looked at before the first record is read.
+
+        Raises:
+            DataError: a file is missing, damaged, or of another shard.
+        """
+        self.path, self.name, self.verify = folder / f"{name}.bin", name, verify
+        self.index: ShardIndex = read_index(
+            folder, name, check_columns=verify != "never", check_rows=False, mapped=access == "mmap"
+        )
+        if entry is not None and (entry.idx_checksum, entry.uuid, entry.samples) != (
+            f"{self.index.checksum:016x}", self.index.uuid.hex(), len(self.index),
+        ):  # fmt: skip
+            raise DataError(
+                f"{folder / name}.idx isn't the one that {MANIFEST} lists; run finish_dataset if it was rewritten"
+            )
+        self._check_header()
+        self.access = access
+        self._columns = [self.index.columns[name].data for name in READ_COLUMNS]
+        encoder = self.index.encoder
+        self._dtypes = field_dtype(encoder.latent_dtype), field_dtype(encoder.text_dtype)
+        self._channels, self._text_shape = 2 * encoder.latent_channels, encoder.text_shape
+        self._cell_bytes, self._token_bytes = encoder.frame_cell_bytes, encoder.text_token_bytes
+        self._mapped: dict[torch.dtype, torch.Tensor] = {}  # the whole file as values of a dtype, made once
+        self._seen = np.zeros(len(self.index) if verify == "once" else 0, bool)
+
+    @cached_property
+    def source(self) -> Source:
+        """The bytes of the .bin.
+
+        Raises:
+            DataError: a row of the index is impossible, or the file can't be opened.
+        """
+        check_index_rows(self.index, str(self.path.with_suffix(".idx") if isinstance(self.path, Path) else self.path))
+        return open_source(self.path, self.index.bin_bytes, self.access)
+
+    @cached_property
+    def copier(self) -> RecordCopier:
+        """What copies records into the caller's memory."""
+        return RecordCopier(self.index, self.source, lambda row, what: DataError(self._damaged(row, what)))
+
+    def copy(self, row: int, frames: range | None, out: np.ndarray) -> int:
+        """Copy record `row`, see `IndexedDataset.read_into`."""
+        check = self._checks(row)
+        if not check and frames is None:
+            return self.copier.whole(row, out)
+        end = self.copier.frames(row, frames, out, check)
+        if check and self.verify == "once":
+            whole = frames is None or len(frames) == self.index.columns["frames"][row]
+            self._seen[row] |= whole and not self.index.encoder.first_frame
+        return end
+
+    def record(self, row: int, frames: range | None = None, first_frame: bool = False) -> Record:
+        """Return record `row`, or the latent frames `frames` of it; with its first frame's pixels if asked for.
+
+        Raises:
+            DataError: the file is shorter than it was, or bytes differ from their checksum.
+        """
+        record, count, height, width, text_at, length, note_at, note_length, sample_id = [
+            column[row] for column in self._columns
+        ]
+        check = self._checks(row)
+        frames = range(count) if frames is None else frames
+        assert frames.step == 1 and 0 <= frames.start < frames.stop <= count, (frames, count)
+        shape = (len(frames), height, width, self._channels)
+        frame_bytes = height * width * self._cell_bytes
+        start = record + RECORD_HEADER.size + frames.start * frame_bytes
+        hashes_at = aligned(note_at + note_length)
+        behind = hashes_at + 8 * count - note_at if check else note_length
+        spans = (start, len(frames) * frame_bytes), (text_at, length * self._token_bytes), (note_at, behind)
+        source = self.source.gathered(spans)
+        if check:
+            source.check_size()
+        latents = self._tensor(source, start, shape, self._dtypes[0])
+        text = self._tensor(source, text_at, (length, *self._text_shape), self._dtypes[1])
+        note = source.view(note_at, note_length).tobytes()
+        if check:
+            self._check(row, frames, latents, text, note, source.view(hashes_at, 8 * count))
+            if self.verify == "once":
+                self._seen[row] |= len(frames) == count and (first_frame or not self.index.encoder.first_frame)
+        return Record(latents, text, sample_id, note, self._first_frame(row, check) if first_frame else None)
+
+    def _first_frame(self, row: int, check: bool) -> torch.Tensor | None:
+        """Return the pixels uint8 `[H, W, 3]` of a record, if it has any."""
+        if not self.index.encoder.first_frame:
+            return None
+        start, height, width, stored = (int(self.index.columns[name][row]) for name in IMAGE_COLUMNS)
+        if not start:
+            return None
+        image = self._tensor(self.source, start, (height, width, IMAGE_CHANNELS), torch.uint8)
+        if check and digest(_view(image)) != stored:
+            raise DataError(self._damaged(row, "the first frame"))
+        return image
+
+    def record_in(self, allocate: Allocate, row: int, frames: range | None, first_frame: bool = False) -> Record:
+        """Return record `row` in memory of the caller, see `IndexedDataset.sample_in`."""
+        _, count, height, width, _, length, note_at, note_length, sample_id = [column[row] for column in self._columns]
+        shape = (count if frames is None else len(frames), height, width, self._channels)
+        latent_bytes, text_bytes = math.prod(shape[:3]) * self._cell_bytes, length * self._token_bytes
+        memory, text_at = allocate(aligned(latent_bytes) + aligned(text_bytes)), aligned(latent_bytes)
+        latents = _at(memory, 0, shape, self._dtypes[0])
+        text = _at(memory, text_at, (length, *self._text_shape), self._dtypes[1])
+        if not isinstance(self.source, MappedSource):  # it would be asked twice
+            record = self.record(row, frames, first_frame)
+            latents.copy_(record.latents), text.copy_(record.text)
+            image, note = record.first_frame, record.metadata_json
+        else:
+            check = self._checks(row)
+            self.copy(row, frames, memory.numpy())
+            image = self._first_frame(row, check) if first_frame else None
+            note = self.source.view(note_at, note_length).tobytes()
+        if image is not None:
+            image = allocate(image.numel()).view(image.shape).copy_(image)
+        return Record(latents, text, sample_id, note, image)
+
+    def check_record_header(self, row: int) -> None:
+        """Check that the record's own header agrees with the index.
+
+        Raises:
+            DataError: it is damaged or says something else.
+        """
+        columns = self.index.columns
+        start, where = int(columns["record"][row]), self._where(row)
+        self.source.check_size()
+        header = self.source.view(start, RECORD_HEADER.size).tobytes()
+        has_image = self.index.encoder.first_frame and columns["image_offset"][row] > 0
+        magic = IMAGE_RECORD_MAGIC if has_image else RECORD_MAGIC
+        _, frames, height, width, channels, *rest, note_hash, number = unseal(RECORD_HEADER, header, magic, where)
+        names = ("frames", "height", "width", "text_length", "sample_id", "text_offset", "text_hash", "metadata_length")
+        expected = [int(columns[name][row]) for name in names]
+        expected_channels = 2 * self.index.encoder.latent_channels
+        good = note_hash in (0, int(columns["metadata_hash"][row]) % 2**32) and channels == expected_channels
+        # Its number is above the row where records before it were lost, and the index was rebuilt.
+        if not good or [frames, height, width, *rest] != expected or number < row:
+            raise DataError(f"{where}: the record's header disagrees with the index")
+        end = aligned(int(columns["metadata_offset"][row]) + int(columns["metadata_length"][row])) + 8 * frames
+        if int.from_bytes(self.source.view(end, 8).tobytes(), "little") != int(columns["latent_hash"][row]):
+            raise DataError(self._damaged(row, "the checksum behind the latents' checksums"))
+        if has_image:
+            self._check_image_header(row, where)
+
+    def _check_image_header(self, row: int, where: str) -> None:
+        start = int(self.index.columns["image_offset"][row])
+        header = self.source.view(start - IMAGE_HEADER.size, IMAGE_HEADER.size).tobytes()
+        _, *found = unseal(IMAGE_HEADER, header, IMAGE_MAGIC, f"{where}: first frame")
+        height, width, pixels, number = (
+            int(self.index.columns[name][row]) for name in ("image_height", "image_width", "image_hash", "sample_id")
+        )
+        if found != [height, width, IMAGE_CHANNELS, number, pixels]:
+            raise DataError(f"{where}: the header of its first frame disagrees with the index")
+
+    def _check_header(self) -> None:
+        if isinstance(self.path, RemotePath):
+            header = self.path.read_range(0, BIN_HEADER.size)
+        else:
+            with self.path.open("rb") as file:
+                header = file.read(BIN_HEADER.size)
+        _, major, minor, _, uuid, *fields = unseal(BIN_HEADER, header, BIN_MAGIC, str(self.path))
+        check_version(major, minor, str(self.path))
+        if uuid != self.index.uuid:
+            raise DataError(
+                f"{self.path} has uuid {uuid.hex()}, the .idx beside it {self.index.uuid.hex()}: they are of two shards"
+            )
+        if tuple(fields) != self.index.encoder.bin_header_values:
+            raise DataError(
+                f"{self.path} holds (channels, text width, dtype codes) {fields}, its index says otherwise: "
+                f"{list(self.index.encoder.bin_header_values)}"
+            )
+
+    def _check(
+        self, row: int, frames: range, latents: torch.Tensor, text: torch.Tensor, note: bytes, hashes: np.ndarray
+    ) -> None:
+        columns = self.index.columns
+        if digest(hashes.data) != int(columns["latent_hash"][row]):
+            raise DataError(self._damaged(row, "the list of the latents' checksums"))
+        stored = hashes.data.cast("Q")
+        for values, frame in zip(latents, frames, strict=True):
+            if digest(_view(values)) != stored[frame]:
+                raise DataError(self._damaged(row, f"latent frame {frame}"))
+        if digest(_view(text)) != int(columns["text_hash"][row]):
+            raise DataError(self._damaged(row, "the text"))
+        if digest(note) != int(columns["metadata_hash"][row]):
+            raise DataError(self._damaged(row, "the metadata"))
+
+    def _tensor(self, source: Source, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Return values of the .bin: a view of the mapping, or of what was read."""
+        length = math.prod(shape)
+        if not length:
+            return torch.empty(shape, dtype=dtype)
+        size = dtype.itemsize
+        if not isinstance(source, MappedSource):
+            return torch.from_numpy(source.view(start, length * size)).view(dtype).view(shape)
+        if dtype not in self._mapped:
+            self._mapped[dtype] = torch.from_numpy(source.data[: len(source.data) // size * size]).view(dtype)
+        return self._mapped[dtype][start // size : start // size + length].view(shape)
+
+    def _checks(self, row: int) -> bool:
+        return self.verify == "always" or (self.verify == "once" and not self._seen[row])
+
+    def _where(self, row: int) -> str:
+        return f"{self.path}: sample {int(self.index.columns['sample_id'][row])} (record {row})"
+
+    def _damaged(self, row: int, what: str) -> str:
+        return f"{self._where(row)}: {what} is damaged (its checksum differs); restore the file from a copy"
+
+
+def _at(memory: torch.Tensor, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Return values that lie `start` bytes into `memory`, uint8 and contiguous."""
+    return memory[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+
+
+def _view(values: torch.Tensor) -> np.ndarray:
+    return values.reshape(-1).view(torch.uint8).numpy()
