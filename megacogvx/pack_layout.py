@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 
 from megacogvx.errors import ConfigError, DataError
+from megacogvx_kernels.transfer import to_device
 
 Triple = tuple[int, int, int]
 PADDING_ID = -1
@@ -159,7 +160,7 @@ class PackLayout:
     def _on_device(self, name: str, device: torch.device | str, make) -> torch.Tensor:  # type: ignore[no-untyped-def]
         key = (name, str(device))
         if key not in self._cache:
-            self._cache[key] = make().to(device)
+            self._cache[key] = to_device(make(), device)
         return self._cache[key]  # type: ignore[return-value]
 
     def slices(
@@ -210,17 +211,18 @@ class PackLayout:
                 repeated.append(torch.where(place < frame_rows, sample.repeated_frames, 0))
         is_text = rows % 2 == 1
         behind = len(rows) - int(is_text.sum())  # the first text row
+        order = torch.where(is_text, behind + is_text.cumsum(0), (~is_text).cumsum(0)).sub(1)
         return LocalPack(
             context_tokens=range(context_start, context_start + tensor[1] * len(tokens)),
             tokens=tokens,
-            video_index=torch.nonzero(~is_text).flatten().to(device),
-            text_index=torch.nonzero(is_text).flatten().to(device),
-            order=torch.where(is_text, behind + is_text.cumsum(0), (~is_text).cumsum(0)).sub(1).to(device),
+            video_index=to_device(torch.nonzero(~is_text).flatten(), device),
+            text_index=to_device(torch.nonzero(is_text).flatten(), device),
+            order=to_device(order, device),
             video_slices=video,
             text_slices=text,
-            modulation_rows=rows.to(device),
-            video_samples=(rows[~is_text] // 2).to(device),
-            repeated=(torch.cat(repeated) if repeated else torch.empty(0, dtype=torch.int64)).to(device),
+            modulation_rows=to_device(rows, device),
+            video_samples=to_device(rows[~is_text] // 2, device),
+            repeated=to_device(torch.cat([rows[:0], *repeated]), device),
         )
 
 

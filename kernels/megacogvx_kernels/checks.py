@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from megacogvx_kernels.transfer import on_host, version_of
+
 ALIGNMENT = 16  # bytes of one access of a kernel
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -115,11 +117,6 @@ def packed(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if is_aligned(tensor) else tensor.clone()
 
 
-def version_of(tensor: torch.Tensor) -> int:
-    """Return how often `tensor` was written to; tensors of the inference mode don't count it."""
-    return -1 if tensor.is_inference() else tensor._version
-
-
 def require_sample_table(name: str, table_M5: torch.Tensor, token_offset: int, tokens: int) -> None:
     """Raise `ValueError` unless the samples follow each other from token 0 and cover the tokens asked for.
 
@@ -134,7 +131,7 @@ def require_sample_table(name: str, table_M5: torch.Tensor, token_offset: int, t
         return  # a traced tensor has no values
     known = _tables.get(table_M5)
     if known is None or known[0] != version_of(table_M5):
-        known = (version_of(table_M5), _tokens_of(name, table_M5.tolist()))
+        known = (version_of(table_M5), _tokens_of(name, on_host(table_M5).tolist()))
         _tables[table_M5] = known
     if token_offset + tokens > known[1]:
         raise ValueError(f"{name} covers {known[1]} tokens; asked for {token_offset} to {token_offset + tokens}")

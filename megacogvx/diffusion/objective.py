@@ -12,6 +12,7 @@ import torch
 
 from megacogvx.diffusion.config import LossMean
 from megacogvx.pack_layout import LocalPack, PackLayout, PackSample
+from megacogvx_kernels.transfer import to_device
 
 NUM_INTERVALS = 10  # equal parts of [0, T) for which the loss is reported apart
 
@@ -75,7 +76,7 @@ def v_loss(
 def row_weights(layout: PackLayout, loss_mean: LossMean, device: torch.device | str = "cpu") -> torch.Tensor:
     """Return fp32 `[M]`, the weight of one video row of each sample (0 for the padding, which has no rows)."""
     weights = [_weight(sample, loss_mean) / max(sample.video_length, 1) for sample in layout.samples]
-    return torch.tensor(weights, dtype=torch.float32, device=device)
+    return to_device(torch.tensor(weights, dtype=torch.float32), device)
 
 
 def sample_weights(layout: PackLayout, loss_mean: LossMean) -> list[float]:

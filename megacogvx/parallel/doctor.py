@@ -36,6 +36,7 @@ from megacogvx.parallel.groups import (
     launch_environment,
     shutdown,
 )
+from megacogvx_kernels import compiled
 
 EXAMPLE = """example:
   torchrun --nproc-per-node 8 -m megacogvx doctor --folder runs/cogvideox_5b_stage1
@@ -100,8 +101,8 @@ def examine(folder: Path, groups: ParallelGroups, all_reduce_bytes: int) -> list
         all_reduce_bytes: size of the measured all-reduce.
     """
     local = [
-        versions(), gpu_libraries(groups.device), device(groups.device), shared_memory(Path("/dev/shm")), open_files(),
-        locked_memory(groups.device), write_test(folder, groups.rank),
+        versions(), gpu_libraries(groups.device), compiled_ops(groups.device), device(groups.device),
+        shared_memory(Path("/dev/shm")), open_files(), locked_memory(groups.device), write_test(folder, groups.rank),
     ]  # fmt: skip
     return [*local, same_versions(groups), clock(groups), shared_folder(folder, groups),
             all_reduce(groups, all_reduce_bytes)]  # fmt: skip
@@ -143,6 +144,17 @@ def gpu_libraries(device: torch.device) -> Finding:
     missing = [name for name in GPU_LIBRARIES if name not in there]
     warning = f"not installed: {', '.join(missing)}; slower paths are taken (the Dockerfile has them all)"
     return Finding("GPU libraries", ", ".join(there) or "none", warning if missing and device.type == "cuda" else "")
+
+
+def compiled_ops(device: torch.device) -> Finding:
+    """Return for which devices the ops of `megacogvx_kernels` are compiled."""
+    there = compiled.available()
+    warning = (
+        "the project's ops are not compiled for GPUs, their plain definitions answer, several times slower; install it "
+        "again where nvcc is, with MEGACOGVX_KERNELS=cuda"
+    )
+    lacks = device.type == "cuda" and "cuda" not in there
+    return Finding("compiled ops", ", ".join(sorted(there)) or "none", warning if lacks else "")
 
 
 def device(device: torch.device) -> Finding:

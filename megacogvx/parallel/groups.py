@@ -186,6 +186,10 @@ def initialize(config: ParallelConfig, seed: int = 0) -> ParallelGroups:
             processes can't be reached. The first three are raised before any group exists.
         ConfigError: a kernel or layer that is named can't be used on this machine; before any group exists, too.
     """
+    if config.tensor_parallel_size > 1 and config.device != "cpu":
+        # megatron-core's linear layers start an exchange before the product that it overlaps, and rely on a single
+        # queue from host to GPU to keep that order (tensor_parallel/layers.py, 0.16.1). CUDA reads it when it starts.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     check_software(config)
     environment = launch_environment()
     check_world_size(config, environment.world_size)
@@ -237,6 +241,12 @@ def choose_device(config: ParallelConfig, environment: LaunchEnvironment) -> tor
             f"parallel.device=cuda needs one GPU per process, but this machine has {gpus} for "
             f"{environment.local_world_size}; start fewer processes or set parallel.device=cpu"
         )
+    if gpus:
+        logger.warning(
+            "the CPU is used: this process sees %d GPU(s) for the %d processes of its machine; start fewer, or let "
+            "each see all of them (under Slurm --gpus-per-node, not --gpus-per-task)",
+            gpus, environment.local_world_size,
+        )  # fmt: skip
     return torch.device("cpu")
 
 

@@ -1,7 +1,7 @@
 """Tests on several ranks: `on_ranks(2, ...)` turns a function of process groups into an ordinary pytest test.
 
-A plain `pytest` starts the processes itself, on gloo, once for all tests of a file with the same number of ranks, and
-once more for the slow ones among them. They are forked from a server that has imported megatron-core once, which takes
+A plain `pytest` starts the processes itself, once for all tests of a file with the same number of ranks, and once more
+for the slow ones among them. On gloo they are forked from a server that has imported megatron-core once, which takes
 eight seconds. Under `torchrun -m pytest` the tests run in the processes that are there, and those for another number of
 ranks are skipped. Each test is there twice: on gloo, and with the mark `gpu` on NCCL, one GPU a process.
 
@@ -28,7 +28,8 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import ForkServerContext, SpawnContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,10 @@ class Case:
 # Its own import of this module is the tests' import, so a fork finds the cases that a test file registers.
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(["megacogvx.testing.spawn", "megacogvx.training.setup", "pytest"])
+# Not for GPUs: megatron-core asks whether there are any while it is imported (dist_checkpointing/strategies/torch.py),
+# which starts CUDA's driver, and what is forked after that can't use it ("Cannot re-initialize CUDA in forked
+# subprocess").
+CONTEXTS: dict[str, ForkServerContext | SpawnContext] = {"cpu": server, "cuda": multiprocessing.get_context("spawn")}
 
 _cases: dict[tuple[str, int, str], list[Case]] = {}  # by (file, ranks, device), in the order of the file
 _outcomes: dict[tuple[str, int, str], dict[str, str]] = {}  # the same: {case name: "" or what went wrong}
@@ -175,16 +180,16 @@ def _launch(file: str, world_size: int, device: str, names: list[str]) -> dict[s
 
 def _start(
     file: str, device: str, names: list[str], rank: int, world_size: int, port: int, folder: Path
-) -> ForkServerProcess:
+) -> BaseProcess:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     environment = {name: str(value) for name, value in {**place, **rendezvous}.items()}
-    process = server.Process(target=_work, args=(file, device, folder, names, {**os.environ, **environment}))
+    process = CONTEXTS[device].Process(target=_work, args=(file, device, folder, names, {**os.environ, **environment}))
     process.start()
     return process
 
 
-def _wait(processes: list[ForkServerProcess], seconds: float) -> bool:
+def _wait(processes: list[BaseProcess], seconds: float) -> bool:
     """Wait for all, or until one fails or time is up, and end the rest; return whether time was up."""
     end = time.monotonic() + seconds
     try:
@@ -208,7 +213,7 @@ def _passed(folder: Path, rank: int) -> list[str]:
     return file.read_text().splitlines() if file.exists() else []
 
 
-def _explain(folder: Path, processes: list[ForkServerProcess], late: bool) -> str:
+def _explain(folder: Path, processes: list[BaseProcess], late: bool) -> str:
     parts = ["time is up"] if late else []
     for rank, process in enumerate(processes):
         lines = (folder / f"output-{rank}").read_text(errors="replace").splitlines()
@@ -232,6 +237,8 @@ def _run_case(case: Case) -> None:
     from megacogvx.parallel import groups as parallel_groups
     from megacogvx.parallel.config import ParallelConfig
 
+    if case.device == "cuda":
+        _compute_in_fp32()
     groups = parallel_groups.initialize(
         ParallelConfig(**{"device": case.device, "timeout_minutes": 2.0, **case.layout})
     )
@@ -245,6 +252,16 @@ def _run_case(case: Case) -> None:
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
         parallel_groups.shutdown(stay_connected=True)
+
+
+def _compute_in_fp32() -> None:
+    """Keep TF32 away, whose 10 bits of mantissa no bound here allows.
+
+    It is the default of convolutions, and in NVIDIA's images (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE) of products too.
+    """
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def _work(file: str, device: str, folder: Path, names: list[str], environment: dict[str, str]) -> None:

@@ -134,7 +134,7 @@ class Adversary:
         clips, loss = len(real), discriminator_hinge(real, fake)
         means = [loss.detach(), real.detach().float().mean(), fake.detach().float().mean()]
         sums = torch.stack([*means, torch.ones_like(loss)]) * clips * share
-        count = torch.tensor(clips if self.groups.context[0] == 0 else 0, dtype=torch.int32, device=logits.device)
+        count = torch.full((), clips if self.groups.context[0] == 0 else 0, dtype=torch.int32, device=logits.device)
         return loss * clips * share, count, {"sums": sums}
 
     def sharded_state_dict(self) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from megacogvx.pack_layout import LocalPack, PackLayout, RowSlice, patchify
 from megacogvx.parallel.groups import ParallelGroups
 from megacogvx.training.image_condition import ImageLatents
 from megacogvx.training.text_condition import TextRows
+from megacogvx_kernels.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,10 @@ class BatchMaker:
         noisy_SP = torch.cat([torch.empty(0, row_size_in), *(noisy for noisy, _ in rows)])
         target_SP = torch.cat([torch.empty(0, row_size), *(target for _, target in rows)])
         return Batch(
-            video_SP=noisy_SP.to(device, self.dtype),
-            text_SE=self._text_rows(pack, local).to(device, self.dtype),
-            target_SP=target_SP.to(device),
-            timesteps_M=torch.tensor([*timesteps, 0], dtype=torch.int64, device=device),
+            video_SP=to_device(noisy_SP, device, self.dtype),
+            text_SE=to_device(self._text_rows(pack, local), device, self.dtype),
+            target_SP=to_device(target_SP, device),
+            timesteps_M=to_device(torch.tensor([*timesteps, 0]), device),
             count=loss_count(layout, local.context_tokens, self.diffusion.loss_mean),
             layout=layout,
             local=local,

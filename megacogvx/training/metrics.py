@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import resource
 import time
 from collections.abc import Callable
@@ -67,7 +68,7 @@ class MetricsFile:
 
 NOT_SHOWN = ("step", "samples", "tokens", "flops", "layout")  # in a line of the log; the rates tell it
 
-# Dense bf16 FLOP/s of one GPU, from NVIDIA's data sheets; the first name that the device's contains counts.
+# Dense bf16 FLOP/s of one GPU, from NVIDIA's data sheets; the first name that the device's contains, as words, counts.
 PEAK_FLOPS = {
     "GB200": 2.5e15, "B200": 2.25e15, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
     "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L40": 181e12, "A40": 150e12,
@@ -79,7 +80,7 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
+    return next((peak for known, peak in PEAK_FLOPS.items() if re.search(rf"\b{known}\b", name)), None)
 
 
 class Meter:

@@ -47,7 +47,7 @@ class TransformerStep:
             loss_mean=diffusion.loss_mean,
             num_train_timesteps=diffusion.num_train_timesteps,
         )
-        count = torch.tensor(batch.count, dtype=torch.int32, device=prediction_SP.device)
+        count = torch.full((), batch.count, dtype=torch.int32, device=prediction_SP.device)  # torch.tensor would wait
         return sums.total, count, {"sums": self._log_sums(sums, batch.count)}
 
     def _log_sums(self, sums: LossSums, count: int) -> torch.Tensor:
@@ -55,7 +55,7 @@ class TransformerStep:
 
         Every tensor rank reports the same divisor, so each gives its share.
         """
-        share = torch.tensor([count / self.maker.groups.tensor[1]], device=sums.total.device)
+        share = torch.full((1,), count / self.maker.groups.tensor[1], device=sums.total.device)
         # a copy: core divides the loss in place
         return torch.cat([sums.total.detach().clone()[None], share, sums.by_interval, sums.weight_by_interval])
 

@@ -22,6 +22,7 @@ from megacogvx.parallel.frame_parallel import FrameShard, shard_pixels
 from megacogvx.parallel.groups import ParallelGroups
 from megacogvx.training.adversary import GENERATOR_TERMS, Adversary
 from megacogvx.training.step import LossFunction
+from megacogvx_kernels.transfer import to_device
 
 
 class VAEStep:
@@ -54,10 +55,10 @@ class VAEStep:
         """Take the next clips forward; returns the reconstruction and the function that scores it."""
         batch = next(microbatches)
         shard = self.shard(batch)
-        video_BCTHW = (batch.video_BCTHW if shard is None else shard.cut(batch.video_BCTHW)).to(
-            self.groups.device, self.dtype
-        )
-        reconstruction = model(video_BCTHW, self.noise(batch, shard).to(video_BCTHW), shard)
+        clips_BCTHW = batch.video_BCTHW if shard is None else shard.cut(batch.video_BCTHW)
+        noise_BCTHW = self.noise(batch, shard)
+        video_BCTHW, noise_BCTHW = (to_device(x, self.groups.device, self.dtype) for x in (clips_BCTHW, noise_BCTHW))
+        reconstruction = model(video_BCTHW, noise_BCTHW, shard)
         adversary = self.adversary if self.adversary is not None and self.adversary.is_on(batch.step) else None
         last_weight = unwrap(model).get_parameter("decoder.conv_out.weight")
         return reconstruction, partial(self.loss, video_BCTHW, shard, adversary, last_weight)
@@ -112,7 +113,7 @@ class VAEStep:
             total = total + self.losses.config.gan_weight * scale * gan
             sums += [gan.detach(), scale * weight, (losses.total * weight).detach()]
         stacked = torch.stack([total.detach(), *sums, torch.full_like(total.detach(), weight)])
-        count = torch.tensor(clips if self.groups.context[0] == 0 else 0, dtype=torch.int32, device=video_BCTHW.device)
+        count = torch.full((), clips if self.groups.context[0] == 0 else 0, dtype=torch.int32, device=total.device)
         return total, count, {"sums": stacked}
 
     def read_log_sums(self, sums: torch.Tensor) -> dict[str, float]:

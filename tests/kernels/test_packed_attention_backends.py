@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 from megacogvx import draws
 from megacogvx.testing.tolerance import assert_close
 from megacogvx_kernels import packed_attention as op
-from megacogvx_kernels.packed_attention import backends, choice, reference
+from megacogvx_kernels.packed_attention import backends, block, choice, reference
 from megacogvx_kernels.packed_attention.block import CHUNK, _plain, _plain_backward, attend_block, attend_block_backward
 
 TOKENS, HEADS, WIDTH = 20, 2, 8
@@ -271,12 +271,19 @@ def test_parts_of_the_keys_merge_into_attention_to_all(functions, chunk, monkeyp
 @pytest.mark.parametrize("kernel", ["flash", "cudnn"])
 def test_the_operators_of_a_gpu_take_these_arguments(kernel, monkeypatch):
     """Shapes alone, by torch's own rules for tensors without memory."""
-    monkeypatch.setattr("megacogvx_kernels.packed_attention.block._kernel", lambda q: kernel)
+    monkeypatch.setattr("megacogvx_kernels.packed_attention.block._kernel", lambda q, k: kernel)
     q, k, v = (torch.empty(rows, HEADS, 64, device="meta", dtype=torch.bfloat16) for rows in (5, 9, 9))
     out, lse = attend_block(q, k, v)
     assert out.shape == q.shape and out.dtype == q.dtype and lse.shape == (5, HEADS) and lse.dtype == torch.float32
     gradients = attend_block_backward(out, q, k, v, out, lse)
     assert [gradient.shape for gradient in gradients] == [q.shape, k.shape, v.shape]
+
+
+@pytest.mark.parametrize(("queries", "keys", "kernel"), [(1, 9, "flash"), (9, 1, "flash"), (2, 2, "cudnn")])
+def test_a_single_token_never_reaches_cudnn(queries, keys, kernel, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))
+    q, k = (torch.empty(rows, HEADS, 64, device="meta", dtype=torch.bfloat16) for rows in (queries, keys))
+    assert block._kernel(q, k) == kernel
 
 
 @pytest.mark.gpu

@@ -44,11 +44,11 @@ def _step(groups, parallel, dtype, packs):
 
     def forward(iterator, model):
         layout = next(iterator)
-        local = layout.local(groups.tensor, groups.context)
-        video = torch.ones(len(local.video_index), config.row_size_in, dtype=dtype)
-        text = torch.ones(len(local.text_index), config.text_embed_dim, dtype=dtype)
-        rows = model(video, text, torch.zeros(layout.num_samples, dtype=torch.int64), layout)
-        return rows, lambda rows: (rows.float().pow(2).sum(), torch.tensor(1, dtype=torch.int32), {})
+        local, device = layout.local(groups.tensor, groups.context), groups.device
+        video = torch.ones(len(local.video_index), config.row_size_in, dtype=dtype, device=device)
+        text = torch.ones(len(local.text_index), config.text_embed_dim, dtype=dtype, device=device)
+        rows = model(video, text, torch.zeros(layout.num_samples, dtype=torch.int64, device=device), layout)
+        return rows, lambda rows: (rows.float().pow(2).sum(), torch.ones((), dtype=torch.int32, device=device), {})
 
     with CountedTraffic() as counted:
         forward_backward(forward, layouts, ddp, groups, num_microbatches=packs, pack_tokens=tokens or 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from megacogvx_kernels.checks import version_of
+from megacogvx_kernels.transfer import on_host, to_device, version_of
 
 SHORTEST, LONGEST, ENOUGH = 32, 64, 1024  # tokens of a run; runs that fill a GPU
 
@@ -15,8 +15,8 @@ _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def runs_of(rows_S: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Cut the tokens into runs of consecutive ones with the same row.
 
-    The layers of a model are called with the same `rows_S`: it is looked at once, so only the first layer waits for
-    the device.
+    The layers of a model are called with the same `rows_S`: it is looked at once, and if `to_device` brought it there,
+    no layer waits for the device.
 
     Args:
         rows_S: integers in [0, num_rows).
@@ -38,7 +38,7 @@ def runs_of(rows_S: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Te
 
 
 def _find(rows_S: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = rows_S.detach().cpu().long()
+    rows = on_host(rows_S).long()
     tokens = len(rows)
     if tokens and not 0 <= int(rows.min()) <= int(rows.max()) < num_rows:
         raise ValueError(f"rows_S holds {int(rows.min())} to {int(rows.max())}; the table has {num_rows} rows")
@@ -55,4 +55,4 @@ def _find(rows_S: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tens
     runs_G3 = torch.stack([start, end, row], dim=1)[order].contiguous()
     counts = torch.bincount(row, minlength=num_rows)
     run_starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-    return runs_G3.to(rows_S.device), run_starts.to(rows_S.device)
+    return to_device(runs_G3, rows_S.device), to_device(run_starts, rows_S.device)

@@ -31,7 +31,7 @@ def merge_moments(
     Returns:
         mean `[B, G]`, variance M2 / N `[B, G]` and N (no dimensions), fp64, the same on all ranks.
     """
-    mine = torch.cat([mean_BG.flatten(), deviations_BG.flatten(), mean_BG.new_tensor([frames])])
+    mine = torch.cat([mean_BG.flatten(), deviations_BG.flatten(), mean_BG.new_full((1,), frames)])
     every = mine.new_empty(group.size() * len(mine))
     dist.all_gather_into_tensor(every, mine, group=group)
     every_RX = every.view(group.size(), -1).double()

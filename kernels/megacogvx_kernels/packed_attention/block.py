@@ -29,7 +29,7 @@ def attend_block(q_SNK: torch.Tensor, k_TNK: torch.Tensor, v_TNK: torch.Tensor) 
         nothing.
     """
     q, k, v = _heads_first(q_SNK), _heads_first(k_TNK), _heads_first(v_TNK)
-    kernel = _kernel(q_SNK)
+    kernel = _kernel(q_SNK, k_TNK)
     if kernel == "cpu":
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
     elif kernel == "cudnn":
@@ -63,7 +63,7 @@ def attend_block_backward(
     tensors = [_heads_first(x) for x in (grad_SNK, q_SNK, k_TNK, v_TNK, out_SNK)]
     lse = lse_SN.transpose(0, 1)[None].contiguous()
     queries, keys = q_SNK.shape[0], k_TNK.shape[0]
-    kernel = _kernel(q_SNK)
+    kernel = _kernel(q_SNK, k_TNK)
     if kernel == "cpu":
         grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(*tensors, lse, 0.0, False)
     elif kernel == "plain":
@@ -83,13 +83,19 @@ def attend_block_backward(
     return dq, dk, dv
 
 
-def _kernel(q_SNK: torch.Tensor) -> str:
-    """Return which operator computes a part; on GPUs there is one for half precision only."""
+def _kernel(q_SNK: torch.Tensor, k_TNK: torch.Tensor) -> str:
+    """Return which operator computes a part; on GPUs there is one for half precision only.
+
+    cuDNN has none for a single token, which a sample may well reach into the next rank with. Under
+    `scaled_dot_product_attention` torch turns such a call away from it (`check_cudnn_tensor_shapes` in
+    `aten/src/ATen/native/transformers/cuda/sdp_utils.cpp`); the operator itself doesn't look.
+    """
     if q_SNK.device.type == "cpu":
         return "cpu"
     if q_SNK.dtype not in (torch.bfloat16, torch.float16):
         return "plain"
-    return "cudnn" if torch.cuda.get_device_capability(q_SNK.device) >= (9, 0) else "flash"
+    several = min(len(q_SNK), len(k_TNK)) > 1
+    return "cudnn" if several and torch.cuda.get_device_capability(q_SNK.device) >= (9, 0) else "flash"
 
 
 def _heads_first(x_SNK: torch.Tensor) -> torch.Tensor:

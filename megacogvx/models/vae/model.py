@@ -61,14 +61,18 @@ class CogVideoXVAE(nn.Module):
             shard: this rank's pixel frames (`shard_pixels`); None: the whole clip is here.
 
         Raises:
-            DataError: the clip's shape doesn't fit.
+            DataError: the clip's shape doesn't fit, or, on the CPU, a value is NaN or infinite.
         """
         total = video_BCTHW.shape[2] if shard is None else shard.total
         self.config.check_clip((*video_BCTHW.shape[:2], total, *video_BCTHW.shape[3:]))
-        moments = self.encode(video_BCTHW, shard=shard)
+        # Not `encode` and `decode`, whose look for values that aren't finite would have the host wait for a GPU twice a
+        # step; there the loss shows them.
+        if video_BCTHW.device.type == "cpu":
+            _check_finite(video_BCTHW, "video")
+        moments = self._code(self.encoder, video_BCTHW, WHOLE, shard, decode=False)
         latents = gaussian.mode(moments) if noise_BCTHW is None else gaussian.sample(moments, noise_BCTHW)
         latent_shard = None if shard is None else shard.halved(self.config.temporal_levels)
-        return Reconstruction(self.decode(latents, shard=latent_shard), moments)
+        return Reconstruction(self._code(self.decoder, latents, WHOLE, latent_shard, decode=True), moments)
 
     def encode(
         self, video_BCTHW: torch.Tensor, coding: Coding = WHOLE, shard: FrameShard | None = None
@@ -89,6 +93,7 @@ class CogVideoXVAE(nn.Module):
                 are given.
         """
         self.config.check_video(video_BCTHW.shape)
+        _check_finite(video_BCTHW, "video")
         return self._code(self.encoder, video_BCTHW, coding, shard, decode=False)
 
     def decode(
@@ -109,6 +114,7 @@ class CogVideoXVAE(nn.Module):
             ConfigError: as for `encode`.
         """
         self.config.check_latents(latents_BCTHW.shape)
+        _check_finite(latents_BCTHW, "latents")
         return self._code(self.decoder, latents_BCTHW, coding, shard, decode=True)
 
     def reconstruct(self, video_BCTHW: torch.Tensor, coding: Coding = WHOLE, pad: bool = False) -> torch.Tensor:
@@ -155,7 +161,6 @@ class CogVideoXVAE(nn.Module):
     def _code(
         self, coder: nn.Module, x_BCTHW: torch.Tensor, coding: Coding, shard: FrameShard | None, decode: bool
     ) -> torch.Tensor:
-        _check_finite(x_BCTHW, "latents" if decode else "video")
         chunk = coding.chunk(self.config.temporal_compression_ratio, decode)
 
         def code(tile_BCTHW: torch.Tensor) -> torch.Tensor:

@@ -50,6 +50,12 @@ def test_missing_gpu_libraries_matter_on_gpus(monkeypatch):
     assert not doctor.gpu_libraries(torch.device("cpu")).warning
 
 
+def test_ops_that_are_not_compiled_for_gpus_matter_on_gpus(monkeypatch):
+    for there, device, warns in (({"cpu"}, "cuda", True), ({"cpu", "cuda"}, "cuda", False), ({"cpu"}, "cpu", False)):
+        monkeypatch.setattr(doctor.compiled, "available", lambda there=there: there)
+        assert bool(doctor.compiled_ops(torch.device(device)).warning) is warns
+
+
 def test_versions_name_torch():
     assert f"torch {torch.__version__}" in doctor.versions().value
 

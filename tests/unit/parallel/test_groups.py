@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -96,6 +98,27 @@ def test_device(monkeypatch, device, gpus, local, expected):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     chosen = choose_device(ParallelConfig(device=device), LaunchEnvironment(1, local, 1, local))
     assert chosen == torch.device(expected)
+
+
+def test_tensor_ranks_on_gpus_keep_the_order_of_exchange_and_product(monkeypatch):
+    name = "CUDA_DEVICE_MAX_CONNECTIONS"
+    for size, device, before, after in ((2, "cuda", None, "1"), (2, "auto", "8", "8"), (1, "cuda", None, None),
+                                        (2, "cpu", None, None)):  # fmt: skip
+        monkeypatch.setenv(name, "")  # it is put back at the end
+        monkeypatch.delenv(name) if before is None else monkeypatch.setenv(name, before)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(LaunchError):  # one process is too few, or has no GPU
+            parallel_groups.initialize(ParallelConfig(device=device, tensor_parallel_size=size))
+        assert os.environ.get(name) == after
+
+
+def test_a_cpu_beside_too_few_gpus_is_said(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    choose_device(ParallelConfig(), LaunchEnvironment(0, 8, 0, 8))
+    assert "sees 1 GPU(s) for the 8 processes" in caplog.text
+    choose_device(ParallelConfig(device="cpu"), LaunchEnvironment(0, 8, 0, 8))
+    assert caplog.text.count("CPU is used") == 1
 
 
 def test_cuda_without_enough_gpus(monkeypatch):

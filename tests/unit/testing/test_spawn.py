@@ -1,5 +1,9 @@
 """Tests that run tests on several ranks: what the parent learns of those that fail."""
 
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
 from megacogvx.testing import spawn
 
 FILE = """
@@ -22,6 +26,16 @@ def test_last(groups, folder):
 def test_slow(groups):
     assert False, "nobody asked for it"
 """
+
+
+def test_ranks_on_gpus_are_not_forked_from_a_process_that_may_have_started_cuda(monkeypatch):
+    started = []
+    for context in spawn.CONTEXTS.values():
+        start = partial(started.append, context.get_start_method())
+        monkeypatch.setattr(context, "Process", lambda start=start, **options: SimpleNamespace(start=start))
+    for device in ("cuda", "cpu"):
+        spawn._start("file", device, [], 0, 2, 1, Path())
+    assert started == ["spawn", "forkserver"]
 
 
 def test_a_failure_takes_only_its_own_test_with_it(tmp_path):

@@ -96,6 +96,6 @@ def test_rates_are_of_the_whole_step_and_flops_of_one_rank(monkeypatch):
 
 def test_peaks_are_known_by_the_longest_name(monkeypatch):
     assert peak_flops(torch.device("cpu")) is None
-    for name, peak in (("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA Nothing 1", None)):
+    for name, peak in (("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA RTX A4000", None)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert peak_flops(torch.device("cuda", 0)) == peak
