@@ -110,7 +110,7 @@ def _weight(sample: PackSample, loss_mean: LossMean) -> int:
 
 def _row_means(squares_VP: torch.Tensor, repeated_V: torch.Tensor, patch: tuple[int, int, int]) -> torch.Tensor:
     q, ph, pw = patch
-    frames_Vq = squares_VP.reshape(len(squares_VP), -1, q, ph * pw).mean(dim=(1, 3))
+    frames_Vq = squares_VP.unflatten(1, (squares_VP.shape[1] // (q * ph * pw), q, ph * pw)).mean(dim=(1, 3))
     if q == 1:
         return frames_Vq[:, 0]
     carries_Vq = torch.arange(q, device=squares_VP.device) >= repeated_V[:, None]

@@ -72,6 +72,17 @@ def test_sums_and_counts_of_ranks_add_up(loss_mean, patch):
         torch.testing.assert_close(sum(getattr(part, name) for part in parts), getattr(whole, name))
 
 
+@pytest.mark.parametrize("patch", [(1, 2, 2), (2, 2, 2)])
+def test_a_rank_that_holds_text_alone_adds_nothing(patch):
+    layout, target = pack(patch, multiple=16)
+    local = layout.local((0, 4), (0, 4))
+    assert len(local.tokens) and not len(local.video_index)
+    empty = rows(target, patch)[:0].requires_grad_()
+    sums = v_loss(empty, empty.detach(), TIMESTEPS, layout, local)
+    sums.total.backward()
+    assert float(sums.total.detach()) == 0.0 and not sums.weight_by_interval.any() and empty.grad.shape == empty.shape
+
+
 def test_a_sample_is_counted_where_its_video_begins():
     layout, _ = pack()
     second = layout.boundaries[1]  # a cut within the second sample's text: tokens second .. second + 4
