@@ -319,7 +319,11 @@ def _start(environment: LaunchEnvironment, device: torch.device, timeout: timede
             "a free port; start with torchrun, or export them in the Slurm script"
         )
     try:
-        dist.init_process_group(backend, init_method="env://", **place)
+        store, _, _ = next(dist.rendezvous("env://", environment.rank, environment.world_size, timeout=timeout))
+        store.set_timeout(timeout)
+        # torchrun (2.13) gives the ranks that it starts again the store of those that died, addresses included.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        dist.init_process_group(backend, store=dist.PrefixStore(f"attempt {attempt}", store), **place)
     except dist.DistError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise LaunchError(f"rank {environment.rank} can't join the others at {where}: {error}") from error

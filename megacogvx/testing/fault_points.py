@@ -130,7 +130,9 @@ def spoil(what: str, value: float, step: int, times: int = 1) -> None:
         total, count, sums = loss(self, batch, prediction)
         if strikes():
             factor = value if what == "spike" else total.new_tensor(value)
-            return total * factor, count, {"sums": sums["sums"] * factor}
+            spoiled = sums["sums"].clone()
+            spoiled[0] *= factor  # the loss; behind it stands its divisor
+            return total * factor, count, {"sums": spoiled}
         return total, count, sums
 
     _put(TransformerStep, "loss", spoiled_loss)
@@ -351,12 +353,14 @@ def _in_writer(step: int, act: Callable[[], None]) -> None:
     from megacogvx.checkpoint import writing
 
     here = {"saved": 0}
+    struck = threading.Event()
     _follow_saves(here)
     real = writing._write_shards
 
     def wrapped(*arguments: Any) -> Any:
-        if here["saved"] > step and threading.current_thread() is not threading.main_thread():
-            here["saved"] = -1
+        in_the_background = threading.current_thread() is not threading.main_thread()
+        if here["saved"] > step and in_the_background and not struck.is_set():
+            struck.set()
             act()
         return real(*arguments)
 
