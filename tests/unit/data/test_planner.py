@@ -218,3 +218,12 @@ def test_every_admitted_sample_comes_once_per_epoch_and_after_resuming():
 def test_thresholds_that_admit_nothing_are_named():
     with pytest.raises(DataError, match=r"step 2 .*flow in \[5.0, None\]\) admit none of 8"):
         used(scored_plan(np.zeros(8), ({"column": "flow", "minimum": 5, "from_step": 2},)), range(4))
+
+
+def test_the_place_of_a_pack_says_nothing_of_how_long_its_samples_have_waited():
+    """The paper's sampling of timesteps goes by place; the pack with the oldest sample would otherwise stand first."""
+    plan = plan_of(mixed(400), 256, 4)
+    turn = {index: position for position, index in enumerate(plan._order.at(np.arange(400)).tolist())}  # first epoch
+    steps = [plan.step(number) for number in range(8)]
+    first = {min(range(4), key=lambda place: min(turn[index] for index in step[place])) for step in steps}
+    assert len(first) > 1
