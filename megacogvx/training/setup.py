@@ -76,7 +76,8 @@ def build_transformer_run(config: TrainConfig) -> Run:
     groups = initialize(config.parallel, config.training.seed)
     lock = lock_run(config.training, groups)
     dtype = config.training.dtype(groups.device)
-    with agreed(groups, "loading the frozen encoders"):  # before the model: a T5 for the empty prompt alone goes again
+    # Before the model: a T5 for the empty prompt alone is dropped again, and its memory is free for the model.
+    with agreed(groups, "loading the frozen encoders"):
         maker = _batch_maker(config, corpus, groups, dtype)
     core = transformer_core(config.model, config.parallel, groups, dtype)
     model = CogVideoXTransformer(config.model, core, groups)
@@ -87,8 +88,6 @@ def build_transformer_run(config: TrainConfig) -> Run:
     beside: dict[str, Kept] = {"ema": average} if average else {}
     state = load_newest_or_start(config, ddp, optimizer, checkpoints, groups, beside)
 
-    with agreed(groups, "loading the frozen encoders"):
-        maker = _batch_maker(config, corpus, groups, dtype)
     loader = PackLoader(
         corpus, plan, *groups.data, start_step=state.step, state=state.data or None,
         cut=(groups.tensor, groups.context), with_images=config.is_image_to_video and groups.is_first_stage,
