@@ -26,7 +26,7 @@ from megacogvx.training.text_condition import TextRows
 from megacogvx.training.validation_loss import ValidationLoss, held_out_packs
 from megacogvx.training.validation_videos import ValidationVideos
 
-Measure = Callable[[int], dict[str, Any]]
+Measure = Callable[[int, Callable[[], object]], dict[str, Any]]
 MakeVideos = Callable[[int, Callable[[], object]], dict[str, torch.Tensor]]
 
 

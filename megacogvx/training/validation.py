@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
@@ -47,22 +48,23 @@ class HeldOutClips:
         self.shown = [place for place, video in enumerate(every) if video.shape[2] > 1][:MOST_PICTURES]
         self.videos = [(place, video) for place, video in enumerate(every) if place % groups.data[1] == groups.data[0]]
 
-    def measure(self, step: int) -> dict[str, float]:
+    def measure(self, step: int, alive: Callable[[], object] = lambda: None) -> dict[str, float]:
         """Return {"psnr": mean over the held-out clips, in dB}, and "psnr_ema" with the averaged weights.
 
-        The posterior's mean is decoded, without noise.
+        The posterior's mean is decoded, without noise. `alive` is called before each clip.
         """
-        measured = {"psnr": self._psnr(draw=True)}
+        measured = {"psnr": self._psnr(alive, draw=True)}
         if self.average is not None:
             with self.average.in_use():
-                measured["psnr_ema"] = self._psnr(draw=False)
+                measured["psnr_ema"] = self._psnr(alive, draw=False)
         return measured
 
     @torch.no_grad()
-    def _psnr(self, draw: bool) -> float:
+    def _psnr(self, alive: Callable[[], object], draw: bool) -> float:
         total = torch.zeros(2, dtype=torch.float64)
         parameter = next(self.model.parameters())
         for place, video in self.videos:
+            alive()
             reconstruction = self.reconstruct(video.to(parameter)).float().clamp(-1, 1).cpu()
             if self.groups.context[0] != 0:
                 continue  # the first context rank has gathered the whole clip
