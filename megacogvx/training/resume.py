@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from megacogvx.checkpoint.directory import CheckpointDirectory
@@ -28,6 +29,9 @@ from megacogvx.training.run_lock import RunLock
 from megacogvx.training.start_from import start_from
 from megacogvx.training.state import TrainState
 
+# What, above 0, learns beside the model from a run's first step on: section and key.
+BESIDE = (("ema", "decay"), ("loss", "gan_weight"))
+
 logger = get_logger(__name__)
 
 
@@ -50,7 +54,8 @@ def open_run(config: Section, training: TrainingConfig, section: str) -> tuple[C
     latest = checkpoints.latest()
     if latest is not None:
         try:
-            before = read_state(latest)["config"].get(section, {})
+            stored = read_state(latest)["config"]
+            before = stored.get(section, {})
             before = {**dump_config(type(getattr(config, section))()), **before}  # keys of later versions
         except CheckpointError:  # damaged: loading says so, and goes back or stops
             return checkpoints, resolved
@@ -60,6 +65,7 @@ def open_run(config: Section, training: TrainingConfig, section: str) -> tuple[C
                 f"{latest} holds another model: {', '.join(changed)} differ from this config; use another "
                 f"training.run_folder, or the config that wrote it"
             )
+        _check_beside(latest, stored, resolved, training)
     elif training.start_from is not None:
         start = find_checkpoint(training.start_from)
         if section not in start.resolved:
@@ -70,6 +76,17 @@ def open_run(config: Section, training: TrainingConfig, section: str) -> tuple[C
         if section == "vae":
             _check_same_vae(start, resolved[section])
     return checkpoints, resolved
+
+
+def _check_beside(latest: Path, stored: dict[str, Any], resolved: dict[str, Any], training: TrainingConfig) -> None:
+    """Raise `CheckpointError` where a run goes on with something that its checkpoint holds nothing of."""
+    for section, key in BESIDE:
+        value = resolved.get(section, {}).get(key)
+        if value and section in stored and not stored[section].get(key):
+            raise CheckpointError(
+                f"{section}.{key}={value}, but {latest} was written with 0 and has nothing of it to go on with; set it "
+                f"to 0, or begin another training.run_folder with training.start_from={training.run_folder}"
+            )
 
 
 def _check_same_vae(start: Checkpoint, vae: dict[str, Any]) -> None:

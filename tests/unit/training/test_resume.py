@@ -44,13 +44,13 @@ def test_the_same_variant_with_another_scale_is_a_start(tmp_path):
     assert resolved["vae"]["scaling_factor"] == 1.0
 
 
-def run(folder, stored):
+def run(folder, stored, sections=None, **changes):
     """Open a run of a tiny model in `folder`, whose checkpoint says that its section `model` was `stored`."""
     directory = CheckpointDirectory(folder / "checkpoints")
     partial = directory.begin(5)
-    (partial / "state.json").write_text(json.dumps({"config": {"model": stored}}))
+    (partial / "state.json").write_text(json.dumps({"config": {"model": stored, **(sections or {})}}))
     directory.commit(5, {name: seal(partial, name) for name in files_of(partial)})
-    values = {"model": {"preset": "tiny"}, "data": {"paths": ["x"], "tokens_per_pack": 64}}
+    values = {"model": {"preset": "tiny"}, "data": {"paths": ["x"], "tokens_per_pack": 64}, **changes}
     config = build_config(TrainConfig, {**values, "training": {"run_folder": str(folder)}})
     return open_run(config, config.training, section="model")
 
@@ -74,3 +74,12 @@ def test_a_key_that_the_checkpoint_is_older_than_has_its_default(tmp_path):
 def test_another_model_is_refused_by_name(tmp_path):
     with pytest.raises(CheckpointError, match=r"holds another model: model\.num_layers, model\.portrait differ"):
         run(tmp_path, model(num_layers=3, portrait=True))
+
+
+def test_an_average_does_not_begin_within_a_run(tmp_path):
+    """Its checkpoint has none; said before any process group, with what to do."""
+    without, kept = {"ema": {"decay": 0.0}}, {"ema": {"decay": 0.9}}
+    with pytest.raises(CheckpointError, match=r"ema\.decay=0\.5, but .*step-00000005 .* training\.start_from="):
+        run(tmp_path / "a", model(), without, ema={"decay": 0.5})
+    run(tmp_path / "b", model(), kept, ema={"decay": 0.5})
+    run(tmp_path / "c", model(), kept)
