@@ -12,12 +12,15 @@ from megacogvx.data.clips import ClipLoader
 from megacogvx.data.images import write_png
 from megacogvx.data.transforms import to_pixels
 from megacogvx.evaluation.reconstruction import psnr
+from megacogvx.log import get_logger
 from megacogvx.models.vae import gaussian
 from megacogvx.models.vae.model import CogVideoXVAE
 from megacogvx.parallel.data_parallel import sum_over_data_and_context
 from megacogvx.parallel.frame_parallel import gather_frames, shard_pixels
 from megacogvx.parallel.groups import ParallelGroups
 from megacogvx.training.ema import WeightAverage
+
+logger = get_logger(__name__)
 
 MOST_CLIPS = 8  # measured at a time; the first of the list
 MOST_PICTURES = 3
@@ -45,14 +48,19 @@ class HeldOutClips:
     ):
         self.model, self.groups, self.folder, self.average = model, groups, run_folder / "reconstructions", average
         every = [video for _, video in islice(loader.held_out_videos(), MOST_CLIPS)]
+        self.count = len(every)
+        if not every:
+            logger.info("no clip is held out that is as large as clips.held_out_height x held_out_width: no PSNR")
         self.shown = [place for place, video in enumerate(every) if video.shape[2] > 1][:MOST_PICTURES]
         self.videos = [(place, video) for place, video in enumerate(every) if place % groups.data[1] == groups.data[0]]
 
     def measure(self, step: int, alive: Callable[[], object] = lambda: None) -> dict[str, float]:
         """Return {"psnr": mean over the held-out clips, in dB}, and "psnr_ema" with the averaged weights.
 
-        The posterior's mean is decoded, without noise. `alive` is called before each clip.
+        The posterior's mean is decoded, without noise. `alive` is called before each clip. Without clips: {}.
         """
+        if not self.count:
+            return {}
         measured = {"psnr": self._psnr(alive, draw=True)}
         if self.average is not None:
             with self.average.in_use():
