@@ -13,8 +13,9 @@
 # 80 GB; keep_attention, since the quadratic part of 86k-token clips is 80% of the work and not worth repeating.
 # README.md beside this file has the numbers of all stages.
 #
-# `megacogvx doctor` looks at the machines first. SIGTERM and SIGUSR1 end every rank after its step, with a checkpoint; then this script's exit status is 75: start it
-# again to go on. Other failures restart the ranks RESTARTS times from the newest checkpoint.
+# `megacogvx doctor` looks at the machines first. SIGTERM and SIGUSR1 end every rank after its step, with a checkpoint;
+# then this script's exit status is 75: start it again to go on. One that comes while the doctor looks ends the script
+# before the training begins. Other failures restart the ranks RESTARTS times from the newest checkpoint.
 set -euo pipefail
 
 nodes=${NNODES:-1}
@@ -53,6 +54,7 @@ stop() {  # the agent itself would give its ranks 30 seconds; they get as long a
     kill -TERM "$agent" 2>/dev/null || true
 }
 
+trap 'exit "$stopped"' TERM USR1  # once the doctor is done: there is nothing to save yet
 (ranks "$((port + 1))" 0 doctor --folder "${DOCTOR_FOLDER:-runs}")
 
 (ranks "$port" "$restarts" train --config "$config" "${overrides[@]}") &
