@@ -176,7 +176,7 @@ def test_a_signalled_node_stops_its_ranks_then_their_agent_and_says_75(tmp_path)
 
 
 def test_a_node_that_is_signalled_while_the_doctor_looks_begins_no_training(tmp_path):
-    """As the first process of a container, a shell without a trap would miss the signal, and train until it is killed."""
+    """As the first process of a container, a shell without a trap would miss it, and train until it is killed."""
     node = _stand_in(tmp_path, "some.yaml", STAND_IN_DOCTOR=0.5)
     _wait_for(tmp_path / "calls")
     node.send_signal(signal.SIGTERM)
@@ -192,7 +192,8 @@ def test_slurm_gives_each_task_the_cores_of_the_job(tmp_path):
     (tmp_path / "srun").chmod(0o755)
     path = os.pathsep.join(map(str, (tmp_path, HERE / "stand_ins", os.environ["PATH"])))
     values = {
-        "STAND_IN_FOLDER": tmp_path, "PATH": path, "SLURM_JOB_NODELIST": "here", "SLURM_JOB_ID": 1, "SLURM_CPUS_PER_TASK": 12,
+        "STAND_IN_FOLDER": tmp_path, "PATH": path, "SLURM_JOB_NODELIST": "here", "SLURM_JOB_ID": 1,
+        "SLURM_CPUS_PER_TASK": 12,
     }  # fmt: skip
     script = ["bash", LAUNCH / "slurm.sbatch", "some.yaml"]
     subprocess.run(script, cwd=PROJECT, env=environment(tmp_path, **values), check=True, timeout=30)
