@@ -128,14 +128,14 @@ def train(run: Run) -> bool:
     with agreed(groups, f"opening {settings.run_folder}"):
         if groups.is_first:
             _open_folder(run)
+        events = MetricsFile(settings.run_folder, state.step, groups.is_first, "guard.jsonl")
+        tracking = Tracking(run.tracking, settings.run_folder, state.step, run.resolved, groups.is_first)
     guard, saver = Guard(run.guard, state.guard), Saver(run.checkpoints, run.checkpoint, groups)
-    events = MetricsFile(settings.run_folder, state.step, groups.is_first, "guard.jsonl")
     meter = Meter(settings.steps - state.step, groups)
     beats = heartbeats(run.guard.launcher_heartbeats, groups)
     watch = Watch(settings.run_folder, groups.rank, groups.world_size, run.guard.stuck_seconds, on_part=beats.beat)
     run.forward_step = own = OwnSeconds(run.forward_step, groups.device)
     stragglers = Stragglers(run.guard.slow_factor) if run.guard.slow_factor else None
-    tracking = Tracking(run.tracking, settings.run_folder, state.step, run.resolved, groups.is_first)
     with beats, watch, tracking, saver, profile_window(run.tracking, settings.run_folder, groups) as profiler:
         for step in progress(range(state.step, settings.steps), "train", plain=False):
             watch.at(step, "data")

@@ -25,6 +25,7 @@ from megacogvx.training.adversary import Adversary, WeightsOnly
 from megacogvx.training.agreement import agreed
 from megacogvx.training.config import TrainConfig, TrainingConfig, VAETrainConfig
 from megacogvx.training.ema import WeightAverage
+from megacogvx.training.metrics import MetricsFile
 from megacogvx.training.run_lock import RunLock
 from megacogvx.training.start_from import start_from
 from megacogvx.training.state import TrainState
@@ -46,6 +47,17 @@ def lock_run(training: TrainingConfig, groups: ParallelGroups) -> RunLock | None
         if groups.is_first:
             lock = RunLock(training.run_folder)
     return lock
+
+
+def open_metrics(training: TrainingConfig, state: TrainState, groups: ParallelGroups) -> MetricsFile:
+    """Return RUN/metrics.jsonl without the rows of the steps that come now.
+
+    Raises:
+        AgreedError: the first rank can't read or write it; on all ranks.
+    """
+    with agreed(groups, f"opening metrics.jsonl in {training.run_folder}"):
+        metrics = MetricsFile(training.run_folder, state.step, groups.is_first)
+    return metrics
 
 
 def open_run(config: Section, training: TrainingConfig, section: str) -> tuple[CheckpointDirectory, dict[str, Any]]:
@@ -117,7 +129,8 @@ def load_newest_or_start(
     found = load_newest(checkpoints, ddp, optimizer, groups, go_back=go_back, beside=beside)
     if found is not None:
         path, extra = found
-        check_finite(model, str(path))
+        with agreed(groups, "checking the weights"):  # a rank sees its own part of them alone
+            check_finite(model, str(path))
         logger.info("resumed from %s", path)
         return TrainState.from_json(extra["state"])
     if config.training.start_from is not None:

@@ -294,3 +294,14 @@ def test_loss_and_videos_tell_the_watch_that_they_go_on(run, monkeypatch):
     seven.make_videos = make_videos
     loop.train(seven)
     assert [place for place in told if place[1] == "validation"] == [(3, "validation")] * 4 + [(6, "validation")] * 4
+
+
+def test_a_tracker_that_cannot_be_opened_ends_all_ranks(run, monkeypatch):
+    """Only the first rank has one: without a network Weights & Biases fails there alone."""
+
+    def unreachable(*_):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(loop, "Tracking", unreachable)
+    with pytest.raises(AgreedError, match=r"opening .* failed: rank 0: OSError: no route to host"):
+        loop.train(run())

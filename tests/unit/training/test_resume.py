@@ -1,15 +1,19 @@
 """What a run may start from, and whether a config may go on with what its run folder holds."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from megacogvx.checkpoint.directory import CheckpointDirectory, files_of, seal
 from megacogvx.config import build_config, dump_config
-from megacogvx.errors import CheckpointError
+from megacogvx.errors import AgreedError, CheckpointError
 from megacogvx.models.vae.config import VAEConfig
+from megacogvx.training import agreement, resume
 from megacogvx.training.config import TrainConfig, VAETrainConfig
-from megacogvx.training.resume import open_run
+from megacogvx.training.resume import load_newest_or_start, open_metrics, open_run
+from megacogvx.training.state import TrainState
 
 
 def _run_of(folder, **vae):
@@ -83,3 +87,25 @@ def test_an_average_does_not_begin_within_a_run(tmp_path):
         run(tmp_path / "a", model(), without, ema={"decay": 0.5})
     run(tmp_path / "b", model(), kept, ema={"decay": 0.5})
     run(tmp_path / "c", model(), kept)
+
+
+@pytest.fixture
+def other_fails(monkeypatch):
+    """Two ranks: what this one does goes well, what the other one does doesn't."""
+    monkeypatch.setattr(agreement, "any_rank", lambda mine, groups: True)
+    monkeypatch.setattr(agreement, "gather_json", lambda mine, groups: [mine, ("DataError: 3 values are NaN", True)])
+    return SimpleNamespace(is_first=False)
+
+
+def test_weights_that_are_bad_on_another_rank_end_this_one_too(other_fails, monkeypatch, tmp_path):
+    """With tensor ranks the others hold none of them, and would wait in the next exchange."""
+    monkeypatch.setattr(resume, "together", lambda groups, act: act())
+    monkeypatch.setattr(resume, "load_newest", lambda *_, **__: (tmp_path, {"state": TrainState().to_json()}))
+    config = SimpleNamespace(checkpoint=SimpleNamespace(on_damaged="stop"))
+    with pytest.raises(AgreedError, match="checking the weights failed: rank 1: DataError: 3 values are NaN"):
+        load_newest_or_start(config, torch.nn.Linear(1, 1), None, None, other_fails, {})
+
+
+def test_a_history_that_the_first_rank_cannot_open_ends_all(other_fails, tmp_path):
+    with pytest.raises(AgreedError, match=r"opening metrics\.jsonl in .* failed: rank 1"):
+        open_metrics(SimpleNamespace(run_folder=tmp_path), TrainState(), other_fails)
