@@ -15,6 +15,7 @@ from megacogvx.inference.conditions import ConditionEncoder
 from megacogvx.inference.denoise import SamplingSettings
 from megacogvx.models.transformer.flops import cost_coefficients
 from megacogvx.models.transformer.rope import place_on_rope_grid
+from megacogvx.models.vae.tiling import Coding
 from megacogvx.parallel.data_parallel import DistributedDataParallel
 from megacogvx.training.agreement import agreed
 from megacogvx.training.batch import BatchMaker
@@ -88,7 +89,7 @@ def held_out_measures(
     clean = None if images is None else ConditionEncoder(images.vae, images.scaling_factor, images.scale)
     videos = ValidationVideos(
         packs, settings.videos, ddp.module, maker.schedule, maker.scaling_factor, settings.vae, sampling,
-        config.training.run_folder / "validation", groups, average, texts, clean,
+        config.training.run_folder / "validation", groups, average, texts, clean, Coding.of(settings.vae_mode),
     )  # fmt: skip
     return loss.measure, videos.make
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,6 +34,8 @@ class ValidationConfig(Section):
         vae: run folder or checkpoint of the VAE that encoded the dataset; the videos need it.
         video_steps: sampling steps.
         guidance_scale: of the videos' classifier-free guidance.
+        vae_mode: how much of a video the VAE decodes at once, whole, chunked or tiled; it works on the first rank,
+            beside the model and its optimizer.
     """
 
     paths: tuple[str, ...] = ()
@@ -43,6 +45,7 @@ class ValidationConfig(Section):
     vae: Path | None = None
     video_steps: int = Field(20, ge=1)
     guidance_scale: float = Field(6.0, ge=1)
+    vae_mode: Literal["whole", "chunked", "tiled"] = "chunked"
 
     @field_validator("timesteps")
     @classmethod
