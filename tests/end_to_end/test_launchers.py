@@ -94,8 +94,8 @@ def test_shellcheck_has_no_complaint(script):
 def test_a_launcher_is_executable_and_runs_the_doctor_first():
     for name in ("torchrun.sh", "slurm.sbatch"):
         lines = [line for line in (LAUNCH / name).read_text().splitlines() if not line.lstrip().startswith("#")]
-        verbs = re.findall(r"\b(doctor|train) --", "\n".join(lines))
-        assert verbs == ["doctor", "train"], name
+        verbs = re.findall(r"\b(doctor|verb)\"? --", "\n".join(lines))
+        assert verbs == ["doctor", "verb"], name
     assert os.access(LAUNCH / "torchrun.sh", os.X_OK)
 
 
@@ -173,6 +173,12 @@ def test_a_signalled_node_stops_its_ranks_then_their_agent_and_says_75(tmp_path)
     assert train.startswith(common.format(4000)) and train.endswith(
         "--max-restarts 3 -m megacogvx train --config some.yaml a.b=1"
     )
+
+
+def test_a_node_trains_a_vae_where_it_is_told_to(tmp_path):
+    node = _stand_in(tmp_path, "vae.yaml", "a.b=1", VERB="train-vae")
+    assert node.wait(timeout=30) == 0
+    assert (tmp_path / "calls").read_text().endswith("-m megacogvx train-vae --config vae.yaml a.b=1\n")
 
 
 def test_a_node_that_is_signalled_while_the_doctor_looks_begins_no_training(tmp_path):
