@@ -7,13 +7,13 @@ import importlib.util
 import io
 import json
 import platform
-import secrets
 import subprocess
 import sys
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from uuid import uuid4
 
 import torch
 from PIL import Image
@@ -173,7 +173,7 @@ def _run_id(folder: Path) -> str:
     file = folder / "wandb_id.txt"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        write_durably(file, secrets.token_hex(8))
+        write_durably(file, uuid4().hex)
     return file.read_text()
 
 
