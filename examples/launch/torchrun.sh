@@ -3,6 +3,7 @@
 #
 #   NNODES=8 MASTER_ADDR=node0 examples/launch/torchrun.sh               stage 4 of the 5B model
 #   examples/launch/torchrun.sh CONFIG section.key=value ...             another stage, here on one node
+#   VERB=train-vae examples/launch/torchrun.sh CONFIG ...                a VAE
 #
 # MASTER_ADDR is one of the nodes; MASTER_PORT and the port after it have to be free there. GPUS_PER_NODE is 8 unless it
 # is set, RUN_ID has to differ between runs that share MASTER_ADDR.
@@ -13,8 +14,9 @@
 # 80 GB; keep_attention, since the quadratic part of 86k-token clips is 80% of the work and not worth repeating.
 # README.md beside this file has the numbers of all stages.
 #
-# `megacogvx doctor` looks at the machines first. SIGTERM and SIGUSR1 end every rank after its step, with a checkpoint; then this script's exit status is 75: start it
-# again to go on. Other failures restart the ranks RESTARTS times from the newest checkpoint.
+# `megacogvx doctor` looks at the machines first. SIGTERM and SIGUSR1 end every rank after its step, with a checkpoint;
+# then this script's exit status is 75: start it again to go on. One that comes while the doctor looks ends the script
+# before the training begins. Other failures restart the ranks RESTARTS times from the newest checkpoint.
 set -euo pipefail
 
 nodes=${NNODES:-1}
@@ -24,6 +26,7 @@ address=${MASTER_ADDR:-127.0.0.1}
 port=${MASTER_PORT:-29500}
 restarts=${RESTARTS:-3}
 python=${PYTHON:-python}
+verb=${VERB:-train}
 stopped=75
 
 config=${1:-examples/configs/cogvideox_5b_stage4.yaml}
@@ -53,9 +56,10 @@ stop() {  # the agent itself would give its ranks 30 seconds; they get as long a
     kill -TERM "$agent" 2>/dev/null || true
 }
 
+trap 'exit "$stopped"' TERM USR1  # once the doctor is done: there is nothing to save yet
 (ranks "$((port + 1))" 0 doctor --folder "${DOCTOR_FOLDER:-runs}")
 
-(ranks "$port" "$restarts" train --config "$config" "${overrides[@]}") &
+(ranks "$port" "$restarts" "$verb" --config "$config" "${overrides[@]}") &
 agent=$!
 trap stop TERM USR1
 status=0

@@ -134,16 +134,18 @@ class CheckpointDirectory:
         if partial := self._begun.pop(step, None):
             shutil.rmtree(partial, ignore_errors=True)
 
-    def prune(self, keep_last: int | None, keep_every: int | None) -> list[int]:
+    def prune(self, newest: int, keep_last: int | None, keep_every: int | None) -> list[int]:
         """Delete old checkpoints; return their steps.
 
         Args:
+            newest: step of the one that was written last. Those of later steps stay and count for nothing: the run has
+                gone back behind them, for they are damaged.
             keep_last: how many of the newest stay; None keeps all.
             keep_every: those whose step is a multiple stay for ever; None: none does.
         """
         if keep_last is None:
             return []
-        old = self.steps()[:-keep_last]
+        old = [step for step in self.steps() if step <= newest][:-keep_last]
         gone = [step for step in old if not keep_every or step % keep_every]
         for step in gone:
             removed = self.path(step).with_name(self.path(step).name + REMOVED)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megacogvx.checkpoint.reading import read_metadata
+from megacogvx.checkpoint.together import together
 from megacogvx.errors import CheckpointError
 from megacogvx.parallel.data_parallel import unwrap
 from megacogvx.parallel.groups import ParallelGroups, gather_json
@@ -65,11 +66,12 @@ def check_tensors(path: Path, state: dict[str, Any], groups: ParallelGroups, wei
     """Check that the checkpoint holds every tensor that `state` asks for, in the same global shape.
 
     Raises:
-        CheckpointError: it doesn't, or has weights that the model hasn't.
+        CheckpointError: it doesn't, or has weights that the model hasn't, or a rank can't read it; on all ranks.
     """
+    metadata = together(groups, lambda: read_metadata(path))  # before what the ranks tell each other
     there = {
         key: tuple(entry.size)
-        for key, entry in read_metadata(path).state_dict_metadata.items()
+        for key, entry in metadata.state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
     asked = {tensor.key: tuple(tensor.global_shape) for tensor in tensors_of(state)}

@@ -111,7 +111,8 @@ class PackPlan:
             if state.get(name) != value:
                 raise DataError(
                     f"the data state to resume from has {name}={state.get(name)}, this run has {value}: samples would "
-                    "repeat or be left out; use the same data.paths, files and seed, or start the data afresh"
+                    "repeat or be left out; use the same data.paths, files and seed, or begin another run with "
+                    "the weights of this one (training.start_from)"
                 )
         try:
             positions, born = (np.array(column, np.int64).reshape(-1) for column in state["waiting"])

@@ -35,9 +35,9 @@ from megacogvx.parallel.groups import (
     ParallelGroups,
     barrier,
     check_world_size,
+    groups_of_a_program,
     initialize,
     launch_environment,
-    shutdown,
 )
 
 EXAMPLE = """\
@@ -81,11 +81,9 @@ def run(arguments: argparse.Namespace) -> None:
     )
     plan = plan_of(arguments, parallel, upsampler_name(arguments))
     check_world_size(parallel, launch_environment().world_size)
-    groups = initialize(parallel)  # no draw of sampling is core's
-    try:
+    with groups_of_a_program():
+        groups = initialize(parallel)  # no draw of sampling is core's
         generate(plan, groups, lambda: upsampler_of(arguments, groups.device))
-    finally:
-        shutdown()
 
 
 def generate(plan: Plan, groups: ParallelGroups, upsampler: Callable[[], PromptUpsampler] = PromptUpsampler) -> None:

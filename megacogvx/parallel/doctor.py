@@ -32,9 +32,9 @@ from megacogvx.parallel.groups import (
     barrier,
     broadcast_json,
     gather_json,
+    groups_of_a_program,
     initialize,
     launch_environment,
-    shutdown,
 )
 from megacogvx_kernels import compiled
 
@@ -84,12 +84,10 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         LaunchError: something would end a run; every such thing is named with its machine.
     """
-    groups = initialize(ParallelConfig(device=arguments.device, timeout_minutes=arguments.timeout_minutes))
-    try:
+    with groups_of_a_program():
+        groups = initialize(ParallelConfig(device=arguments.device, timeout_minutes=arguments.timeout_minutes))
         findings = examine(arguments.folder, groups, int(arguments.megabytes * 1e6))
         report(findings, groups)
-    finally:
-        shutdown()
 
 
 def examine(folder: Path, groups: ParallelGroups, all_reduce_bytes: int) -> list[Finding]:

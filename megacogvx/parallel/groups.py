@@ -9,15 +9,18 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from megacogvx import log
-from megacogvx.errors import LaunchError
+from megacogvx.errors import AgreedError, LaunchError
 from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.software import check_software
 
@@ -250,19 +253,44 @@ def choose_device(config: ParallelConfig, environment: LaunchEnvironment) -> tor
     return torch.device("cpu")
 
 
-def shutdown(*, stay_connected: bool = False) -> None:
+@contextmanager
+def groups_of_a_program() -> Iterator[None]:
+    """Take the process groups down at the end of a block, without a wait for the other ranks if this one fails.
+
+    NCCL's groups are aborted then. Destroying them lets exchanges that have begun come to their end first (torch pull
+    request 141510: "for a bad program, a hang is expected"): ranks that wait for this one would hold it, its error
+    unsaid and its launcher knowing of nothing, until a timeout ends them all.
+    """
+    try:
+        yield
+    except AgreedError:  # every rank is here
+        shutdown()
+        raise
+    except BaseException as error:
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            logger.error("this rank fails: %s: %s", type(error).__name__, error)
+            shutdown(abort=dist.get_backend() == "nccl")
+        shutdown()
+        raise
+    shutdown()
+
+
+def shutdown(*, stay_connected: bool = False, abort: bool = False) -> None:
     """Take the process groups down; a no-op when there are none.
 
     Args:
         stay_connected: keep the group of all processes, for another `initialize` with other sizes. A launcher's
             rendezvous serves once: processes that disconnected can't meet again.
+        abort: NCCL's alone: break off the exchanges that other ranks have begun, instead of waiting for their end.
     """
     if not dist.is_initialized():
         return
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
-    if not stay_connected:
+    if abort:
+        distributed_c10d._abort_process_group()  # of all groups at once, so that none waits for another
+    elif not stay_connected:
         dist.destroy_process_group()
     log.set_rank(0, "")
 

@@ -6,7 +6,8 @@ is on its way to disk.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -43,11 +44,18 @@ def agreed(groups: ParallelGroups, what: str) -> Iterator[None]:
         raise AgreedError(f"{what} failed: {texts}", unforeseen=not any(users for _, users in met))
 
 
-def read_together(items: Iterable[Item], groups: ParallelGroups) -> Iterator[Item]:
-    """Yield what this rank's loader gives; where it fails on any rank, every rank raises `AgreedError`."""
+def read_together(
+    items: Iterable[Item], groups: ParallelGroups, clock: Callable[[], float] = time.perf_counter
+) -> Iterator[tuple[Item, float]]:
+    """Yield what this rank's loader gives, and the seconds that this rank alone waited for it.
+
+    Raises:
+        AgreedError: on every rank, where the loader of any fails.
+    """
     source = iter(items)
     while True:
-        item = None
+        began = clock()
         with agreed(groups, "reading the data of a step"):
             item = next(source)
-        yield item
+            seconds = clock() - began  # without the wait for a slower rank, which comes now
+        yield item, seconds

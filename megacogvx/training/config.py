@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megacogvx.checkpoint.config import CheckpointConfig
 from megacogvx.config import Section
@@ -77,6 +77,16 @@ class OptimizerConfig(Section):
     clip_gradient: float = Field(1.0, ge=0, description="largest norm of the whole gradient; 0 is off")
     initial_loss_scale: float = Field(2.0**16, ge=1, description="fp16 alone: what the loss is first multiplied by")
     loss_scale_window: int = Field(1000, ge=1, description="fp16 alone: steps without overflow until the scale doubles")
+
+    @model_validator(mode="after")
+    def _falls(self) -> OptimizerConfig:
+        """Check what the decay goes from and to."""
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate={self.min_learning_rate} is above learning_rate={self.learning_rate}, from which "
+                "the rate falls to it; lower it"
+            )
+        return self
 
 
 class TrainConfig(Section):

@@ -10,7 +10,7 @@ from megacogvx.models.transformer.checks import rope_grid_problem
 from megacogvx.models.transformer.config import CogVideoXConfig
 from megacogvx.pack_layout import place_sample
 from megacogvx.training.config import TrainConfig
-from megacogvx.training.image_condition import check_image_vae
+from megacogvx.training.image_condition import check_vae
 
 
 def check_corpus(config: TrainConfig, corpus: Corpus) -> None:
@@ -38,7 +38,8 @@ def check_corpus(config: TrainConfig, corpus: Corpus) -> None:
     _check_sizes(model, corpus)
     _check_text(config, corpus)
     if config.is_image_to_video:
-        vae = check_image_vae(config.image, encoder)
+        assert config.image.vae is not None
+        vae = check_vae("image.vae", config.image.vae, encoder)
         _check_first_frames(corpus, vae.config.spatial_compression_ratio)
 
 

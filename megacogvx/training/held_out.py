@@ -15,18 +15,20 @@ from megacogvx.inference.conditions import ConditionEncoder
 from megacogvx.inference.denoise import SamplingSettings
 from megacogvx.models.transformer.flops import cost_coefficients
 from megacogvx.models.transformer.rope import place_on_rope_grid
+from megacogvx.models.vae.tiling import Coding
 from megacogvx.parallel.data_parallel import DistributedDataParallel
 from megacogvx.training.agreement import agreed
 from megacogvx.training.batch import BatchMaker
 from megacogvx.training.config import TrainConfig
 from megacogvx.training.corpus_checks import check_corpus
 from megacogvx.training.ema import WeightAverage
+from megacogvx.training.image_condition import check_vae
 from megacogvx.training.step import TransformerStep, read_log_sums
 from megacogvx.training.text_condition import TextRows
 from megacogvx.training.validation_loss import ValidationLoss, held_out_packs
 from megacogvx.training.validation_videos import ValidationVideos
 
-Measure = Callable[[int], dict[str, Any]]
+Measure = Callable[[int, Callable[[], object]], dict[str, Any]]
 MakeVideos = Callable[[int, Callable[[], object]], dict[str, torch.Tensor]]
 
 
@@ -34,13 +36,16 @@ def plan_held_out(config: TrainConfig) -> tuple[Corpus, PackPlan] | None:
     """Open the held-out datasets and plan their packs, the same at every start; None: nothing is held out.
 
     Raises:
-        ConfigError, DataError: they can't be read, or don't fit the model.
+        ConfigError, DataError: they can't be read, or don't fit the model, or `validation.vae` doesn't fit them.
+        CheckpointError: `validation.vae` is no VAE's checkpoint.
     """
     if not config.validation.paths:
         return None
     data = config.data.model_copy(update={"paths": config.validation.paths})
     corpus = Corpus(data)
     check_corpus(config, corpus)
+    if config.validation.videos and config.validation.vae is not None:
+        check_vae("validation.vae", config.validation.vae, corpus.encoder)
     plan = PackPlan(corpus.columns, data, 0, config.model.patch, cost_coefficients(config.model))
     return corpus, plan
 
@@ -84,7 +89,7 @@ def held_out_measures(
     clean = None if images is None else ConditionEncoder(images.vae, images.scaling_factor, images.scale)
     videos = ValidationVideos(
         packs, settings.videos, ddp.module, maker.schedule, maker.scaling_factor, settings.vae, sampling,
-        config.training.run_folder / "validation", groups, average, texts, clean,
+        config.training.run_folder / "validation", groups, average, texts, clean, Coding.of(settings.vae_mode),
     )  # fmt: skip
     return loss.measure, videos.make
 

@@ -93,18 +93,17 @@ class ImageLatents:
         return draws.uniform(self.seed, "image dropout", step, sample_id) < self.config.dropout
 
 
-def check_image_vae(config: ImageConfig, encoder: EncoderInfo) -> VAECheckpoint:
-    """Return the VAE that `image.vae` names, its weights not read yet.
+def check_vae(key: str, path: Path, encoder: EncoderInfo) -> VAECheckpoint:
+    """Return the VAE that the config's `key` names, its weights not read yet.
 
     Raises:
         CheckpointError: it is no complete checkpoint of a VAE.
         ConfigError: its latents have another number of channels than the dataset's.
     """
-    assert config.vae is not None
-    found = VAECheckpoint.find(config.vae)
+    found = VAECheckpoint.find(path)
     if found.config.latent_channels != encoder.latent_channels:
         raise ConfigError(
-            f"image.vae={config.vae} has latent_channels={found.config.latent_channels}, the dataset was encoded with "
+            f"{key}={path} has latent_channels={found.config.latent_channels}, the dataset was encoded with "
             f"{encoder.latent_channels}; name the VAE that encoded it"
         )
     return found

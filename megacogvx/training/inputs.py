@@ -32,7 +32,7 @@ def pack_inputs(
     """Yield the packs of this rank with the timesteps of their samples, step after step."""
     sizes = f"tp{groups.tensor[1]} cp{groups.context[1]} pp{groups.pipeline[1]} dp{groups.data[1]}"
     counter = FaultCounter(config.data.max_bad_in_a_row, bad_samples)
-    for packs in read_together(loader, groups):
+    for packs, seconds in read_together(loader, groups):
         weights = [sample_weights(layout, config.diffusion.loss_mean) for layout in loader.layouts]
         timesteps = step_timesteps(config.diffusion, config.training.seed, packs[0].step, weights)
         bad = agree_on_faults(packs, loader.layouts, groups, counter)
@@ -41,7 +41,7 @@ def pack_inputs(
         placed = [replace(pack, layout=place_on_rope_grid(pack.layout, config.model)) for pack in packs]
         ids = [[sample.sample_id for sample in pack.layout.samples[:-1]] for pack in packs]
         microbatches = [(pack, timesteps[pack.place]) for pack in placed]
-        yield StepInput(microbatches, facts, loader.state(), ids, counter.state())
+        yield StepInput(microbatches, facts, loader.state(), ids, counter.state(), seconds)
 
 
 def agree_on_faults(
@@ -83,6 +83,6 @@ def step_facts(config: TrainConfig, layouts: list[PackLayout]) -> dict[str, floa
 
 def clip_inputs(loader: ClipLoader, config: VAETrainConfig, groups: ParallelGroups) -> Iterator[StepInput]:
     """Yield the clips of this rank, step after step."""
-    for batch in read_together(loader, groups):
+    for batch, seconds in read_together(loader, groups):
         facts = {"samples": config.clips.clips_per_step, "frames": batch.video_BCTHW.shape[2]}
-        yield StepInput([batch], facts, {})
+        yield StepInput([batch], facts, {}, data_seconds=seconds)

@@ -47,6 +47,7 @@ class StepInput:
         data_state: the loader's state after this step.
         sample_ids: of each microbatch, for the guard's report.
         bad_samples: those of the run so far, up to this step, as its state keeps them.
+        data_seconds: that this rank waited for its own loader, not for that of a slower rank.
     """
 
     microbatches: list[Any]
@@ -54,6 +55,7 @@ class StepInput:
     data_state: dict[str, Any]
     sample_ids: list[list[int]] = field(default_factory=list)
     bad_samples: dict[str, Any] = field(default_factory=dict)
+    data_seconds: float = 0.0
 
 
 @dataclass
@@ -67,14 +69,15 @@ class Run:
         inputs: one `StepInput` a step, from `state.step` on.
         forward_step: what the schedule calls for each microbatch; its metrics hold the local sums `sums`.
         read_sums: turns the sums of all ranks into numbers of the log row.
-        validate: step -> numbers measured on held-out data, called on every rank; None: there is nothing held out.
+        validate: (step, alive) -> numbers measured on held-out data, called on every rank; calls `alive` now and then,
+            for the watch. None: there is nothing held out.
         checkpoints: RUN/checkpoints.
         metrics: RUN/metrics.jsonl.
         resolved: the resolved config, kept in each checkpoint.
         pack_tokens: tokens of each pack; pipeline stages have to know it.
         checkpoint, guard, tracking: their sections.
         make_videos: (step, alive) -> uint8 frames `[T, H, W, 3]` by name on the first rank, called on every rank after
-            `validate`; calls `alive` on every rank now and then, for the watch. None: none are made.
+            `validate`, with `alive` as there. None: none are made.
         stop: whether a signal came; a run that a program starts has its handlers installed.
         before_pass: called before each pass over a step's packs, of which a bad step has two.
         after_step: what follows the model's optimizer step, if it was taken, called with its number: a discriminator's
@@ -91,7 +94,7 @@ class Run:
     inputs: Iterator[StepInput]
     forward_step: ForwardStep
     read_sums: Callable[[torch.Tensor], dict[str, Any]]
-    validate: Callable[[int], dict[str, Any]] | None
+    validate: Callable[[int, Callable[[], None]], dict[str, Any]] | None
     checkpoints: CheckpointDirectory
     metrics: MetricsFile
     resolved: dict[str, Any]
@@ -125,17 +128,18 @@ def train(run: Run) -> bool:
     with agreed(groups, f"opening {settings.run_folder}"):
         if groups.is_first:
             _open_folder(run)
+        events = MetricsFile(settings.run_folder, state.step, groups.is_first, "guard.jsonl")
+        tracking = Tracking(run.tracking, settings.run_folder, state.step, run.resolved, groups.is_first)
     guard, saver = Guard(run.guard, state.guard), Saver(run.checkpoints, run.checkpoint, groups)
-    events = MetricsFile(settings.run_folder, state.step, groups.is_first, "guard.jsonl")
     meter = Meter(settings.steps - state.step, groups)
     beats = heartbeats(run.guard.launcher_heartbeats, groups)
     watch = Watch(settings.run_folder, groups.rank, groups.world_size, run.guard.stuck_seconds, on_part=beats.beat)
     run.forward_step = own = OwnSeconds(run.forward_step, groups.device)
     stragglers = Stragglers(run.guard.slow_factor) if run.guard.slow_factor else None
-    tracking = Tracking(run.tracking, settings.run_folder, state.step, run.resolved, groups.is_first)
     with beats, watch, tracking, saver, profile_window(run.tracking, settings.run_folder, groups) as profiler:
         for step in progress(range(state.step, settings.steps), "train", plain=False):
             watch.at(step, "data")
+            meter.wait_for_data()
             inputs = next(run.inputs)
             meter.start_step()
             watch.at(step, "step")
@@ -143,7 +147,7 @@ def train(run: Run) -> bool:
             row = {"step": step, **_guarded_step(run, inputs, guard, events, saver), **inputs.facts}
             row["lr"] = run.optimizer.lr
             _advance(state, inputs)
-            own.end_step(meter.data_wait)
+            own.end_step(inputs.data_seconds)
             if run.validate is not None and _is_due(step, settings.validate_every, settings.steps):
                 row |= _measure_held_out(run, step, watch, tracking)
             row |= meter.end_step(inputs.facts)
@@ -173,9 +177,9 @@ def train(run: Run) -> bool:
 def _measure_held_out(run: Run, step: int, watch: Watch, tracking: Tracking) -> dict[str, Any]:
     """Measure on held-out data and show the videos; return numbers for the row."""
     assert run.validate is not None
-    watch.at(step, "validation")
-    numbers = run.validate(step)
     alive = partial(watch.at, step, "validation")
+    alive()
+    numbers = run.validate(step, alive)
     videos = run.make_videos(step, alive) if run.make_videos is not None else {}
     with agreed(run.groups, "writing the validation videos"):
         for name, frames_THWC in videos.items():

@@ -95,12 +95,16 @@ class Meter:
     def __init__(self, steps: int, groups: ParallelGroups, clock: Callable[[], float] = time.perf_counter) -> None:
         self._steps_left, self._steps_done, self._clock = steps, 0, clock
         self._ranks, self._device, self._peak = groups.world_size, groups.device, peak_flops(groups.device)
-        self._began = self._last = clock()
+        self._began = self._last = self._asked = clock()
         self.data_wait = 0.0
 
+    def wait_for_data(self) -> None:
+        """The data of a step is asked for; a checkpoint may have been begun since the last one ended."""
+        self._asked = self._clock()
+
     def start_step(self) -> None:
-        """The data is there."""
-        self.data_wait = self._clock() - self._last
+        """The data is there, on all ranks."""
+        self.data_wait = self._clock() - self._asked
 
     def end_step(self, facts: dict[str, Any]) -> dict[str, float]:
         """Return the step's numbers: seconds, rates by what `facts` counts, memory in GB.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from megacogvx.checkpoint.directory import CheckpointDirectory
@@ -24,9 +25,13 @@ from megacogvx.training.adversary import Adversary, WeightsOnly
 from megacogvx.training.agreement import agreed
 from megacogvx.training.config import TrainConfig, TrainingConfig, VAETrainConfig
 from megacogvx.training.ema import WeightAverage
+from megacogvx.training.metrics import MetricsFile
 from megacogvx.training.run_lock import RunLock
 from megacogvx.training.start_from import start_from
 from megacogvx.training.state import TrainState
+
+# What, above 0, learns beside the model from a run's first step on: section and key.
+BESIDE = (("ema", "decay"), ("loss", "gan_weight"))
 
 logger = get_logger(__name__)
 
@@ -44,13 +49,25 @@ def lock_run(training: TrainingConfig, groups: ParallelGroups) -> RunLock | None
     return lock
 
 
+def open_metrics(training: TrainingConfig, state: TrainState, groups: ParallelGroups) -> MetricsFile:
+    """Return RUN/metrics.jsonl without the rows of the steps that come now.
+
+    Raises:
+        AgreedError: the first rank can't read or write it; on all ranks.
+    """
+    with agreed(groups, f"opening metrics.jsonl in {training.run_folder}"):
+        metrics = MetricsFile(training.run_folder, state.step, groups.is_first)
+    return metrics
+
+
 def open_run(config: Section, training: TrainingConfig, section: str) -> tuple[CheckpointDirectory, dict[str, Any]]:
     """Return the run's checkpoint directory and the resolved config; a checkpoint of another model is an error."""
     checkpoints, resolved = CheckpointDirectory(training.run_folder / "checkpoints"), dump_config(config)
     latest = checkpoints.latest()
     if latest is not None:
         try:
-            before = read_state(latest)["config"].get(section, {})
+            stored = read_state(latest)["config"]
+            before = stored.get(section, {})
             before = {**dump_config(type(getattr(config, section))()), **before}  # keys of later versions
         except CheckpointError:  # damaged: loading says so, and goes back or stops
             return checkpoints, resolved
@@ -60,6 +77,7 @@ def open_run(config: Section, training: TrainingConfig, section: str) -> tuple[C
                 f"{latest} holds another model: {', '.join(changed)} differ from this config; use another "
                 f"training.run_folder, or the config that wrote it"
             )
+        _check_beside(latest, stored, resolved, training)
     elif training.start_from is not None:
         start = find_checkpoint(training.start_from)
         if section not in start.resolved:
@@ -70,6 +88,17 @@ def open_run(config: Section, training: TrainingConfig, section: str) -> tuple[C
         if section == "vae":
             _check_same_vae(start, resolved[section])
     return checkpoints, resolved
+
+
+def _check_beside(latest: Path, stored: dict[str, Any], resolved: dict[str, Any], training: TrainingConfig) -> None:
+    """Raise `CheckpointError` where a run goes on with something that its checkpoint holds nothing of."""
+    for section, key in BESIDE:
+        value = resolved.get(section, {}).get(key)
+        if value and section in stored and not stored[section].get(key):
+            raise CheckpointError(
+                f"{section}.{key}={value}, but {latest} was written with 0 and has nothing of it to go on with; set it "
+                f"to 0, or begin another training.run_folder with training.start_from={training.run_folder}"
+            )
 
 
 def _check_same_vae(start: Checkpoint, vae: dict[str, Any]) -> None:
@@ -100,7 +129,8 @@ def load_newest_or_start(
     found = load_newest(checkpoints, ddp, optimizer, groups, go_back=go_back, beside=beside)
     if found is not None:
         path, extra = found
-        check_finite(model, str(path))
+        with agreed(groups, "checking the weights"):  # a rank sees its own part of them alone
+            check_finite(model, str(path))
         logger.info("resumed from %s", path)
         return TrainState.from_json(extra["state"])
     if config.training.start_from is not None:

@@ -88,7 +88,7 @@ class Saver:
             self._count_failure(pending.step, error)
             return
         if self.groups.is_first:
-            self._prune()
+            self._prune(pending.step)
 
     def close(self) -> None:
         """Complete the pending save; the run ends with it.
@@ -103,10 +103,10 @@ class Saver:
                 f"{self.directory.folder} is an earlier one. Make room and start the run again: it goes on from there"
             )
 
-    def _prune(self) -> None:
+    def _prune(self, newest: int) -> None:
         """Delete old checkpoints; rank 0. One that can't be deleted stays: the other ranks know nothing of it."""
         try:
-            gone = self.directory.prune(self.config.keep_last, self.config.keep_every)
+            gone = self.directory.prune(newest, self.config.keep_last, self.config.keep_every)
         except OSError as error:
             logger.warning("an old checkpoint could not be deleted: %s", error)
             return

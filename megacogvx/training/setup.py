@@ -42,8 +42,7 @@ from megacogvx.training.held_out import held_out_measures, plan_held_out
 from megacogvx.training.image_condition import ImageLatents, load_image_vae
 from megacogvx.training.inputs import clip_inputs, pack_inputs
 from megacogvx.training.loop import Run
-from megacogvx.training.metrics import MetricsFile
-from megacogvx.training.resume import load_newest_or_start, lock_run, open_run
+from megacogvx.training.resume import load_newest_or_start, lock_run, open_metrics, open_run
 from megacogvx.training.start_from import find_start
 from megacogvx.training.text_condition import text_rows
 from megacogvx.training.validation import HeldOutClips
@@ -76,7 +75,8 @@ def build_transformer_run(config: TrainConfig) -> Run:
     groups = initialize(config.parallel, config.training.seed)
     lock = lock_run(config.training, groups)
     dtype = config.training.dtype(groups.device)
-    with agreed(groups, "loading the frozen encoders"):  # before the model: a T5 for the empty prompt alone goes again
+    # Before the model: a T5 for the empty prompt alone is dropped again, and its memory is free for the model.
+    with agreed(groups, "loading the frozen encoders"):
         maker = _batch_maker(config, corpus, groups, dtype)
     core = transformer_core(config.model, config.parallel, groups, dtype)
     model = CogVideoXTransformer(config.model, core, groups)
@@ -87,8 +87,6 @@ def build_transformer_run(config: TrainConfig) -> Run:
     beside: dict[str, Kept] = {"ema": average} if average else {}
     state = load_newest_or_start(config, ddp, optimizer, checkpoints, groups, beside)
 
-    with agreed(groups, "loading the frozen encoders"):
-        maker = _batch_maker(config, corpus, groups, dtype)
     loader = PackLoader(
         corpus, plan, *groups.data, start_step=state.step, state=state.data or None,
         cut=(groups.tensor, groups.context), with_images=config.is_image_to_video and groups.is_first_stage,
@@ -100,7 +98,7 @@ def build_transformer_run(config: TrainConfig) -> Run:
         pack_inputs(loader, config, groups, state.bad_samples),
         transformer_step.TransformerStep(maker), transformer_step.read_log_sums,
         validate,
-        checkpoints, MetricsFile(config.training.run_folder, state.step, groups.is_first),
+        checkpoints, open_metrics(config.training, state, groups),
         resolved | _facts_for_sampling(config, corpus), config.data.tokens_per_pack,
         config.checkpoint, config.guard, config.tracking, make_videos,
         after_step=(average.update,) if average else (), beside=beside, lock=lock,
@@ -142,7 +140,7 @@ def build_vae_run(config: VAETrainConfig) -> Run:
     return Run(
         config.training, groups, ddp, optimizer, state, clip_inputs(loader, config, groups), step, step.read_log_sums,
         held_out.measure if loader.held_out else None,
-        checkpoints, MetricsFile(config.training.run_folder, state.step, groups.is_first), resolved,
+        checkpoints, open_metrics(config.training, state, groups), resolved,
         checkpoint=config.checkpoint, guard=config.guard, tracking=config.tracking,
         before_pass=(adversary.forget,) if adversary else (), after_step=_followers(adversary, average), beside=beside,
         lock=lock,

@@ -1,8 +1,8 @@
 """Which rank is slow: each rank's own seconds against the median of all, over windows of steps.
 
-Own seconds are the wait for data and the forward passes, without the reduction of gradients, in which the fast wait
-for the slow. Ranks that share a pack (tensor, context) wait for each other in the forward pass as well, so a slow one
-shows as its whole replica.
+Own seconds are the wait for the rank's own loader and the forward passes, without the exchanges after them, in which
+the fast wait for the slow. Ranks that share a pack (tensor, context) wait for each other in the forward pass as well,
+so a slow one shows as its whole replica.
 """
 
 from __future__ import annotations

@@ -13,11 +13,13 @@ import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from uuid import uuid4
 
 import torch
 from PIL import Image
 from pydantic import Field, field_validator
 
+from megacogvx.checkpoint.directory import write_durably
 from megacogvx.config import Section
 from megacogvx.log import get_logger
 from megacogvx.parallel.groups import ParallelGroups
@@ -54,7 +56,10 @@ class TrackingConfig(Section):
 
 
 class Tracking:
-    """Sends rows on, from rank 0. Rows of steps that a resumed run does again are replaced.
+    """Sends rows on, from rank 0.
+
+    Of steps that a resumed run does again TensorBoard shows the new rows; Weights & Biases, whose steps only rise,
+    keeps the first ones.
 
     Args:
         config: section `tracking`.
@@ -72,9 +77,13 @@ class Tracking:
         if writes and config.wandb_project is not None:
             import wandb
 
-            name = folder.resolve().name
             self._wandb = wandb.init(
-                project=config.wandb_project, name=name, id=name, resume="allow", dir=str(folder), config=resolved
+                project=config.wandb_project,
+                name=folder.resolve().name,
+                id=_run_id(folder),
+                resume="allow",
+                dir=str(folder),
+                config=resolved,
             )
 
     def __enter__(self) -> Tracking:
@@ -157,6 +166,15 @@ def git_state(folder: Path) -> dict[str, Any] | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return {"commit": commit.strip(), "changed": [line[3:] for line in status.splitlines()]}
+
+
+def _run_id(folder: Path) -> str:
+    """Return the run's own id for Weights & Biases, kept in its folder: folders of one name are different runs."""
+    file = folder / "wandb_id.txt"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_durably(file, uuid4().hex)
+    return file.read_text()
 
 
 def _tensorboard(folder: Path, first_step: int) -> Any:

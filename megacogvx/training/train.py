@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megacogvx.config import load_config
-from megacogvx.parallel.groups import shutdown
+from megacogvx.parallel.groups import groups_of_a_program
 from megacogvx.training.config import TrainConfig
 
 if TYPE_CHECKING:  # building a run imports torch and megatron-core, which help needn't wait for
@@ -49,11 +49,9 @@ def train_until_stopped(build: Callable[[], Run]) -> None:
     from megacogvx.training.stop import STOPPED_STATUS, StopSignal
 
     stop = StopSignal().install()
-    try:
+    with groups_of_a_program():
         run = build()
         run.stop = stop
         finished = train(run)
-    finally:
-        shutdown()
     if not finished:
         raise SystemExit(STOPPED_STATUS)

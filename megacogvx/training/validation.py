@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
@@ -11,12 +12,15 @@ from megacogvx.data.clips import ClipLoader
 from megacogvx.data.images import write_png
 from megacogvx.data.transforms import to_pixels
 from megacogvx.evaluation.reconstruction import psnr
+from megacogvx.log import get_logger
 from megacogvx.models.vae import gaussian
 from megacogvx.models.vae.model import CogVideoXVAE
 from megacogvx.parallel.data_parallel import sum_over_data_and_context
 from megacogvx.parallel.frame_parallel import gather_frames, shard_pixels
 from megacogvx.parallel.groups import ParallelGroups
 from megacogvx.training.ema import WeightAverage
+
+logger = get_logger(__name__)
 
 MOST_CLIPS = 8  # measured at a time; the first of the list
 MOST_PICTURES = 3
@@ -44,25 +48,31 @@ class HeldOutClips:
     ):
         self.model, self.groups, self.folder, self.average = model, groups, run_folder / "reconstructions", average
         every = [video for _, video in islice(loader.held_out_videos(), MOST_CLIPS)]
+        self.count = len(every)
+        if not every:
+            logger.info("no clip is held out that is as large as clips.held_out_height x held_out_width: no PSNR")
         self.shown = [place for place, video in enumerate(every) if video.shape[2] > 1][:MOST_PICTURES]
         self.videos = [(place, video) for place, video in enumerate(every) if place % groups.data[1] == groups.data[0]]
 
-    def measure(self, step: int) -> dict[str, float]:
+    def measure(self, step: int, alive: Callable[[], object] = lambda: None) -> dict[str, float]:
         """Return {"psnr": mean over the held-out clips, in dB}, and "psnr_ema" with the averaged weights.
 
-        The posterior's mean is decoded, without noise.
+        The posterior's mean is decoded, without noise. `alive` is called before each clip. Without clips: {}.
         """
-        measured = {"psnr": self._psnr(draw=True)}
+        if not self.count:
+            return {}
+        measured = {"psnr": self._psnr(alive, draw=True)}
         if self.average is not None:
             with self.average.in_use():
-                measured["psnr_ema"] = self._psnr(draw=False)
+                measured["psnr_ema"] = self._psnr(alive, draw=False)
         return measured
 
     @torch.no_grad()
-    def _psnr(self, draw: bool) -> float:
+    def _psnr(self, alive: Callable[[], object], draw: bool) -> float:
         total = torch.zeros(2, dtype=torch.float64)
         parameter = next(self.model.parameters())
         for place, video in self.videos:
+            alive()
             reconstruction = self.reconstruct(video.to(parameter)).float().clamp(-1, 1).cpu()
             if self.groups.context[0] != 0:
                 continue  # the first context rank has gathered the whole clip

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,6 +34,8 @@ class ValidationConfig(Section):
         vae: run folder or checkpoint of the VAE that encoded the dataset; the videos need it.
         video_steps: sampling steps.
         guidance_scale: of the videos' classifier-free guidance.
+        vae_mode: how much of a video the VAE decodes at once, whole, chunked or tiled; it works on the first rank,
+            beside the model and its optimizer.
     """
 
     paths: tuple[str, ...] = ()
@@ -42,6 +45,7 @@ class ValidationConfig(Section):
     vae: Path | None = None
     video_steps: int = Field(20, ge=1)
     guidance_scale: float = Field(6.0, ge=1)
+    vae_mode: Literal["whole", "chunked", "tiled"] = "chunked"
 
     @field_validator("timesteps")
     @classmethod
@@ -110,24 +114,28 @@ class ValidationLoss:
         self.forward_step, self.packs, self.timesteps, self.model = forward_step, packs, timesteps, model
         self.groups, self.pack_tokens, self.read_sums, self.average = groups, pack_tokens, read_sums, average
 
-    def measure(self, step: int) -> dict[str, Any]:
+    def measure(self, step: int, alive: Callable[[], object] = lambda: None) -> dict[str, Any]:
         """Return {"validation_loss": mean over the timesteps, "validation_loss_by_timestep": one each}.
 
-        With averaged weights also "validation_loss_ema", the mean with those.
+        With averaged weights also "validation_loss_ema", the mean with those. `alive` is called before each pack.
         """
-        losses = [self._loss_at(timestep) for timestep in self.timesteps]
+        losses = [self._loss_at(timestep, alive) for timestep in self.timesteps]
         measured = {"validation_loss": sum(losses) / len(losses), "validation_loss_by_timestep": losses}
         if self.average is not None:
             with self.average.in_use():
-                averaged = [self._loss_at(timestep) for timestep in self.timesteps]
+                averaged = [self._loss_at(timestep, alive) for timestep in self.timesteps]
             measured["validation_loss_ema"] = sum(averaged) / len(averaged)
         return measured
 
-    def _loss_at(self, timestep: int) -> float:
-        microbatches = [(pack, [timestep] * (pack.layout.num_samples - 1)) for pack in self.packs]
+    def _loss_at(self, timestep: int, alive: Callable[[], object]) -> float:
+        def microbatches() -> Iterator[tuple[Pack, list[int]]]:
+            for pack in self.packs:
+                alive()
+                yield pack, [timestep] * (pack.layout.num_samples - 1)
+
         metrics = forward_backward(
-            self.forward_step, microbatches, self.model, self.groups,
-            num_microbatches=len(microbatches), pack_tokens=self.pack_tokens, forward_only=True,
+            self.forward_step, microbatches(), self.model, self.groups,
+            num_microbatches=len(self.packs), pack_tokens=self.pack_tokens, forward_only=True,
         )  # fmt: skip
         local = torch.stack([metric["sums"] for metric in metrics]).sum(dim=0) if metrics else None
         return float(self.read_sums(sum_over_tokens(from_last_stage(local, self.groups), self.groups))["loss"])

@@ -21,6 +21,7 @@ from megacogvx.inference.load import load_vae
 from megacogvx.inference.video_file import write_mp4
 from megacogvx.models.transformer.model import CogVideoXTransformer
 from megacogvx.models.vae.model import CogVideoXVAE
+from megacogvx.models.vae.tiling import CHUNKED, Coding
 from megacogvx.parallel.groups import ParallelGroups, barrier, broadcast_json
 from megacogvx.training.ema import WeightAverage
 from megacogvx.training.text_condition import TextRows
@@ -44,18 +45,20 @@ class ValidationVideos:
         average: averaged weights, which sample if there are any: they are what one would use.
         texts: says what stands for no text; None: zeros.
         images: encodes first frames, without the noise of training; None: text to video.
+        coding: how much of a video the VAE decodes at once.
     """
 
     def __init__(
         self, packs: list[Pack], count: int, model: CogVideoXTransformer, schedule: NoiseSchedule,
         scaling_factor: float, vae: Path, settings: SamplingSettings, folder: Path, groups: ParallelGroups,
         average: WeightAverage | None = None, texts: TextRows | None = None, images: ConditionEncoder | None = None,
+        coding: Coding = CHUNKED,
     ) -> None:  # fmt: skip
         samples = [(pack, place) for pack in packs for place in range(pack.layout.num_samples - 1)]
         self.samples = samples[:count] if groups.data[0] == 0 else []
         self.model, self.schedule, self.scaling_factor, self.vae = model, schedule, scaling_factor, vae
         self.settings, self.folder, self.groups = settings, folder, groups
-        self.average, self.texts, self.images = average, texts, images
+        self.average, self.texts, self.images, self.coding = average, texts, images, coding
 
     def make(self, step: int, alive: Callable[[], object] = lambda: None) -> dict[str, torch.Tensor]:
         """Return {name: uint8 frames `[T, H, W, 3]`} on the first rank, nothing on the others; all call it.
@@ -112,4 +115,4 @@ class ValidationVideos:
     @torch.no_grad()
     def _decoded(self, decoder: CogVideoXVAE, latents_TCHW: torch.Tensor) -> torch.Tensor:
         z_BCTHW = (latents_TCHW / self.scaling_factor).transpose(0, 1)[None].to(next(decoder.parameters()))
-        return to_pixels(decoder.decode(z_BCTHW)[0])
+        return to_pixels(decoder.decode(z_BCTHW, self.coding)[0])

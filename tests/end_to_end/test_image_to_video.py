@@ -21,6 +21,7 @@ from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.groups import initialize, shutdown
 from megacogvx.testing.tiny_conditions import write_conditions
 from megacogvx.testing.tiny_dataset import write_tiny_dataset
+from megacogvx.training import setup
 from megacogvx.training.config import TrainConfig
 from megacogvx.training.train import pretrain
 
@@ -60,8 +61,11 @@ def kept(folder: Path, kind: str) -> dict[str, torch.Tensor]:
     return {name: checkpoint.read(name) for name in checkpoint.tensors}
 
 
-def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(sections, tmp_path):
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(sections, tmp_path, monkeypatch):
+    loads, load = [], setup.load_image_vae
+    monkeypatch.setattr(setup, "load_image_vae", lambda *given: loads.append(given) or load(*given))
     whole = train(sections, tmp_path / "whole", STEPS)
+    assert len(loads) == 1, "the frozen encoders, a T5 of 9.5 GB among them, are loaded once a start"
     train(sections, tmp_path / "parts", 1)
     parts = train(sections, tmp_path / "parts", STEPS)
     names = ("loss", "grad_norm", "loss_by_interval", "validation_loss", "validation_loss_ema")

@@ -94,8 +94,8 @@ def test_shellcheck_has_no_complaint(script):
 def test_a_launcher_is_executable_and_runs_the_doctor_first():
     for name in ("torchrun.sh", "slurm.sbatch"):
         lines = [line for line in (LAUNCH / name).read_text().splitlines() if not line.lstrip().startswith("#")]
-        verbs = re.findall(r"\b(doctor|train) --", "\n".join(lines))
-        assert verbs == ["doctor", "train"], name
+        verbs = re.findall(r"\b(doctor|verb)\"? --", "\n".join(lines))
+        assert verbs == ["doctor", "verb"], name
     assert os.access(LAUNCH / "torchrun.sh", os.X_OK)
 
 
@@ -173,6 +173,38 @@ def test_a_signalled_node_stops_its_ranks_then_their_agent_and_says_75(tmp_path)
     assert train.startswith(common.format(4000)) and train.endswith(
         "--max-restarts 3 -m megacogvx train --config some.yaml a.b=1"
     )
+
+
+def test_a_node_trains_a_vae_where_it_is_told_to(tmp_path):
+    node = _stand_in(tmp_path, "vae.yaml", "a.b=1", VERB="train-vae")
+    assert node.wait(timeout=30) == 0
+    assert (tmp_path / "calls").read_text().endswith("-m megacogvx train-vae --config vae.yaml a.b=1\n")
+
+
+def test_a_node_that_is_signalled_while_the_doctor_looks_begins_no_training(tmp_path):
+    """As the first process of a container, a shell without a trap would miss it, and train until it is killed."""
+    node = _stand_in(tmp_path, "some.yaml", STAND_IN_DOCTOR=0.5)
+    _wait_for(tmp_path / "calls")
+    node.send_signal(signal.SIGTERM)
+    text = node.communicate(timeout=30)[0]
+    assert node.returncode == STOPPED, text
+    (call,) = (tmp_path / "calls").read_text().splitlines()
+    assert " doctor " in call
+
+
+def test_slurm_gives_each_task_the_cores_of_the_job(tmp_path):
+    """No srun takes --cpus-per-task from the job any more; a task on one core would starve its loader and NCCL."""
+    (tmp_path / "srun").write_text('#!/bin/sh\necho "$@" >>"$STAND_IN_FOLDER/calls"\n')
+    (tmp_path / "srun").chmod(0o755)
+    path = os.pathsep.join(map(str, (tmp_path, HERE / "stand_ins", os.environ["PATH"])))
+    values = {
+        "STAND_IN_FOLDER": tmp_path, "PATH": path, "SLURM_JOB_NODELIST": "here", "SLURM_JOB_ID": 1,
+        "SLURM_CPUS_PER_TASK": 12,
+    }  # fmt: skip
+    script = ["bash", LAUNCH / "slurm.sbatch", "some.yaml"]
+    subprocess.run(script, cwd=PROJECT, env=environment(tmp_path, **values), check=True, timeout=30)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert len(calls) == 2 and all(" --cpus-per-task=12 " in call for call in calls)
 
 
 def test_without_arguments_a_node_runs_the_stage_that_its_comment_names(tmp_path):

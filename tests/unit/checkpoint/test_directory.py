@@ -188,11 +188,19 @@ def test_names_that_leave_the_folder_are_refused(directory):
 def test_retention_keeps_the_newest_and_every_so_many(directory):
     for step in range(100, 1000, 100):
         write(directory, step)
-    assert directory.prune(None, 300) == []
-    assert directory.prune(2, 300) == [100, 200, 400, 500, 700]
+    assert directory.prune(900, None, 300) == []
+    assert directory.prune(900, 2, 300) == [100, 200, 400, 500, 700]
     assert directory.steps() == [300, 600, 800, 900]
-    assert directory.prune(1, None) == [300, 600, 800]
+    assert directory.prune(900, 1, None) == [300, 600, 800]
     assert names(directory) == ["step-00000900"]
+
+
+def test_a_run_that_went_back_behind_damaged_checkpoints_keeps_what_it_writes(directory):
+    for step in (100, 200, 300):  # 200 and 300 turn out damaged, the run goes on from 100
+        write(directory, step)
+    write(directory, 150)
+    assert directory.prune(150, 1, None) == [100]
+    assert directory.steps() == [150, 200, 300]
 
 
 class Killed(BaseException):
@@ -219,7 +227,7 @@ def test_wherever_a_commit_or_a_prune_is_killed_the_last_complete_checkpoint_sta
             with contextlib.suppress(Killed):
                 write(directory, 2, b"new weights")
                 write(directory, 3)
-                directory.prune(1, None)
+                directory.prune(3, 1, None)
                 survived = True
             monkeypatch.setattr(os, name, real)
             again = CheckpointDirectory(directory.folder)

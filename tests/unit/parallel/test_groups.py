@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from megacogvx.errors import ConfigError, LaunchError
+from megacogvx.errors import AgreedError, ConfigError, LaunchError
 from megacogvx.parallel import groups as parallel_groups
 from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.groups import LaunchEnvironment, array_task, check_world_size, choose_device, launch_environment
@@ -142,6 +146,71 @@ def test_one_process_needs_no_launcher_and_can_start_again():
     with pytest.raises(LaunchError, match="1 started"):
         parallel_groups.initialize(ParallelConfig(tensor_parallel_size=2))
     assert not torch.distributed.is_initialized()
+
+
+def as_two_on_nccl(monkeypatch):
+    """Let the end of a program see two ranks on NCCL; return how their groups will have been taken down."""
+    from torch.distributed import distributed_c10d
+
+    ways: list[str] = []
+    destroy = torch.distributed.destroy_process_group
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed_c10d, "_abort_process_group", lambda: (ways.append("aborted"), destroy()))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: (ways.append("destroyed"), destroy()))
+    return ways
+
+
+@pytest.mark.parametrize(
+    ("error", "way"),
+    [(None, "destroyed"), (AgreedError("all of them"), "destroyed"), (RuntimeError("this one"), "aborted")],
+    ids=["done", "agreed", "alone"],
+)
+def test_a_rank_that_fails_alone_waits_for_nobody(monkeypatch, caplog, error, way):
+    """Destroying NCCL's groups waits for exchanges in which the other ranks wait for this one."""
+    logging.getLogger("megacogvx").addHandler(caplog.handler)
+    with contextlib.suppress(AgreedError, RuntimeError), parallel_groups.groups_of_a_program():
+        parallel_groups.initialize(ParallelConfig(device="cpu"))
+        ended = as_two_on_nccl(monkeypatch)
+        if error is not None:
+            raise error
+    logging.getLogger("megacogvx").removeHandler(caplog.handler)
+    assert ended == [way]
+    assert ("this rank fails: RuntimeError: this one" in caplog.text) is (way == "aborted")
+
+
+ONE_FAILS = """
+import sys, time, torch
+from megacogvx.parallel.config import ParallelConfig
+from megacogvx.parallel.groups import any_rank, groups_of_a_program, initialize
+with groups_of_a_program():
+    groups = initialize(ParallelConfig(device=sys.argv[1], timeout_minutes=5))
+    any_rank(False, groups)
+    if groups.rank == 0:
+        time.sleep(2)  # the other waits by now
+        raise RuntimeError("out of memory")
+    any_rank(False, groups)
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_rank_that_fails_on_its_gpu_ends_the_job_long_before_the_timeout(tmp_path):
+    _end_of_two("cuda", tmp_path)
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_ends_the_job_long_before_the_timeout(tmp_path):
+    _end_of_two("cpu", tmp_path)
+
+
+def _end_of_two(device, folder):
+    (folder / "job.py").write_text(ONE_FAILS)
+    words = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", folder / "job.py", device)
+    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, timeout=150)
+    assert done.returncode == 1
+    assert "[dp0 pp0 cp0 tp0] ERROR this rank fails: RuntimeError: out of memory" in done.stderr
+    assert "Traceback" in done.stderr
 
 
 def test_sizes_that_do_not_divide_the_model_are_named():

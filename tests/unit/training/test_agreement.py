@@ -54,11 +54,27 @@ def test_a_loader_that_fails_on_another_rank_ends_this_one_too(peers):
         raise DataError("sample 3 can't be read")
 
     read = read_together(items(), None)
-    assert [next(read), next(read)] == [1, 2]
+    assert [next(read)[0], next(read)[0]] == [1, 2]
     with pytest.raises(AgreedError, match="rank 0: DataError: sample 3"):
         next(read)
     read = read_together(items(), None)
-    assert next(read) == 1
+    assert next(read)[0] == 1
     peers.append("DataError: sample 4 can't be read")
     with pytest.raises(AgreedError, match="rank 1: DataError: sample 4"):
         next(read)
+
+
+def test_a_rank_counts_the_wait_for_its_own_loader_alone(peers, monkeypatch):
+    """So that a slow disk is found: in the exchange that follows, every rank waits for the slowest."""
+    now = [0.0]
+
+    def items():
+        now[0] += 0.25
+        yield "packs"
+
+    def slow_peer(mine, groups):
+        now[0] += 9.0
+        return mine
+
+    monkeypatch.setattr(agreement, "any_rank", slow_peer)
+    assert next(read_together(items(), None, lambda: now[0])) == ("packs", 0.25)

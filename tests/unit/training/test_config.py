@@ -8,7 +8,7 @@ import torch
 from megacogvx.config import build_config, load_config
 from megacogvx.errors import ConfigError, LaunchError
 from megacogvx.models.vae import CogVideoXVAE
-from megacogvx.training.config import TrainConfig, VAETrainConfig
+from megacogvx.training.config import OptimizerConfig, TrainConfig, VAETrainConfig
 
 
 def config(**sections) -> TrainConfig:
@@ -219,3 +219,8 @@ def test_packs_are_asked_to_divide_once_they_are_known():
         known.validate_layout(6)
     with pytest.raises(ConfigError, match=r"nearest that work: 8$"):
         config(data={"packs_per_step": 5}).validate_layout(8)
+
+
+def test_a_rate_that_would_rise_is_refused_with_the_config():
+    with pytest.raises(ConfigError, match=r"min_learning_rate=0\.01 is above learning_rate=0\.0001"):
+        build_config(OptimizerConfig, {"min_learning_rate": 0.01})

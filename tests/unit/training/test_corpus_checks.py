@@ -5,12 +5,13 @@ import torch
 
 from megacogvx.config import build_config
 from megacogvx.data.corpus import Corpus
-from megacogvx.errors import ConfigError
+from megacogvx.errors import CheckpointError, ConfigError
 from megacogvx.testing import tiny_dataset
 from megacogvx.testing.tiny_conditions import MODEL, TEXT_LENGTH, TEXT_WIDTH, write_vae
 from megacogvx.testing.tiny_dataset import tiny_encoder, write_tiny_dataset
 from megacogvx.training.config import TrainConfig
 from megacogvx.training.corpus_checks import check_corpus
+from megacogvx.training.held_out import plan_held_out
 
 
 def check(folder, model=None, sizes=((1, 4, 4), (3, 4, 6)), kind="padded", first_frame=False, **sections):
@@ -67,3 +68,19 @@ def test_every_size_is_held_to_the_rope_grid_not_the_largest_of_each_side(tmp_pa
     check(tmp_path / "both", {"portrait": True}, sizes=sizes)
     with pytest.raises(ConfigError, match="videos of 6 x 6 latent cells"):
         check(tmp_path / "square", {"portrait": True}, sizes=(*sizes, (1, 6, 6)))
+
+
+def test_the_decoder_of_validation_videos_is_looked_at_before_the_start(tmp_path):
+    """Only the first rank would miss it, at its first validation, while the others wait."""
+    encoder = tiny_encoder("padded", text_length=TEXT_LENGTH, text_width=TEXT_WIDTH)
+    write_tiny_dataset(tmp_path / "data", 6, encoder=encoder, sizes=((1, 4, 4),))
+    data = {"paths": [str(tmp_path / "data")], "tokens_per_pack": 64}
+
+    def plan(vae):
+        videos = {"paths": data["paths"], "videos": 1, "vae": str(vae)}
+        values = {"model": {**MODEL, "in_channels": 4}, "data": data, "validation": videos}
+        return plan_held_out(build_config(TrainConfig, values))
+
+    assert plan(write_vae(tmp_path)) is not None
+    with pytest.raises(CheckpointError, match="nowhere"):
+        plan(tmp_path / "nowhere")

@@ -20,7 +20,7 @@ from megacogvx.testing.drawn_checkpoint import SMALL_VAE, Drawn
 from megacogvx.testing.tiny_conditions import write_vae
 from megacogvx.testing.tiny_dataset import tiny_encoder, tiny_image
 from megacogvx.training.batch import BatchMaker
-from megacogvx.training.image_condition import ImageConfig, ImageLatents, check_image_vae, load_image_vae
+from megacogvx.training.image_condition import ImageConfig, ImageLatents, check_vae, load_image_vae
 
 CHANNELS, WIDTH, SCALE, SEED, STEP = 4, 6, 0.7, 5, 9
 SHAPES = [(11, 3, 4, 6, 5), (22, 1, 6, 4, 3), (33, 5, 4, 4, 7)]  # id, T, H, W, text
@@ -153,13 +153,13 @@ def test_another_vae_than_the_datasets_is_refused(tmp_path, vae):
     def encoder(**changes) -> EncoderInfo:
         return tiny_encoder(first_frame=True, **{"vae_fingerprint": weights_fingerprint(vae), **changes})
 
-    check_image_vae(ImageConfig(vae=path), encoder())
+    check_vae("image.vae", path, encoder())
     loaded = load_image_vae(path, encoder(), device, torch.float32)
     assert not hasattr(loaded, "decoder"), "it is not needed, and more than half of the weights"
     assert torch.equal(images(loaded)(tiny_image(1, (1, 4, 4)), 0, 1), images(vae)(tiny_image(1, (1, 4, 4)), 0, 1))
     with pytest.raises(ConfigError, match="is not the VAE that encoded the dataset"):
         load_image_vae(path, encoder(vae_fingerprint="other"), device, torch.float32)
     with pytest.raises(ConfigError, match=r"latent_channels=4, the dataset was encoded with 5"):
-        check_image_vae(ImageConfig(vae=path), encoder(latent_channels=5))
+        check_vae("image.vae", path, encoder(latent_channels=5))
     bf16 = replace(images(load_image_vae(path, encoder(), device, torch.bfloat16)))
     assert bf16(tiny_image(1, (1, 4, 4)), 0, 1).dtype == torch.float32

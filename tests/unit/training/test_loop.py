@@ -113,7 +113,7 @@ def run(tmp_path, monkeypatch):
             settings=settings, model=None,
             groups=SimpleNamespace(is_first=True, world_size=2, rank=0, device=torch.device("cpu")),
             optimizer=FakeOptimizer(bad_from, passing), state=TrainState(start), inputs=inputs, forward_step=None,
-            read_sums=lambda sums: {"loss": sums.item()}, validate=lambda step: {"psnr": 10.0 + step},
+            read_sums=lambda sums: {"loss": sums.item()}, validate=lambda step, alive: {"psnr": 10.0 + step},
             checkpoints=SimpleNamespace(latest=lambda: "the last good one", saved=saved),
             metrics=MetricsFile(tmp_path, start, True),
             resolved={"a": 1}, pack_tokens=64, saved=saved, stop=stop.StopSignal(), make_videos=None,
@@ -276,8 +276,8 @@ def test_what_follows_the_step_is_called_each_time_and_fills_the_row(run):
     assert [row["discriminator"] for row in rows(seven)] == [step / 2 for step in range(7)]
 
 
-def test_videos_tell_the_watch_that_they_go_on(run, monkeypatch):
-    """One that takes longer than the watch's limit is no hang."""
+def test_loss_and_videos_tell_the_watch_that_they_go_on(run, monkeypatch):
+    """A validation that takes longer than the watch's limit is no hang."""
     told = []
     monkeypatch.setattr(loop.Watch, "at", lambda self, step, part: told.append((step, part)))
 
@@ -285,7 +285,23 @@ def test_videos_tell_the_watch_that_they_go_on(run, monkeypatch):
         alive(), alive()
         return {}
 
+    def validate(step, alive):
+        alive()
+        return {}
+
     seven = run()
+    seven.validate = validate
     seven.make_videos = make_videos
     loop.train(seven)
-    assert [place for place in told if place[1] == "validation"] == [(3, "validation")] * 3 + [(6, "validation")] * 3
+    assert [place for place in told if place[1] == "validation"] == [(3, "validation")] * 4 + [(6, "validation")] * 4
+
+
+def test_a_tracker_that_cannot_be_opened_ends_all_ranks(run, monkeypatch):
+    """Only the first rank has one: without a network Weights & Biases fails there alone."""
+
+    def unreachable(*_):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(loop, "Tracking", unreachable)
+    with pytest.raises(AgreedError, match=r"opening .* failed: rank 0: OSError: no route to host"):
+        loop.train(run())

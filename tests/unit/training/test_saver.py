@@ -38,7 +38,7 @@ def saver(monkeypatch):
 
         monkeypatch.setattr(module, "start_save", start_save)
         directory = SimpleNamespace(
-            folder="runs", prune=lambda last, every: events.append(f"prune {last} {every}") or []
+            folder="runs", prune=lambda new, *kept: events.append(f"prune {new} {kept[0]} {kept[1]}") or []
         )
         return Saver(directory, CheckpointConfig(**settings), SimpleNamespace(is_first=True)), events
 
@@ -56,7 +56,7 @@ def test_the_one_before_is_complete_before_the_next_begins(saver):
         one.poll()
     one.finish()
     one.finish()
-    assert events == ["start 10", "finish 10", "prune 3 100", "start 20", "finish 20", "prune 3 100"]
+    assert events == ["start 10", "finish 10", "prune 10 3 100", "start 20", "finish 20", "prune 20 3 100"]
 
 
 def test_a_finished_save_is_completed_at_the_next_poll(saver):
@@ -64,7 +64,7 @@ def test_a_finished_save_is_completed_at_the_next_poll(saver):
     save(one, 10)
     one._pending.done = True
     one.poll()
-    assert events == ["start 10 now", "finish 10", "prune 5 None"]
+    assert events == ["start 10 now", "finish 10", "prune 10 5 None"]
 
 
 def test_saves_may_fail_as_often_as_allowed_in_a_row(saver):

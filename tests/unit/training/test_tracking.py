@@ -71,9 +71,12 @@ def test_weights_and_biases_gets_the_same_numbers(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     config = TrackingConfig.model_construct(**{**TrackingConfig(tensorboard=False).model_dump(), "wandb_project": "p"})
-    with Tracking(config, tmp_path, 0, {"a": 1}, writes=True) as sent:
-        sent.add({"step": 3, "loss": 2.0})
-    assert calls == [tmp_path.name, (3, {"loss": 2.0})]
+    for folder in ("one", "one", "other"):
+        with Tracking(config, tmp_path / folder / "run", 0, {"a": 1}, writes=True) as sent:
+            sent.add({"step": 3, "loss": 2.0})
+    first, again, other = calls[::2]
+    assert first == again != other, "a run goes on as itself; folders of one name are different runs"
+    assert calls[1] == (3, {"loss": 2.0})
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")

@@ -42,8 +42,10 @@ def clips(*frames: int):
 
 
 def test_psnr_of_a_known_error_is_that_of_the_posteriors_mean(groups, tmp_path):
-    held_out = HeldOutClips(clips(9, 5), Offset(0.2), tmp_path, groups)
-    assert held_out.measure(0)["psnr"] == pytest.approx(20.0, abs=1e-3)  # a tenth of the range: 20 dB
+    held_out, told = HeldOutClips(clips(9, 5), Offset(0.2), tmp_path, groups), []
+    measured = held_out.measure(0, lambda: told.append("on"))
+    assert measured["psnr"] == pytest.approx(20.0, abs=1e-3)  # a tenth of the range: 20 dB
+    assert told == ["on", "on"], "the watch hears of each clip"
 
 
 def test_pictures_show_videos_above_their_reconstructions(groups, tmp_path):
@@ -63,3 +65,7 @@ def test_averaged_weights_are_measured_beside_the_models_own(groups, tmp_path):
     measured = HeldOutClips(clips(9), model, tmp_path, groups, average).measure(0)
     assert measured["psnr"] == pytest.approx(20.0, abs=1e-3) and measured["psnr_ema"] == pytest.approx(40.0, abs=1e-2)
     assert model.offset.item() == pytest.approx(0.2)
+
+
+def test_no_held_out_clip_that_is_large_enough_is_no_error(groups, tmp_path):
+    assert HeldOutClips(clips(), Offset(0.2), tmp_path, groups).measure(99) == {}

@@ -13,6 +13,7 @@ from megacogvx.inference.denoise import SamplingSettings
 from megacogvx.models.vae.config import VAEConfig
 from megacogvx.models.vae.initialize import initialize_weights
 from megacogvx.models.vae.model import CogVideoXVAE
+from megacogvx.models.vae.tiling import CHUNKED, WHOLE
 from megacogvx.training import validation_videos
 from megacogvx.training.validation_videos import ValidationVideos
 
@@ -93,3 +94,13 @@ def test_each_video_starts_from_its_own_first_frame_without_noise(made, vae):
         assert torch.equal(image_CHW, expected)
     assert not torch.equal(images[0], images[1])
     assert made(0)[1] == [None, None], "text to video"
+
+
+def test_a_long_video_is_decoded_in_chunks(made, vae, monkeypatch):
+    """Beside the model and its optimizer there is no room for the whole of it."""
+    codings, decode = [], CogVideoXVAE.decode
+    monkeypatch.setattr(
+        CogVideoXVAE, "decode", lambda self, z, coding=WHOLE: codings.append(coding) or decode(self, z, coding)
+    )
+    made(0)
+    assert codings == [CHUNKED, CHUNKED]
