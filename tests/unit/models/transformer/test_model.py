@@ -178,7 +178,7 @@ def test_what_the_mlp_reads_is_made_again_after_gelus_gradient(groups, policy):
     assert order == ["gradient", "made again"]
 
 
-@pytest.mark.parametrize("policy", ["none", "selective"])
+@pytest.mark.parametrize("policy", ["none", "selective", "full"])
 def test_no_tensor_has_a_number_for_each_pair_of_tokens(groups, policy):
     model, largest = _model(groups, recompute=policy), []
 
@@ -226,7 +226,7 @@ class HostReads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "keep_attention"])
+@pytest.mark.parametrize("recompute", POLICIES[:-1])
 def test_no_layer_waits_for_the_device(groups, recompute):
     model = _model(groups, recompute=recompute)
     samples, videos, texts = zip(*(_sample(place) for place in (0, 1, 2)), strict=True)
