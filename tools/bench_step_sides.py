@@ -39,12 +39,14 @@ class Case:
         config: section `model`; rotary positions by "slice".
         sizes: (T, H, W) of the latents and text tokens of each sample.
         dtype, device: of weights and inputs.
+        precision: what they are widened to once they are rounded to `dtype`; None: they are left as they are.
     """
 
     config: CogVideoXConfig
     sizes: tuple[tuple[int, int, int, int], ...]
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
+    precision: torch.dtype | None = None
 
     @cached_property
     def layout(self) -> PackLayout:
@@ -74,7 +76,7 @@ class Case:
         return 999 - 71 * place % 1000
 
     def _draw(self, what: str, place: int, *shape: int) -> torch.Tensor:
-        return draws.normal(shape, 0, what, place).to(self.device, self.dtype)
+        return draws.normal(shape, 0, what, place).to(self.device, self.dtype).to(self.precision or self.dtype)
 
 
 def diffusers_model(case: Case) -> CogVideoXTransformer3DModel:
@@ -87,7 +89,7 @@ def diffusers_model(case: Case) -> CogVideoXTransformer3DModel:
             is_norm = "norm" in name and "linear" not in name and name.endswith("weight")
             scale = 0.1 if parameter.dim() == 1 else parameter[0].numel() ** -0.5
             parameter.copy_(draws.normal(tuple(parameter.shape), 1, name) * scale + float(is_norm))
-    return model.train()
+    return model.to(case.precision or case.dtype).train()
 
 
 def our_model(

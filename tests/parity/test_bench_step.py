@@ -72,6 +72,35 @@ def test_a_wrong_result_is_marked(groups):
     assert "BROKEN" in bench_step.compare(side, reference, torch.float32)
 
 
+def test_bf16_is_compared_with_fp32_of_the_same_rounded_numbers(groups):
+    case = Case(CONFIG, EQUAL, torch.bfloat16)
+    theirs = diffusers_model(case)
+    run, ours = TheirBatch(case, theirs, range(2)), our_model(case, theirs, groups)
+    reference = bench_step.Side("diffusers", run, theirs)
+    side = bench_step.Side("megacogvx", OurPack(case, ours, range(2)), ours)
+    bench_step.take_turns([reference, side], case, rounds=1)
+    truth = bench_step.exact(case, reference)
+    assert all(rows.dtype == torch.float32 for rows in truth.rows)
+    rounded = dict(theirs.named_parameters())
+    assert all(torch.equal(p, rounded[name].float()) for name, p in truth.model.named_parameters())
+    assert torch.equal(truth.run.sides[1].video[0], run.video[1].float())
+    assert "BROKEN" not in bench_step.compare(side, truth, torch.bfloat16)
+    assert "BROKEN" in bench_step.compare(side, truth, torch.float32)
+
+
+def test_the_peak_is_four_fifths_of_diffusers_without_and_with_full_recompute(groups):
+    small = {"num_attention_heads": 2, "time_embed_dim": 32, "text_embed_dim": 32}
+    case = Case(CogVideoXConfig(num_layers=2, use_rotary_positional_embeddings=True, **small), ((3, 16, 16, 64),) * 2)
+    theirs = diffusers_model(case)
+    for policy in ("none", "full"):
+        if policy == "full":
+            theirs.enable_gradient_checkpointing()
+        ours = our_model(case, theirs, groups, policy)
+        sides = ((OurPack(case, ours, range(2)), ours), (TheirBatch(case, theirs, range(2)), theirs))
+        mine, other = (bench_step.peak_bytes(bench_step.Side("x", run, model)) for run, model in sides)
+        assert mine <= 0.8 * other, f"{policy}: {mine / other:.3f}"
+
+
 def test_peak_bytes_count_what_lives_at_a_time():
     weight = torch.ones(1000, requires_grad=True)
     model = torch.nn.ParameterList([weight])

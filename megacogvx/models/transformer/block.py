@@ -124,8 +124,7 @@ class CogVideoXBlock(nn.Module):
                 hidden_S1D, branch_S1D, modulation1_R3D, norm2.weight, norm2.bias, modulation2_R3D, rows_S,
                 eps=norm2.eps,
             )
-        branch_S1D = self.mlp(normed_S1D, discard=selective)                                 # [S_local, 1, D]
-        normed.until(branch_S1D)
+        branch_S1D = self.mlp(normed_S1D, normed, discard_gelu=selective)                    # [S_local, 1, D]
         if selective:
             return recompute(gated_residual, hidden_S1D, branch_S1D, modulation2_R3D, rows_S)
         return gated_residual(hidden_S1D, branch_S1D, modulation2_R3D, rows_S)               # [S_local, 1, D]

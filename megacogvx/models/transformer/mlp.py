@@ -36,12 +36,22 @@ class MLP(nn.Module):
         if isinstance(self.fc2, GeluRowLinear):
             self.fc2.keep_gelu = keep_gelu
 
-    def forward(self, hidden_S1D: torch.Tensor, discard: bool = False) -> torch.Tensor:
-        """Return `[S_local, 1, D]`; `discard`: Transformer Engine's layers, too, shall have GELU computed again."""
+    def forward(
+        self, hidden_S1D: torch.Tensor, discarded: Discarded | None = None, discard_gelu: bool = False
+    ) -> torch.Tensor:
+        """Return `[S_local, 1, D]`.
+
+        Args:
+            hidden_S1D: `[S_local, 1, D]`.
+            discarded: made `hidden_S1D`, which is made again once GELU's gradient, the widest time of all, is over.
+            discard_gelu: Transformer Engine's layers, too, shall have GELU computed again.
+        """
         inner_S1F = self.fc1(hidden_S1D)
+        if discarded is not None:
+            discarded.until(inner_S1F)
         if isinstance(self.fc2, GeluRowLinear):
             return self.fc2(inner_S1F)
-        gelu = Discarded(discard)
+        gelu = Discarded(discard_gelu)
         out_S1D = self.fc2(gelu.run(partial(F.gelu, approximate="tanh"), inner_S1F))
         gelu.until(out_S1D)
         return out_S1D

@@ -1,5 +1,9 @@
+import importlib.util
 import json
+import re
+import sys
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -54,6 +58,28 @@ def test_the_picture_has_four_panels_and_says_whose_runs_they_are(folder):
     assert all(text in drawing for text in ("(a) positions", "(b) attention", "(c) modalities", "(d) timesteps"))
     assert "our own short runs" in drawing and "3 seeds each" in drawing
     assert drawing == figure_10(read_curves(folder))
+
+
+@pytest.fixture
+def example():
+    path = Path(__file__).parents[3] / "examples" / "ablations" / "run.py"
+    spec = importlib.util.spec_from_file_location("ablations_run", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_example_prints_every_count_and_draws_runs_that_are_there(example, folder, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run.py", "--output", str(folder), f"training.steps={STEPS}"])
+    example.main()
+    said = re.findall(r"(\w+), seed (\d+): ([\d,]+) parameters", capsys.readouterr().err)
+    assert {(name, int(seed)) for name, seed, _ in said} == {(name, seed) for name in NAMES for seed in SEEDS}
+    counts = {name: int(count.replace(",", "")) for name, _, count in said}
+    published = counts["published"]
+    assert counts["mmdit1"] == pytest.approx(published, rel=0.003) and counts["mmdit1"] != published
+    assert counts["mmdit2"] > 1.3 * published and counts["shared_adaln"] < published
+    assert counts["2d_1d"] == counts["sinusoidal"] == counts["independent"] == published
+    assert (folder / "figure_10.svg").stat().st_size and "seed" in (folder / "order.txt").read_text()
 
 
 def test_missing_runs_are_named(folder):

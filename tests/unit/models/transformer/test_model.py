@@ -172,7 +172,29 @@ def test_the_input_of_a_block_is_freed_once_its_gradient_is_known(groups, policy
     assert len(inputs) == 1 and alive == [None]
 
 
-@pytest.mark.parametrize("policy", ["none", "selective"])
+@pytest.mark.parametrize("policy", ["selective", "full"])
+def test_what_the_mlp_reads_is_made_again_after_gelus_gradient(groups, policy):
+    """GELU's gradient is when `recompute: full` holds most."""
+    model, order = _model(groups, recompute=policy), []
+    block = model.blocks["1"]
+    modulate = block._modulate
+
+    def watched(norm, *arguments):
+        if norm is block.mlp_norm and torch.is_grad_enabled():
+            order.append("made again")
+        return modulate(norm, *arguments)
+
+    def watch(_, arguments, inner):
+        if inner.requires_grad:
+            inner.register_hook(lambda _: order.append("gradient"))
+
+    block._modulate = watched
+    block.mlp.fc1.register_forward_hook(watch)
+    torch.cat(_run(model, (0, 1, 2))).sum().backward()
+    assert order == ["gradient", "made again"]
+
+
+@pytest.mark.parametrize("policy", ["none", "selective", "full"])
 def test_no_tensor_has_a_number_for_each_pair_of_tokens(groups, policy):
     model, largest = _model(groups, recompute=policy), []
 
@@ -220,7 +242,7 @@ class HostReads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "keep_attention"])
+@pytest.mark.parametrize("recompute", POLICIES[:-1])
 def test_no_layer_waits_for_the_device(groups, recompute):
     model = _model(groups, recompute=recompute)
     samples, videos, texts = zip(*(_sample(place) for place in (0, 1, 2)), strict=True)
