@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -214,13 +215,13 @@ class Corpus:
                     f"datasets {self.datasets[0].folder} and {dataset.folder} come from different encoders: "
                     f"{differing}; a model sees one kind: encode one of them again"
                 )
-        self._starts = np.cumsum([0, *map(len, self.datasets)])
+        self._starts = np.cumsum([0, *map(len, self.datasets)]).tolist()
         weights = [None if isinstance(path, str) else path[0] for path in config.paths]
         self.columns = self._join(weights, sorted({threshold.column for threshold in config.thresholds}))
         self._check_ids()
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     def sample(self, index: int, frames: range | None = None, first_frame: bool = False) -> Record:
         """Return the record of corpus index `index`, or the latent frames `frames` of it.
@@ -257,13 +258,13 @@ class Corpus:
         """Return the dataset of corpus index `index` and the number of the sample there."""
         if not 0 <= index < len(self):
             raise IndexError(f"corpus index {index} of {len(self)}")
-        place = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self.datasets[place], index - int(self._starts[place])
+        place = bisect_right(self._starts, index) - 1
+        return self.datasets[place], index - self._starts[place]
 
     def _join(self, weights: list[float | None], scored: list[str]) -> CorpusColumns:
         sizes = [len(dataset) for dataset in self.datasets]
         shares = integer_weights([weight for weight in weights if weight is not None])
-        groups = tuple(map(Group, self._starts.tolist(), sizes, shares)) if shares else (Group(0, len(self), 1),)
+        groups = tuple(map(Group, self._starts, sizes, shares)) if shares else (Group(0, len(self), 1),)
         identity = [[f"{dataset.manifest.checksum:016x}" for dataset in self.datasets], shares]
         names = ("sample_id", "frames", "height", "width", "text_length")
         columns = {name: np.concatenate([getattr(dataset, name) for dataset in self.datasets]) for name in names}

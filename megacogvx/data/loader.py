@@ -219,11 +219,14 @@ def _load_step(source: _Source, guarded: GuardedReader, step: int) -> _Loaded:
         return guarded(sample, f"sample {int(corpus.columns.sample_id[index])} of {corpus.locate(index)[0].folder}")
 
     planned, num_tokens = plan.step(step), plan.config.tokens_per_pack
-    packs = [
-        read_pack(corpus, planned[place], plan.patch, num_tokens, step, place, source.cut, read, source.with_images)
-        for place in source.places
-    ]
     layouts = [planned_layout(corpus, indices, plan.patch, num_tokens) for indices in planned]
+    packs = [
+        read_pack(
+            corpus, planned[place], plan.patch, num_tokens, step, place, source.cut, read, source.with_images,
+            layouts[place],
+        )
+        for place in source.places
+    ]  # fmt: skip
     return _Loaded(packs, layouts, plan.state())
 
 

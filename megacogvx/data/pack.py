@@ -69,7 +69,7 @@ class Pack:
 
 def read_pack(
     corpus: Corpus, indices: Sequence[int], patch: Triple, num_tokens: int, step: int, place: int, cut: Cut = WHOLE,
-    read: ReadSample | None = None, with_images: bool = False,
+    read: ReadSample | None = None, with_images: bool = False, layout: PackLayout | None = None,
 ) -> Pack:  # fmt: skip
     """Read the samples `indices` of `corpus` as one pack of `num_tokens` tokens, the padding included.
 
@@ -77,11 +77,12 @@ def read_pack(
         cut: the rank that it is for; samples and latent frames of which it holds no token are not read.
         read: reads a sample, `corpus.sample` by default. Its `SampleError` is kept in `Pack.faults`.
         with_images: read the first frames too (as pixels), where rows of the first latent frame are.
+        layout: of the pack, where the caller has it; else `planned_layout` makes it.
 
     Raises:
         DataError: a sample is damaged, or holds something else than its index says.
     """
-    layout = planned_layout(corpus, indices, patch, num_tokens)
+    layout = layout or planned_layout(corpus, indices, patch, num_tokens)
     needed = needed_frames(layout, cut)
     latents, text, images, faults = [], [], [], dict[int, Fault]()
     seen = _first_frames_seen(layout, cut) if with_images else set()

@@ -96,6 +96,7 @@ class Shard:
         self._check_header()
         self.access = access
         self._columns = [self.index.columns[name].data for name in READ_COLUMNS]
+        self._frames = self._columns[READ_COLUMNS.index("frames")]
         encoder = self.index.encoder
         self._dtypes = field_dtype(encoder.latent_dtype), field_dtype(encoder.text_dtype)
         self._channels, self._text_shape = 2 * encoder.latent_channels, encoder.text_shape
@@ -120,12 +121,11 @@ class Shard:
 
     def copy(self, row: int, frames: range | None, out: np.ndarray) -> int:
         """Copy record `row`, see `IndexedDataset.read_into`."""
-        check = self._checks(row)
-        if not check and frames is None:
+        check, whole = self._checks(row), frames is None or len(frames) == self._frames[row]
+        if whole and not check:
             return self.copier.whole(row, out)
         end = self.copier.frames(row, frames, out, check)
         if check and self.verify == "once":
-            whole = frames is None or len(frames) == self.index.columns["frames"][row]
             self._seen[row] |= whole and not self.index.encoder.first_frame
         return end
 
