@@ -179,9 +179,15 @@ class CorpusColumns:
         """
         keys = (self.frames << 32) | (self.height << 16) | self.width  # each fits 16 bits
         shapes, place = np.unique(keys, return_inverse=True)
-        sizes = ((int(shape) >> 32, int(shape) >> 16 & 0xFFFF, int(shape) & 0xFFFF) for shape in shapes)
-        video = np.array([tokens_of(*size, 0, patch) for size in sizes], np.int64)
+        video = np.array([self._video_tokens(int(shape), keys, patch) for shape in shapes], np.int64)
         return video[place] + self.text_length
+
+    def _video_tokens(self, shape: int, keys: np.ndarray, patch: Triple) -> int:
+        try:
+            return tokens_of(shape >> 32, shape >> 16 & 0xFFFF, shape & 0xFFFF, 0, patch)
+        except DataError as error:
+            first = int(self.sample_id[np.argmax(keys == shape)])
+            raise DataError(f"sample {first}, the first of {int((keys == shape).sum())}: {error}") from None
 
 
 class Corpus:
@@ -253,6 +259,12 @@ class Corpus:
         return place_sample(
             int(columns.sample_id[index]), frames, height, width, int(columns.text_length[index]), patch
         )
+
+    def where(self, index: int) -> str:
+        """Name the sample of corpus index `index`: the file of its shard, its id and its place there."""
+        dataset, number = self.locate(index)
+        shard, row = dataset.locate(number)
+        return shard.where(row)
 
     def locate(self, index: int) -> tuple[IndexedDataset, int]:
         """Return the dataset of corpus index `index` and the number of the sample there."""

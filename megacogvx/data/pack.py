@@ -12,8 +12,10 @@ from megacogvx.data.faults import Fault, SampleError
 from megacogvx.data.indexed.fields import field_dtype
 from megacogvx.data.indexed.shard import Record
 from megacogvx.errors import DataError
+from megacogvx.log import get_logger
 from megacogvx.pack_layout import PackLayout, Triple, build_layout
 
+logger = get_logger(__name__)
 Cut = tuple[tuple[int, int], tuple[int, int]]  # (rank, size) among the tensor and among the context ranks
 WHOLE: Cut = ((0, 1), (0, 1))
 ReadSample = Callable[[int, "range | None", bool], Record]  # index, latent frames, whether with the first frame
@@ -92,11 +94,13 @@ def read_pack(
             try:
                 record = (read or corpus.sample)(index, frames, m in seen)
             except SampleError as error:
+                logger.warning("%s", error)  # with the shard and the cause; what ranks agree on is the reason alone
                 faults[m] = error.fault
         planned = layout.samples[m]
         if record is not None and (record.sample_id, len(record.text)) != (planned.sample_id, planned.text_length):
             raise DataError(
-                f"sample {planned.sample_id} was planned, {record.sample_id} was read: the dataset has changed"
+                f"{corpus.where(index)}: sample {planned.sample_id} was planned, {record.sample_id} was read: the "
+                "dataset has changed"
             )
         latents.append(_empty_latents(corpus, index, len(frames)) if record is None else record.latents)
         text.append(_empty_text(corpus, index) if record is None else record.text)
