@@ -6,7 +6,7 @@ packs    `read_pack`: the table of the pack, and its tensors
 loader   `PackLoader`: also the plan, the layouts of the step's packs, the guard of stuck reads, two threads
 
 Rates are bytes a second of CPU time, of both threads together, the page cache being warm; the three take turns.
-python tools/bench_loader.py                                                                    (a minute, 350 MB)
+python tools/bench_loader.py                                                                    (two minutes, 350 MB)
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from megacogvx.data.planner import PackPlan
 from megacogvx.log import progress
 
 SAMPLES, PER_PACK, TOKENS, PATCH = 8, 4, 700_000, (1, 2, 2)
-PASSES = 9
+PASSES, STEPS = 7, 10  # steps of a pass: two packs each
 
 
 class Ring:
@@ -93,7 +93,7 @@ def rates(folder: Path, verify: str, passes: int) -> dict[str, tuple[float, floa
             steps = method(corpus, memory)
             next(steps)  # starts threads, fills what is read ahead
             began, given = time.process_time(), memory.given
-            for _ in range(4):
+            for _ in range(STEPS):
                 next(steps)
             steps.close()  # type: ignore[attr-defined]
             if turn:

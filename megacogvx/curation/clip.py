@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,7 @@ example: clips of 17 and 9 frames and single images, 64 and 48 pixels high or wi
       --short-sides 64 48 --frames 1 9 17 --fps 16
 """
 
+UNDECODABLE = "caption of a part that can't be decoded"
 logger = get_logger(__name__)
 
 
@@ -58,14 +60,31 @@ class Cut:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `megacogvx clips`."""
     parser.add_argument("--captions", type=Path, required=True, help="JSONL, CSV or Parquet file of captions")
-    parser.add_argument("--videos", type=Path, help="folder of the videos (default: the caption file's folder)")
     parser.add_argument("--output", type=Path, required=True, help="folder for the clips")
+    add_rule_arguments(parser)
+    parser.add_argument("--crf", type=int, default=6, help="x264 rate factor; 0 is the most exact (default 6)")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out and count bad rows instead of stopping")
+
+
+def add_rule_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Add the arguments that say which clips the rows of a caption file give."""
+    parser.add_argument("--videos", type=Path, help="folder of the videos (default: the caption file's folder)")
     parser.add_argument("--short-sides", type=int, nargs="+", default=[64], help="pixels (default 64)")
     parser.add_argument("--frames", type=int, nargs="+", default=[1, 9, 17], help="per clip, 8k+1 (default 1 9 17)")
     parser.add_argument("--fps", type=float, nargs="+", default=[8.0], help="frames per second (default 8)")
     parser.add_argument("--multiple", type=int, default=16, help="both sides divide by this many pixels (default 16)")
-    parser.add_argument("--crf", type=int, default=6, help="x264 rate factor; 0 is the most exact (default 6)")
-    parser.add_argument("--skip-bad", action="store_true", help="leave out and count bad rows instead of stopping")
+
+
+def rules_of(arguments: argparse.Namespace, crf: int) -> ClipRules:
+    """Return what these options ask for.
+
+    Raises:
+        ConfigError: an option is out of range.
+    """
+    sides, frames, fps = (tuple(dict.fromkeys(x)) for x in (arguments.short_sides, arguments.frames, arguments.fps))
+    rules = ClipRules(sides, frames, fps, arguments.multiple, crf)
+    check_rules(rules)
+    return rules
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -75,9 +94,7 @@ def run(arguments: argparse.Namespace) -> None:
         ConfigError: an option is out of range.
         DataError: the captions are wrong, a video is missing or damaged (unless `--skip-bad`), or no clip comes out.
     """
-    sides, frames, fps = (tuple(dict.fromkeys(x)) for x in (arguments.short_sides, arguments.frames, arguments.fps))
-    rules = ClipRules(sides, frames, fps, arguments.multiple, arguments.crf)
-    check_rules(rules)
+    rules = rules_of(arguments, arguments.crf)
     captions = read_captions(arguments.captions)
     videos = arguments.videos or arguments.captions.parent
     skipped: Counter[str] = Counter()
@@ -110,23 +127,44 @@ def cut_all(
     captions: Sequence[Caption], videos: Path, output: Path, rules: ClipRules, skip_bad: bool, skipped: Counter[str]
 ) -> list[Clip]:
     """Cut every row; return the clips in the captions' order, and count in `skipped` what is left out, by reason."""
-    infos = probe_all(captions, videos, skip_bad, skipped)
     clips: list[Clip] = []
+    for cuts in plan_all(captions, videos, output, rules, skip_bad, skipped):
+        with _left_out(skip_bad, skipped, UNDECODABLE):
+            cut_row(videos / cuts[0].clip.source, cuts, rules)
+            clips += [cut.clip for cut in cuts]
+    return clips
+
+
+def plan_all(
+    captions: Sequence[Caption], videos: Path, output: Path, rules: ClipRules, skip_bad: bool, skipped: Counter[str]
+) -> Iterator[list[Cut]]:
+    """Yield the clips of each row that gives any; nothing is written.
+
+    Raises:
+        DataError: videos are missing or damaged, or a part lies beyond its video's end, and `skip_bad` is off.
+    """
+    infos = probe_all(captions, videos, skip_bad, skipped)
     for caption in progress(captions, "clips", total=len(captions)):
         if caption.video not in infos:
             skipped["caption of a missing or damaged video"] += 1
             continue
-        try:
+        cuts: list[Cut] = []
+        with _left_out(skip_bad, skipped, UNDECODABLE):
             cuts = plan_row(caption, infos[caption.video], videos, output, rules, skipped)
-            cut_row(videos / caption.video, cuts, rules)
-        except DataError as error:
-            if not skip_bad:
-                raise
-            logger.warning("left out: %s", error)
-            skipped["caption of a part that can't be decoded"] += 1
-        else:
-            clips += [cut.clip for cut in cuts]
-    return clips
+        if cuts:
+            yield cuts
+
+
+@contextmanager
+def _left_out(skip_bad: bool, skipped: Counter[str], reason: str) -> Iterator[None]:
+    """Count a `DataError` as `reason` where bad rows are to be left out."""
+    try:
+        yield
+    except DataError as error:
+        if not skip_bad:
+            raise
+        logger.warning("left out: %s", error)
+        skipped[reason] += 1
 
 
 def probe_all(captions: Sequence[Caption], videos: Path, skip_bad: bool, skipped: Counter[str]) -> dict[str, VideoInfo]:
@@ -142,13 +180,8 @@ def probe_all(captions: Sequence[Caption], videos: Path, skip_bad: bool, skipped
     skipped.update({"video that is missing": len(absent)} if absent else {})
     infos = {}
     for name in progress([name for name in names if name not in absent], "look into the videos"):
-        try:
+        with _left_out(skip_bad, skipped, "video that can't be decoded"):
             infos[name] = probe(videos / name)
-        except DataError as error:
-            if not skip_bad:
-                raise
-            logger.warning("left out: %s", error)
-            skipped["video that can't be decoded"] += 1
     return infos
 
 

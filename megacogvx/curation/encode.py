@@ -1,4 +1,4 @@
-"""`megacogvx encode`: clips and captions -> latent moments and text embeddings in an indexed dataset.
+"""`megacogvx encode`: captioned videos, or clips of them -> moments and text embeddings in an indexed dataset.
 
 The work is in `encode_shards.py`; here are the options, and which process does what.
 """
@@ -6,19 +6,25 @@ The work is in `encode_shards.py`; here are the options, and which process does 
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from pathlib import Path
 
 from megacogvx import log
+from megacogvx.curation.clip import add_rule_arguments
 from megacogvx.curation.encode_ray import encode_with_ray
 from megacogvx.curation.encode_shards import prepare, write_dataset
 from megacogvx.errors import ConfigError
 from megacogvx.inference.coding import add_coding_arguments
-from megacogvx.parallel.groups import LaunchEnvironment, array_task, launch_environment
+from megacogvx.parallel.config import ParallelConfig
+from megacogvx.parallel.frame_parallel import ALONE, FrameHelpers
+from megacogvx.parallel.groups import LaunchEnvironment, array_task, initialize, launch_environment, shutdown
 
 EXAMPLE = """\
 Writes DATASET/shard-*.bin, .idx and manifest.json. Start the same command again to go on after an interruption.
 
 examples:
+  megacogvx encode --captions captions.jsonl --videos videos --short-sides 256 512 --frames 1 49 --fps 8 16 \\
+      --vae runs/vae --text-encoder t5 --output dataset
   megacogvx encode --clips clips --vae runs/vae --text-encoder t5 --output dataset
   torchrun --nproc-per-node 8 -m megacogvx encode --clips clips --vae runs/vae --text-encoder t5 --output dataset
 """
@@ -29,7 +35,10 @@ logger = log.get_logger(__name__)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `megacogvx encode`."""
     add = parser.add_argument
-    add("--clips", type=Path, required=True, help="clips.jsonl, or the folder that holds it")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--captions", type=Path, help="JSONL, CSV or Parquet file of videos' and images' captions")
+    source.add_argument("--clips", type=Path, help="clips.jsonl of `megacogvx clips`, or the folder that holds it")
+    add_rule_arguments(parser.add_argument_group("which clips the rows of --captions give"))
     add("--vae", type=Path, required=True, help="run folder or checkpoint of the VAE")
     add("--text-encoder", type=Path, required=True, help="folder with tokenizer/ and text_encoder/ (T5)")
     add("--output", type=Path, required=True, help="folder of the dataset")
@@ -46,6 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--clips-per-shard", type=int, default=1024, help="default 1024")
     add("--rank", type=int, help="which of the processes this is (default: from torchrun, Slurm or its array)")
     add("--ranks", type=int, help="number of processes (default: from torchrun, Slurm or its array)")
+    add("--frame-ranks", type=int, default=1, metavar="N",
+        help="processes of torchrun that encode one clip together, each some of its frames (default 1)")  # fmt: skip
     add("--ray", type=int, default=0, metavar="ACTORS", help="run as a Ray Data job of so many actors (default 0: no)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
     add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the encoders (default fp32)")
@@ -59,23 +70,46 @@ def run(arguments: argparse.Namespace) -> None:
         ConfigError: an option is out of range.
         DataError: clips or encoders can't be read, or the dataset was begun with other settings.
     """
-    place = launch_environment()
-    rank, ranks = _rank_of(arguments, place)
-    log.set_rank(rank, f"rank{rank}")
     _check(arguments)
-    if arguments.ray:
-        skipped = encode_with_ray(arguments)
+    if arguments.frame_ranks > 1 and not arguments.ray:
+        skipped = _encode_with_groups(arguments)
     else:
-        clips, encoder, job = prepare(arguments, place)
-        skipped = write_dataset(
-            arguments.output, clips, encoder, job, rank=rank, ranks=ranks, skip_bad=arguments.skip_bad
-        )
+        place = launch_environment()
+        rank, ranks = _rank_of(arguments, place)
+        log.set_rank(rank, f"rank{rank}")
+        skipped = encode_with_ray(arguments) if arguments.ray else _encode(arguments, place, rank, ranks)
     for reason, count in sorted(skipped.items()):
         logger.warning("left out: %d x %s", count, reason)
 
 
+def _encode(
+    arguments: argparse.Namespace, place: LaunchEnvironment, rank: int, ranks: int, helpers: FrameHelpers = ALONE
+) -> Counter[str]:
+    clips, encoder, job = prepare(arguments, place, helpers)
+    return write_dataset(arguments.output, clips, encoder, job, rank=rank, ranks=ranks, skip_bad=arguments.skip_bad)
+
+
+def _encode_with_groups(arguments: argparse.Namespace) -> Counter[str]:
+    """Encode with every `--frame-ranks` neighbouring processes as one; each group takes its share of the shards."""
+    if arguments.rank is not None or arguments.ranks is not None:
+        raise ConfigError("--frame-ranks needs the processes that torchrun starts; leave out --rank and --ranks")
+    config = ParallelConfig(context_parallel_size=arguments.frame_ranks, device=arguments.device)
+    groups = initialize(config)
+    try:
+        (task, tasks), (rank, ranks) = array_task(), groups.data
+        helpers = FrameHelpers(groups.context_group)
+        return _encode(arguments, launch_environment(), task * ranks + rank, tasks * ranks, helpers)
+    finally:
+        shutdown()
+
+
 def _check(arguments: argparse.Namespace) -> None:
-    for name in ("text_length", "measure_clips", "clips_per_shard", "scaling_factor"):
+    if arguments.frame_ranks > 1 and arguments.vae_mode != "whole":
+        raise ConfigError(
+            f"--frame-ranks {arguments.frame_ranks} and --vae-mode {arguments.vae_mode} exclude each other: each rank "
+            "encodes its frames at once; give one of them"
+        )
+    for name in ("text_length", "measure_clips", "clips_per_shard", "scaling_factor", "frame_ranks"):
         value = getattr(arguments, name)
         if value is not None and value <= 0:
             raise ConfigError(f"--{name.replace('_', '-')} {value} must be positive")

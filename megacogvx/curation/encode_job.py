@@ -63,19 +63,22 @@ class EncodeJob(Section):
         )  # fmt: skip
 
 
-def agree(folder: Path, job: EncodeJob, measure: Callable[[], float]) -> EncodeJob:
+def agree(
+    folder: Path, job: EncodeJob, measure: Callable[[], float], first: Callable[[bool], bool] = bool
+) -> EncodeJob:
     """Return the job of `folder`, with its scale; the first process that comes writes it, all others follow.
 
     Args:
         folder: of the dataset.
         job: this process's settings.
         measure: called for the scale when `job` has none and no process has written it yet.
+        first: of processes that measure together, gives what the first of them says.
 
     Raises:
         DataError: the folder holds a job with other settings, or a damaged one.
     """
     path = folder / JOB_FILE
-    if not path.is_file():
+    if not first(path.is_file()):
         scale = measure() if job.scale is None else job.scale
         logger.info("latent scale %.6g%s", scale, "" if job.scale else f" from {job.measured_clips} clips")
         folder.mkdir(parents=True, exist_ok=True)

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from megacogvx.curation.clip_source import listed
 from megacogvx.curation.encode_shards import distinct, prepare, write_dataset
-from megacogvx.data.clips import read_clips
 from megacogvx.errors import ConfigError
 from megacogvx.log import get_logger
 from megacogvx.parallel.groups import LaunchEnvironment
@@ -50,11 +50,13 @@ def encode_with_ray(arguments: argparse.Namespace) -> Counter[str]:
     """
     if arguments.rank is not None or arguments.ranks is not None:
         raise ConfigError("--ray deals the shards itself; leave out --rank and --ranks")
+    if arguments.frame_ranks > 1:
+        raise ConfigError("--ray and --frame-ranks exclude each other; start with torchrun to split frames over ranks")
     try:
         import ray.data
     except ImportError:
         raise ConfigError("--ray needs Ray: pip install 'megacogvx[ray]'") from None
-    shards = -(-len(distinct(read_clips(arguments.clips))) // arguments.clips_per_shard)
+    shards = -(-len(distinct(listed(arguments)[0])) // arguments.clips_per_shard)
     actors = min(arguments.ray, shards)
     on_gpu = arguments.device == "cuda" or (arguments.device == "auto" and torch.cuda.is_available())
     logger.info("%d shards by %d Ray actors", shards, actors)

@@ -11,7 +11,7 @@ import argparse
 import fcntl
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
@@ -20,8 +20,9 @@ import torch
 import xxhash
 
 from megacogvx import log
+from megacogvx.curation.clip_source import ReadClip, listed
 from megacogvx.curation.encode_job import JOB_FILE, EncodeJob, agree, latent_scale
-from megacogvx.data.clips import Clip, read_clip, read_clips
+from megacogvx.data.clips import Clip, read_clip
 from megacogvx.data.indexed import DatasetWriter, finish_dataset
 from megacogvx.data.indexed.fields import to_field
 from megacogvx.data.indexed.layout import MAX_ID, FloatDtype, TextDtype, TextKind
@@ -34,6 +35,7 @@ from megacogvx.models.text_encoder import TextEncoder
 from megacogvx.models.vae.model import CogVideoXVAE
 from megacogvx.models.vae.tiling import WHOLE, Coding
 from megacogvx.models.weights import weights_fingerprint
+from megacogvx.parallel.frame_parallel import ALONE, FrameHelpers, gather_frames, latent_frames_of, shard_pixels
 from megacogvx.parallel.groups import LaunchEnvironment
 
 CAPTIONS_AT_ONCE = 16
@@ -42,7 +44,9 @@ KEPT_CAPTIONS = 256  # embeddings kept for rows that repeat a caption; 0.5 GB at
 logger = log.get_logger(__name__)
 
 
-def prepare(arguments: argparse.Namespace, place: LaunchEnvironment) -> tuple[list[Clip], ClipEncoder, EncodeJob]:
+def prepare(
+    arguments: argparse.Namespace, place: LaunchEnvironment, helpers: FrameHelpers = ALONE
+) -> tuple[list[Clip], ClipEncoder, EncodeJob]:
     """Read the list and load the encoders that `arguments` name; returns clips, encoder and the job's description.
 
     Raises:
@@ -50,7 +54,8 @@ def prepare(arguments: argparse.Namespace, place: LaunchEnvironment) -> tuple[li
     """
     device = _device(arguments.device, place)
     dtype = torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
-    clips = distinct(read_clips(arguments.clips))
+    clips, read = listed(arguments)
+    clips = distinct(clips)
     encoder = ClipEncoder(
         load_vae(arguments.vae, device, dtype),
         TextEncoder.from_folder(arguments.text_encoder, arguments.text_length, device, dtype),
@@ -59,6 +64,8 @@ def prepare(arguments: argparse.Namespace, place: LaunchEnvironment) -> tuple[li
         arguments.latent_dtype,
         arguments.text_dtype,
         arguments.first_frame,
+        read,
+        helpers,
     )
     return (
         clips,
@@ -87,6 +94,8 @@ class ClipEncoder:
         coding: how much the VAE encodes at once.
         latent_dtype, embedding_dtype: how values are stored.
         first_frame: whether records hold the clip's first frame as pixels.
+        read: gives a clip's pixels.
+        helpers: the ranks that encode each clip together; all of them call the same functions in the same order.
     """
 
     vae: CogVideoXVAE
@@ -96,6 +105,8 @@ class ClipEncoder:
     latent_dtype: FloatDtype = "bf16"
     embedding_dtype: FloatDtype = "bf16"
     first_frame: bool = False
+    read: ReadClip = read_clip
+    helpers: FrameHelpers = ALONE
     _texts: OrderedDict[str, torch.Tensor] = field(default_factory=OrderedDict, init=False)
 
     @property
@@ -111,9 +122,37 @@ class ClipEncoder:
             DataError: the clip can't be read, or its size doesn't suit the VAE.
         """
         parameter = next(self.vae.parameters())
-        video_BCTHW = to_model_range(read_clip(clip))[None].to(parameter.device, parameter.dtype)
-        moments_B2CTHW = self.vae.encode(video_BCTHW, self.coding)
+        pixels_THW3 = self.pixels(clip)
+        video_BCTHW = to_model_range(pixels_THW3)[None].to(parameter.device, parameter.dtype)
+        try:
+            moments_B2CTHW = self._encoded(video_BCTHW)
+        except DataError as error:
+            raise DataError(f"clip {clip.path}: {error}") from None
         return to_field(moments_B2CTHW[0].permute(1, 2, 3, 0), self.latent_dtype)
+
+    def pixels(self, clip: Clip, count: int | None = None) -> torch.Tensor:
+        """Return the first `count` frames of a clip (None: all): uint8 `[T, H, W, 3]`.
+
+        Raises:
+            DataError: this rank or one of its helpers can't read it; then all of them raise.
+        """
+        pixels_THW3, problem = None, ""
+        try:
+            pixels_THW3 = self.read(clip, count=count)
+        except DataError as error:
+            problem = str(error)
+        problem = next(filter(None, self.helpers.gather(problem)), "")
+        if problem or pixels_THW3 is None:
+            raise DataError(problem)
+        return pixels_THW3
+
+    def _encoded(self, video_BCTHW: torch.Tensor) -> torch.Tensor:
+        frames, ratio, group = video_BCTHW.shape[2], self.vae.config.temporal_compression_ratio, self.helpers.group
+        # An image, or a clip of fewer latent frames than ranks, is encoded by each of them: nobody has to wait.
+        if group is None or latent_frames_of(frames, ratio) < group.size():
+            return self.vae.encode(video_BCTHW, self.coding)
+        shard = shard_pixels(frames, ratio, group)
+        return gather_frames(self.vae.encode(shard.cut(video_BCTHW), self.coding, shard), group)
 
     def texts(self, captions: Sequence[str]) -> list[torch.Tensor]:
         """Encode captions, skipping those among the last `KEPT_CAPTIONS` distinct ones.
@@ -181,18 +220,27 @@ def write_dataset(
         DataError: the folder holds a job with other settings, a clip can't be read, or the disk is full.
     """
     skipped: Counter[str] = Counter()
-    job = agree(folder, job, lambda: latent_scale(_measured(clips, job.measured_clips, encoder, skip_bad)))
+    helpers = encoder.helpers
+
+    def measure() -> float:
+        return latent_scale(_measured(clips, job.measured_clips, encoder, skip_bad))
+
+    job = agree(folder, job, measure, helpers.first)
     info = job.encoder_info()
     names = [shard_name(number) for number in range(-(-len(clips) // job.clips_per_shard))]
     for number in range(rank, len(names), ranks):
         part = clips[number * job.clips_per_shard : (number + 1) * job.clips_per_shard]
-        with DatasetWriter(folder, info, names[number]) as writer:
-            if writer.finished:
-                logger.info("%s is there already", writer.name)
+        with DatasetWriter(folder, info, names[number]) if helpers.leads else nullcontext() as writer:
+            if helpers.first(writer is not None and writer.finished):
+                logger.info("%s is there already", names[number])
                 continue
-            for clip, fields in _records(part, encoder, skip_bad, skipped, writer.name):
-                writer.add_item(**fields, sample_id=sample_id(clip), metadata=_metadata(clip))
-            writer.finalize()
+            for clip, fields in _records(part, encoder, skip_bad, skipped, names[number]):
+                if writer is not None:
+                    writer.add_item(**fields, sample_id=sample_id(clip), metadata=_metadata(clip))
+            if writer is not None:
+                writer.finalize()
+    if not helpers.leads:
+        return Counter()  # the first of them has counted the same
     _finish(folder, names)
     return skipped
 
@@ -222,7 +270,7 @@ def _records(
             texts = encoder.texts([clip.caption for clip in batch])
         try:
             moments = encoder.moments(clip)
-            image = read_clip(clip, count=1)[0] if encoder.first_frame else None
+            image = encoder.pixels(clip, 1)[0] if encoder.first_frame else None
         except DataError as error:
             if not skip_bad:
                 raise

@@ -98,14 +98,21 @@ class Balancer:
         used = self.budget * len(self.members) - int(self.room.sum())
         target = int(self.load.sum()) * self.budget // used  # the mean cost, were the packs full
         for _ in range(OFFERS):
-            offer, settled = self._offer(), np.zeros(len(self.members), bool)
-            for _ in range(ROUNDS):
-                badness = self._badness(self.load, self.room, target)
-                packs = np.flatnonzero(~settled & (badness > target * GOOD_ENOUGH))
-                if not len(packs):
-                    break
-                settled[packs] = True
-                settled[list(self._improve(packs, target, offer))] = False
+            if not self._improve_from(self._offer(), target):
+                return  # the next offer would be the same
+
+    def _improve_from(self, offer: Offer, target: int) -> bool:
+        """Let the packs take from one offer, round by round; returns whether any did."""
+        unsettled = np.ones(len(self.members), bool)
+        for turn in range(ROUNDS):
+            bad = self._badness(self.load, self.room, target) > target * GOOD_ENOUGH
+            packs = np.flatnonzero(unsettled & bad)
+            changed = self._improve(packs, target, offer) if len(packs) else set()
+            if not changed:
+                return turn > 0
+            unsettled[:] = False
+            unsettled[list(changed)] = True
+        return True
 
     def _badness(self, load: np.ndarray, room: np.ndarray, target: int, patience: int = 1) -> np.ndarray:
         """Distance from the mean cost, plus what the unused tokens would cost, divided by `patience`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -178,9 +179,15 @@ class CorpusColumns:
         """
         keys = (self.frames << 32) | (self.height << 16) | self.width  # each fits 16 bits
         shapes, place = np.unique(keys, return_inverse=True)
-        sizes = ((int(shape) >> 32, int(shape) >> 16 & 0xFFFF, int(shape) & 0xFFFF) for shape in shapes)
-        video = np.array([tokens_of(*size, 0, patch) for size in sizes], np.int64)
+        video = np.array([self._video_tokens(int(shape), keys, patch) for shape in shapes], np.int64)
         return video[place] + self.text_length
+
+    def _video_tokens(self, shape: int, keys: np.ndarray, patch: Triple) -> int:
+        try:
+            return tokens_of(shape >> 32, shape >> 16 & 0xFFFF, shape & 0xFFFF, 0, patch)
+        except DataError as error:
+            first = int(self.sample_id[np.argmax(keys == shape)])
+            raise DataError(f"sample {first}, the first of {int((keys == shape).sum())}: {error}") from None
 
 
 class Corpus:
@@ -214,13 +221,13 @@ class Corpus:
                     f"datasets {self.datasets[0].folder} and {dataset.folder} come from different encoders: "
                     f"{differing}; a model sees one kind: encode one of them again"
                 )
-        self._starts = np.cumsum([0, *map(len, self.datasets)])
+        self._starts = np.cumsum([0, *map(len, self.datasets)]).tolist()
         weights = [None if isinstance(path, str) else path[0] for path in config.paths]
         self.columns = self._join(weights, sorted({threshold.column for threshold in config.thresholds}))
         self._check_ids()
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     def sample(self, index: int, frames: range | None = None, first_frame: bool = False) -> Record:
         """Return the record of corpus index `index`, or the latent frames `frames` of it.
@@ -253,17 +260,23 @@ class Corpus:
             int(columns.sample_id[index]), frames, height, width, int(columns.text_length[index]), patch
         )
 
+    def where(self, index: int) -> str:
+        """Name the sample of corpus index `index`: the file of its shard, its id and its place there."""
+        dataset, number = self.locate(index)
+        shard, row = dataset.locate(number)
+        return shard.where(row)
+
     def locate(self, index: int) -> tuple[IndexedDataset, int]:
         """Return the dataset of corpus index `index` and the number of the sample there."""
         if not 0 <= index < len(self):
             raise IndexError(f"corpus index {index} of {len(self)}")
-        place = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self.datasets[place], index - int(self._starts[place])
+        place = bisect_right(self._starts, index) - 1
+        return self.datasets[place], index - self._starts[place]
 
     def _join(self, weights: list[float | None], scored: list[str]) -> CorpusColumns:
         sizes = [len(dataset) for dataset in self.datasets]
         shares = integer_weights([weight for weight in weights if weight is not None])
-        groups = tuple(map(Group, self._starts.tolist(), sizes, shares)) if shares else (Group(0, len(self), 1),)
+        groups = tuple(map(Group, self._starts, sizes, shares)) if shares else (Group(0, len(self), 1),)
         identity = [[f"{dataset.manifest.checksum:016x}" for dataset in self.datasets], shares]
         names = ("sample_id", "frames", "height", "width", "text_length")
         columns = {name: np.concatenate([getattr(dataset, name) for dataset in self.datasets]) for name in names}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -211,30 +211,33 @@ def _load_step(source: _Source, guarded: GuardedReader, step: int) -> _Loaded:
                 record = corpus.sample(index, frames, first_frame)
             else:
                 record = corpus.sample_in(source.allocate, index, frames, first_frame)
-            _check_ids(record, source.vocabulary)
+            _check_ids(record, source.vocabulary, lambda: corpus.where(index))
             return record
 
         if plan.config.on_bad_sample == "stop":
             return sample()
-        return guarded(sample, f"sample {int(corpus.columns.sample_id[index])} of {corpus.locate(index)[0].folder}")
+        return guarded(sample, corpus.where(index))
 
     planned, num_tokens = plan.step(step), plan.config.tokens_per_pack
-    packs = [
-        read_pack(corpus, planned[place], plan.patch, num_tokens, step, place, source.cut, read, source.with_images)
-        for place in source.places
-    ]
     layouts = [planned_layout(corpus, indices, plan.patch, num_tokens) for indices in planned]
+    packs = [
+        read_pack(
+            corpus, planned[place], plan.patch, num_tokens, step, place, source.cut, read, source.with_images,
+            layouts[place],
+        )
+        for place in source.places
+    ]  # fmt: skip
     return _Loaded(packs, layouts, plan.state())
 
 
-def _check_ids(record: Record, vocabulary: int | None) -> None:
+def _check_ids(record: Record, vocabulary: int | None, where: Callable[[], str]) -> None:
     """Refuse token ids that the text encoder doesn't know here: inside a step one rank alone would fail."""
     if vocabulary is None or not len(record.text):
         return
     least, most = (int(value) for value in record.text.aminmax())
     if least < 0 or most >= vocabulary:
         raise DataError(
-            f"sample {record.sample_id} has token ids {least} to {most}, the text encoder knows 0 to {vocabulary - 1}; "
+            f"{where()} has token ids {least} to {most}, the text encoder knows 0 to {vocabulary - 1}; "
             "name the encoder whose tokenizer wrote the dataset (text.encoder)"
         )
 

@@ -8,13 +8,17 @@ or restart can ask for any position, at 35 million samples as at sixty.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from megacogvx import draws
 from megacogvx.data.corpus import Group
 
+Bits = TypeVar("Bits", int, np.ndarray)  # 64 unsigned bits: one number, or uint64 `[n]`
 ROUNDS = 6  # four make a Feistel network pseudo-random; two to spare for tiny domains
+FEW = 10  # numbers up to which Python is quicker than arrays of them
+ALL_BITS = 2**64 - 1
 
 
 def shuffled(places: np.ndarray, count: int, round_keys: Sequence[int]) -> np.ndarray:
@@ -28,27 +32,31 @@ def shuffled(places: np.ndarray, count: int, round_keys: Sequence[int]) -> np.nd
         int64, of the same shape; different places give different results.
     """
     half = max(1, ((count - 1).bit_length() + 1) // 2)
-    result = _feistel(places.astype(np.uint64), half, round_keys)
-    outside = np.flatnonzero(result >= count)
-    while len(outside):  # follow the cycle until it comes back inside; it must, since it began inside
-        result[outside] = _feistel(result[outside], half, round_keys)
-        outside = outside[result[outside] >= count]
+    result, rest = places.astype(np.uint64), np.arange(len(places))
+    while len(rest) > FEW:  # follow the cycle until it comes back inside; it must, since it began inside
+        result[rest] = _feistel(result[rest], half, round_keys)
+        rest = rest[result[rest] >= count]
+    for place in rest.tolist():
+        value = _feistel(result.item(place), half, round_keys)
+        while value >= count:
+            value = _feistel(value, half, round_keys)
+        result[place] = value
     return result.astype(np.int64)
 
 
-def _feistel(values: np.ndarray, half: int, round_keys: Sequence[int]) -> np.ndarray:
-    width, mask = np.uint64(half), np.uint64((1 << half) - 1)
-    left, right = values >> width, values & mask
+def _feistel(values: Bits, half: int, round_keys: Sequence[int]) -> Bits:
+    mask = (1 << half) - 1
+    left, right = values >> half, values & mask
     for round_key in round_keys:
-        left, right = right, left ^ (_mix(right + np.uint64(round_key)) & mask)
-    return (left << width) | right
+        left, right = right, left ^ (_mix((right + round_key) & ALL_BITS) & mask)
+    return (left << half) | right
 
 
-def _mix(values: np.ndarray) -> np.ndarray:
+def _mix(values: Bits) -> Bits:
     """Scramble 64-bit numbers (the finalizer of splitmix64); the arithmetic wraps."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    values = ((values ^ (values >> 30)) * 0xBF58476D1CE4E5B9) & ALL_BITS
+    values = ((values ^ (values >> 27)) * 0x94D049BB133111EB) & ALL_BITS
+    return values ^ (values >> 31)
 
 
 class SampleOrder:

@@ -12,8 +12,10 @@ from megacogvx.data.faults import Fault, SampleError
 from megacogvx.data.indexed.fields import field_dtype
 from megacogvx.data.indexed.shard import Record
 from megacogvx.errors import DataError
+from megacogvx.log import get_logger
 from megacogvx.pack_layout import PackLayout, Triple, build_layout
 
+logger = get_logger(__name__)
 Cut = tuple[tuple[int, int], tuple[int, int]]  # (rank, size) among the tensor and among the context ranks
 WHOLE: Cut = ((0, 1), (0, 1))
 ReadSample = Callable[[int, "range | None", bool], Record]  # index, latent frames, whether with the first frame
@@ -69,7 +71,7 @@ class Pack:
 
 def read_pack(
     corpus: Corpus, indices: Sequence[int], patch: Triple, num_tokens: int, step: int, place: int, cut: Cut = WHOLE,
-    read: ReadSample | None = None, with_images: bool = False,
+    read: ReadSample | None = None, with_images: bool = False, layout: PackLayout | None = None,
 ) -> Pack:  # fmt: skip
     """Read the samples `indices` of `corpus` as one pack of `num_tokens` tokens, the padding included.
 
@@ -77,11 +79,12 @@ def read_pack(
         cut: the rank that it is for; samples and latent frames of which it holds no token are not read.
         read: reads a sample, `corpus.sample` by default. Its `SampleError` is kept in `Pack.faults`.
         with_images: read the first frames too (as pixels), where rows of the first latent frame are.
+        layout: of the pack, where the caller has it; else `planned_layout` makes it.
 
     Raises:
         DataError: a sample is damaged, or holds something else than its index says.
     """
-    layout = planned_layout(corpus, indices, patch, num_tokens)
+    layout = layout or planned_layout(corpus, indices, patch, num_tokens)
     needed = needed_frames(layout, cut)
     latents, text, images, faults = [], [], [], dict[int, Fault]()
     seen = _first_frames_seen(layout, cut) if with_images else set()
@@ -91,11 +94,13 @@ def read_pack(
             try:
                 record = (read or corpus.sample)(index, frames, m in seen)
             except SampleError as error:
+                logger.warning("%s", error)  # with the shard and the cause; what ranks agree on is the reason alone
                 faults[m] = error.fault
         planned = layout.samples[m]
         if record is not None and (record.sample_id, len(record.text)) != (planned.sample_id, planned.text_length):
             raise DataError(
-                f"sample {planned.sample_id} was planned, {record.sample_id} was read: the dataset has changed"
+                f"{corpus.where(index)}: sample {planned.sample_id} was planned, {record.sample_id} was read: the "
+                "dataset has changed"
             )
         latents.append(_empty_latents(corpus, index, len(frames)) if record is None else record.latents)
         text.append(_empty_text(corpus, index) if record is None else record.text)

@@ -167,7 +167,7 @@ class PackPlan:
         stays = admitted[buffer.indices]
         indices, positions = buffer.indices[stays], buffer.positions[stays]
         missing = max(0, wanted - int(self.lengths[indices].sum()))
-        chunk = max(64, 5 * missing * len(self.lengths) // (4 * self._total_length))  # a quarter more than needed
+        chunk = max(8, 5 * missing * len(self.lengths) // (4 * self._total_length))  # a quarter more than needed
         held, drawn = len(indices), buffer.drawn
         while True:
             new = np.arange(drawn, drawn + chunk)

@@ -76,6 +76,38 @@ class FrameShard:
         return x_BCTHW[:, :, self.start : self.stop]
 
 
+@dataclass(frozen=True)
+class FrameHelpers:
+    """Ranks that code clips together, clip after clip, each its frames of every clip.
+
+    Attributes:
+        group: of them; None: this rank is alone.
+    """
+
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank is the one that writes what all have made."""
+        return self.group is None or self.group.rank() == 0
+
+    def gather(self, text: str) -> list[str]:
+        """Return every rank's `text`, in the order of the ranks, on all of them; they travel as bytes."""
+        if self.group is None:
+            return [text]
+        device = torch.device("cuda" if dist.get_backend(self.group) == "nccl" else "cpu")
+        data = torch.frombuffer(bytearray(text.replace("\n", " ").encode() + b"\n"), dtype=torch.uint8).to(device)
+        joined = gather_frames(data[None, None, :, None, None], self.group)
+        return bytes(joined.flatten().tolist()).decode().split("\n")[:-1]
+
+    def first(self, condition: bool) -> bool:
+        """Return what the first rank says."""
+        return self.gather("yes" if condition else "no")[0] == "yes"
+
+
+ALONE = FrameHelpers()
+
+
 def shard_latents(latent_frames: int, group: dist.ProcessGroup) -> FrameShard:
     """Return which of a clip's latent frames this rank of `group` holds.
 

@@ -144,4 +144,5 @@ def check_index_rows(index: ShardIndex, where: str) -> None:
         }
     for rule, broken in rules.items():
         if broken.any():
-            raise DataError(f"{where}: record {int(np.argmax(broken))} {rule}")
+            row = int(np.argmax(broken))
+            raise DataError(f"{where}: sample {int(index.columns['sample_id'][row])} (record {row}) {rule}")

@@ -96,6 +96,7 @@ class Shard:
         self._check_header()
         self.access = access
         self._columns = [self.index.columns[name].data for name in READ_COLUMNS]
+        self._frames = self._columns[READ_COLUMNS.index("frames")]
         encoder = self.index.encoder
         self._dtypes = field_dtype(encoder.latent_dtype), field_dtype(encoder.text_dtype)
         self._channels, self._text_shape = 2 * encoder.latent_channels, encoder.text_shape
@@ -120,12 +121,17 @@ class Shard:
 
     def copy(self, row: int, frames: range | None, out: np.ndarray) -> int:
         """Copy record `row`, see `IndexedDataset.read_into`."""
-        check = self._checks(row)
-        if not check and frames is None:
+        try:
+            return self._copied(row, frames, out)
+        except DataError as error:
+            raise self._named(row, error) from error
+
+    def _copied(self, row: int, frames: range | None, out: np.ndarray) -> int:
+        check, whole = self._checks(row), frames is None or len(frames) == self._frames[row]
+        if whole and not check:
             return self.copier.whole(row, out)
         end = self.copier.frames(row, frames, out, check)
         if check and self.verify == "once":
-            whole = frames is None or len(frames) == self.index.columns["frames"][row]
             self._seen[row] |= whole and not self.index.encoder.first_frame
         return end
 
@@ -133,8 +139,14 @@ class Shard:
         """Return record `row`, or the latent frames `frames` of it; with its first frame's pixels if asked for.
 
         Raises:
-            DataError: the file is shorter than it was, or bytes differ from their checksum.
+            DataError: the file is shorter than it was, or bytes differ from their checksum; names the sample.
         """
+        try:
+            return self._viewed(row, frames, first_frame)
+        except DataError as error:
+            raise self._named(row, error) from error
+
+    def _viewed(self, row: int, frames: range | None, first_frame: bool) -> Record:
         record, count, height, width, text_at, length, note_at, note_length, sample_id = [
             column[row] for column in self._columns
         ]
@@ -173,6 +185,12 @@ class Shard:
 
     def record_in(self, allocate: Allocate, row: int, frames: range | None, first_frame: bool = False) -> Record:
         """Return record `row` in memory of the caller, see `IndexedDataset.sample_in`."""
+        try:
+            return self._placed(allocate, row, frames, first_frame)
+        except DataError as error:
+            raise self._named(row, error) from error
+
+    def _placed(self, allocate: Allocate, row: int, frames: range | None, first_frame: bool) -> Record:
         _, count, height, width, _, length, note_at, note_length, sample_id = [column[row] for column in self._columns]
         shape = (count if frames is None else len(frames), height, width, self._channels)
         latent_bytes, text_bytes = math.prod(shape[:3]) * self._cell_bytes, length * self._token_bytes
@@ -199,7 +217,7 @@ class Shard:
             DataError: it is damaged or says something else.
         """
         columns = self.index.columns
-        start, where = int(columns["record"][row]), self._where(row)
+        start, where = int(columns["record"][row]), self.where(row)
         self.source.check_size()
         header = self.source.view(start, RECORD_HEADER.size).tobytes()
         has_image = self.index.encoder.first_frame and columns["image_offset"][row] > 0
@@ -276,11 +294,17 @@ class Shard:
     def _checks(self, row: int) -> bool:
         return self.verify == "always" or (self.verify == "once" and not self._seen[row])
 
-    def _where(self, row: int) -> str:
+    def _named(self, row: int, error: DataError) -> DataError:
+        """Return `error` with the sample's name, which the sources of bytes don't know."""
+        where = self.where(row)
+        return error if str(error).startswith(where) else DataError(f"{where}: {error}")
+
+    def where(self, row: int) -> str:
+        """Name record `row`: file, sample id and place."""
         return f"{self.path}: sample {int(self.index.columns['sample_id'][row])} (record {row})"
 
     def _damaged(self, row: int, what: str) -> str:
-        return f"{self._where(row)}: {what} is damaged (its checksum differs); restore the file from a copy"
+        return f"{self.where(row)}: {what} is damaged (its checksum differs); restore the file from a copy"
 
 
 def _at(memory: torch.Tensor, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

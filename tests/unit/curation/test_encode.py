@@ -1,5 +1,6 @@
 import argparse
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -252,6 +253,27 @@ def test_the_verb(folder: Path, vae: CogVideoXVAE, tmp_path: Path, monkeypatch: 
     for bad, message in (
         (["--clips-per-shard", "0"], "--clips-per-shard 0 must be positive"),
         (["--rank", "2", "--ranks", "2"], "--rank 2 must lie in 0"),
+        (["--frame-ranks", "2", "--vae-mode", "chunked"], "--frame-ranks 2 and --vae-mode chunked exclude"),
+        (["--frame-ranks", "2", "--rank", "0"], "leave out --rank"),
+        (["--frame-ranks", "2", "--ray", "1"], "--ray and --frame-ranks exclude"),
     ):
         with pytest.raises(ConfigError, match=message):
             encode.run(parser.parse_args([*fixed, "--output", str(tmp_path), *bad]))
+
+
+def test_neighbouring_processes_encode_as_one(
+    folder: Path, vae: CogVideoXVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four processes the last two are the second group: it takes every second shard, on the group's ranks."""
+    asked: list[object] = []
+    groups = SimpleNamespace(data=(1, 2), context_group=None)
+    monkeypatch.setattr(encode_shards, "load_vae", lambda path, device, dtype: vae)
+    monkeypatch.setattr(encode, "initialize", lambda config: asked.append(config.context_parallel_size) or groups)
+    monkeypatch.setattr(encode, "shutdown", lambda: asked.append("shutdown"))
+    parser = argparse.ArgumentParser()
+    encode.add_arguments(parser)
+    fixed = ["--clips", str(folder), "--vae", "vae", "--text-encoder", str(folder / "t5"), "--text-length", "64"]
+    options = ["--output", str(tmp_path), "--device", "cpu", "--clips-per-shard", "2", "--frame-ranks", "2"]
+    encode.run(parser.parse_args([*fixed, *options]))
+    assert asked == [2, "shutdown"]
+    assert [path.stem for path in tmp_path.glob("*.idx")] == ["shard-00001"]

@@ -70,6 +70,13 @@ def test_lengths_are_those_of_tokens_of(folders, patch):
     assert columns.lengths(patch).tolist() == [tokens_of(*map(int, row), patch) for row in rows]
 
 
+def test_a_size_that_does_not_fit_the_patch_names_a_sample(folders):
+    columns = Corpus(config(paths=folders)).columns
+    columns.height[9] = 3
+    with pytest.raises(DataError, match=rf"sample {columns.sample_id[9]}, the first of 1: latents of .* don't fit"):
+        columns.lengths((1, 2, 2))
+
+
 def test_weighted_datasets_are_groups(folders):
     columns = Corpus(config(paths=[[0.75, folders[0]], [0.25, folders[1]]])).columns
     assert columns.groups == (Group(0, 12, 3), Group(12, 5, 1))

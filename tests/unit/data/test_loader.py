@@ -110,7 +110,7 @@ def damage(folder):
     path.write_bytes(bytes(data))
 
 
-def test_damaged_sample_keeps_its_place(folder):
+def test_damaged_sample_keeps_its_place(folder, caplog):
     whole = take(8, folder)
     damage(folder)
     with loader(folder) as packs:
@@ -118,6 +118,7 @@ def test_damaged_sample_keeps_its_place(folder):
     assert [ids(step) for step in steps] == whole
     faults = [(pack, place) for step in steps for pack in step for place in pack.faults]
     assert faults
+    assert f"{folder / 'shard-00000.bin'}: sample 1000 (record 0): latent frame 0 is damaged" in caplog.text
     for pack, place in faults:
         assert pack.sample_ids[place] == 1000 and pack.faults[place] == Fault.DAMAGED
         clean = pack.without({place})
@@ -139,7 +140,7 @@ def test_damaged_sample_ends_the_run_where_that_is_asked(folder):
     assert not threads()
 
 
-def test_stuck_read_is_given_up(folder, monkeypatch):
+def test_stuck_read_is_given_up(folder, monkeypatch, caplog):
     free, sample = threading.Event(), Corpus.sample
 
     def stuck(self, index, *what):
@@ -153,6 +154,7 @@ def test_stuck_read_is_given_up(folder, monkeypatch):
     free.set()
     faults = {pack.sample_ids[m]: fault for step in steps for pack in step for m, fault in pack.faults.items()}
     assert faults == {1003: Fault.STUCK}
+    assert "shard-00000.bin: sample 1003 (record 3): the read is stuck for 0.1 seconds" in caplog.text
 
 
 @pytest.mark.parametrize("access", ["mmap", "pread"])
@@ -260,5 +262,7 @@ def test_a_sample_with_foreign_token_ids_keeps_its_place(tmp_path):
     with loader(tmp_path, vocabulary=vocabulary + 1) as packs:
         assert not any(pack.faults for step in islice(packs, 8) for pack in step)
     with loader(tmp_path, vocabulary=vocabulary, on_bad_sample="stop") as packs:
-        with pytest.raises(DataError, match=rf"has token ids 0 to {vocabulary}, the text encoder knows 0 to"):
+        with pytest.raises(
+            DataError, match=rf"sample \d+ \(record \d+\) has token ids 0 to {vocabulary}, the text encoder knows 0 to"
+        ):
             list(islice(packs, 8))

@@ -36,5 +36,7 @@ def test_more_samples_than_tokens(corpus):
 
 def test_record_that_is_not_the_planned_one(corpus):
     corpus.columns.sample_id[2] = 77
-    with pytest.raises(DataError, match="sample 77 was planned, 1002 was read"):
+    with pytest.raises(
+        DataError, match=r"shard-00000\.bin: sample 1002 \(record 2\): sample 77 was planned, 1002 was read"
+    ):
         read_pack(corpus, [2], (1, 2, 2), 32, step=0, place=0)

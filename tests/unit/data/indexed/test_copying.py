@@ -101,3 +101,19 @@ def test_checksums_that_agree_with_damaged_latents_are_found_by_the_index(folder
     with pytest.raises(DataError, match=what):
         dataset.sample(1, range(1, 2))
     assert any("checksum behind" in problem for problem in verify_dataset(folder).problems)
+
+
+@pytest.mark.parametrize("verify", ["always", "never"])
+def test_a_cut_file_is_an_error_that_names_the_sample(folder, verify):
+    path = folder / "shard-00000.bin"
+    dataset = IndexedDataset(folder, verify, "pread")
+    path.write_bytes(path.read_bytes()[: int(dataset.shards[0].index.columns["record"][4])])
+    ways = (
+        lambda number: dataset.sample(number),
+        lambda number: dataset.read_into(number, np.empty(1 << 14, np.uint8)),
+        lambda number: dataset.sample_in(lambda size: torch.empty(size, dtype=torch.uint8), number),
+    )
+    for way in ways:
+        way(3)
+        with pytest.raises(DataError, match=r"shard-00000\.bin: sample 1004 \(record 4\): .*ends at byte .*truncated"):
+            way(4)

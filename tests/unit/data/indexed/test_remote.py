@@ -105,7 +105,9 @@ def test_a_file_cut_in_the_store_is_an_error_of_one_read(store):
     dataset = IndexedDataset(URL)
     whole = store.cat_file("/bucket/dataset/shard-00000.bin")
     store.pipe_file("/bucket/dataset/shard-00000.bin", whole[:600])
-    with pytest.raises(DataError, match=r"shard-00000\.bin ends at byte \d+, \d+ are needed"):
+    with pytest.raises(
+        DataError, match=r"sample \d+ \(record \d+\): .*shard-00000\.bin ends at byte \d+, \d+ are needed"
+    ):
         dataset.sample(5)
     with pytest.raises(DataError, match="has 600 bytes, its index says"):
         IndexedDataset(URL)
