@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -62,6 +65,12 @@ def require_count(name: str, number: int) -> None:
         raise TypeError(f"{name} must be an integer, not {type(number).__name__}")
     if number < 0:
         raise ValueError(f"{name}={number} must not be negative")
+
+
+def require_positive(name: str, number: float) -> None:
+    """Raise `ValueError` unless it is greater than 0; NaN isn't."""
+    if not number > 0:
+        raise ValueError(f"{name}={number} must be greater than 0")
 
 
 def require_one_device(**tensors: torch.Tensor) -> None:
@@ -129,12 +138,27 @@ def require_sample_table(name: str, table_M5: torch.Tensor, token_offset: int, t
     """
     if table_M5.is_meta or torch.compiler.is_compiling():
         return  # a traced tensor has no values
-    known = _tables.get(table_M5)
-    if known is None or known[0] != version_of(table_M5):
-        known = (version_of(table_M5), _tokens_of(name, on_host(table_M5).tolist()))
-        _tables[table_M5] = known
-    if token_offset + tokens > known[1]:
-        raise ValueError(f"{name} covers {known[1]} tokens; asked for {token_offset} to {token_offset + tokens}")
+    covered = _once(table_M5, lambda rows: _tokens_of(name, rows))
+    if token_offset + tokens > covered:
+        raise ValueError(f"{name} covers {covered} tokens; asked for {token_offset} to {token_offset + tokens}")
+
+
+def require_values(name: str, tensor: torch.Tensor, expected: Sequence[int]) -> None:
+    """Raise `ValueError` unless the tensor `[M]` holds these integers; it is read once, as a sample table is."""
+    if tensor.is_meta or torch.compiler.is_compiling():
+        return
+    values = _once(tensor, tuple)
+    if values != tuple(expected):
+        raise ValueError(f"{name} holds {values}; expected {tuple(expected)}")
+
+
+def _once(tensor: torch.Tensor, find: Callable[[list[Any]], Any]) -> Any:
+    """Return what `find` makes of a tensor's values; they are read again only if the tensor was written to."""
+    known = _tables.get(tensor)
+    if known is None or known[0] != version_of(tensor):
+        known = (version_of(tensor), find(on_host(tensor).tolist()))
+        _tables[tensor] = known
+    return known[1]
 
 
 def _tokens_of(name: str, rows: list[list[int]]) -> int:

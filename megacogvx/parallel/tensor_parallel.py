@@ -76,6 +76,8 @@ class GeluRowLinear(RowLinear):
     ) -> torch.Tensor:
         """Stand where megatron-core multiplies a row-parallel layer's own shards; nothing is sent here."""
         assert not gradient_accumulation_fusion, "gelu_linear returns the weight's gradient"
+        if not input.numel():  # a rank without tokens of one modality; the gradient of its weight is zeros, not missing
+            return input @ weight.t()
         return gelu_linear(input, weight, keep_gelu=self.keep_gelu)
 
 

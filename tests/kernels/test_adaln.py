@@ -1,9 +1,12 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from megacogvx import draws
 from megacogvx.testing.tolerance import assert_close
 from megacogvx_kernels.adaln import adaln_modulate, gated_residual, gated_residual_adaln
+from megacogvx_kernels.compiled import references_only
 
 WIDTH, EPS = 12, 1e-5
 ROWS = torch.tensor([1, 1, 0, 0, 0, 3, 2, 2, 5])  # row 4 is used by no token
@@ -72,7 +75,13 @@ def test_a_middle_axis_of_one_is_kept():
     assert torch.equal(middle[:, 0], flat)
 
 
-def test_bf16_is_fp32_rounded_once():
+@pytest.fixture(params=[nullcontext, references_only], ids=["what is there", "reference"])
+def implementation(request):
+    with request.param():
+        yield
+
+
+def test_bf16_is_fp32_rounded_once(implementation):
     narrow = _arguments(torch.bfloat16)
     wide = {name: leaf.detach().float() for name, leaf in narrow.items()}
     residual, _ = _run(**narrow)
@@ -82,7 +91,7 @@ def test_bf16_is_fp32_rounded_once():
     assert torch.equal(modulated, adaln_modulate(wide[x], *(wide[name] for name in rest), ROWS, eps=EPS).bfloat16())
 
 
-def test_gradients_of_a_bf16_table_are_summed_in_fp32():
+def test_gradients_of_a_bf16_table_are_summed_in_fp32(implementation):
     tokens = 4096  # a running sum in bf16 would stop at 256
     table = torch.zeros(1, 3, WIDTH, dtype=torch.bfloat16, requires_grad=True)
     ones = torch.ones(tokens, WIDTH, dtype=torch.bfloat16)

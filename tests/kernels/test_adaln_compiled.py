@@ -168,13 +168,6 @@ def test_results_are_no_views_in_either_shape(need_compiled, name):
         assert b._base is None
 
 
-def test_no_tokens_on_a_rank_are_no_error(need_compiled):
-    arguments = adaln_arguments(1, dtype=torch.float32)
-    arguments.update({name: arguments[name][:0] for name in ("residual_SD", "branch_SD", "rows_S")})
-    residual, modulated = gated_residual_adaln(**arguments)
-    assert residual.shape == modulated.shape == arguments["residual_SD"].shape
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", OPS)
 def test_cuda_equals_the_reference(name):

@@ -7,11 +7,13 @@ import torch
 from megacogvx_kernels import checks, compiled
 from megacogvx_kernels.adaln import adaln_modulate, gated_residual, gated_residual_adaln
 from megacogvx_kernels.causal_halo import causal_halo
+from megacogvx_kernels.gelu_linear import gelu_linear
 from megacogvx_kernels.group_norm_moments import group_norm_moments
 from megacogvx_kernels.packed_attention import packed_attention
-from megacogvx_kernels.qk_norm_rope import qk_norm_rope
+from megacogvx_kernels.qk_norm_rope import qk_norm_rope, take_v
 
 S, N, K, D = 4, 2, 16, 16
+QKV, TABLE, GRID = "qkv_SN3K", "sample_table_M5", "rope_grid_M6"
 META, FLOAT8 = torch.device("meta"), torch.float8_e4m3fn
 
 
@@ -80,16 +82,21 @@ def _attention():
     return {**{f"{name}_SNK": torch.zeros(S, N, K) for name in "qkv"}, "boundaries": (0, 3)}
 
 
+def _inner():
+    return {"x_SF": torch.zeros(S, 1, D), "weight_DF": torch.zeros(K, D)}
+
+
 OPS = {
     "qk_norm_rope": (qk_norm_rope, _rope),
+    "take_v": (take_v, lambda: {QKV: torch.zeros(S, N, 3, K)}),
     "adaln_modulate": (adaln_modulate, _modulate),
     "gated_residual": (gated_residual, _gate),
     "gated_residual_adaln": (gated_residual_adaln, _tokens),
     "group_norm_moments": (group_norm_moments, _clip),
     "causal_halo": (causal_halo, _halo),
     "packed_attention": (packed_attention, _attention),
+    "gelu_linear": (gelu_linear, _inner),
 }
-QKV, TABLE, GRID = "qkv_SN3K", "sample_table_M5", "rope_grid_M6"
 FIVE = {name: torch.ones(15) for name in ("q_weight_K", "q_bias_K", "k_weight_K", "k_bias_K")}
 ROPE = [  # what is wrong, what is raised, what it names
     ({QKV: torch.zeros(S, N, 3, K, dtype=torch.int32)}, TypeError, QKV),
@@ -108,6 +115,7 @@ ROPE = [  # what is wrong, what is raised, what it names
     ({"k_bias_K": torch.zeros(K, dtype=torch.float64)}, TypeError, "k_bias_K"),
     ({"k_bias_K": torch.zeros(K, device=META)}, ValueError, "k_bias_K"),
     ({TABLE: torch.zeros(0, 5, dtype=torch.int32), GRID: torch.zeros(0, 6)}, ValueError, f"{TABLE} has no samples"),
+    ({TABLE: torch.zeros(2, 5, dtype=torch.int32, device=META)}, ValueError, TABLE),
     ({TABLE: torch.zeros(2, 5)}, TypeError, TABLE),
     ({TABLE: _int([0, 1, 1, 1, 1], [3, 9, 0, 0, 0])}, ValueError, f"{TABLE} doesn't add up"),
     ({TABLE: _int([0, 1, 1, 1, 1], [2, -9, 0, 0, 0])}, ValueError, f"{TABLE} doesn't add up"),
@@ -115,12 +123,22 @@ ROPE = [  # what is wrong, what is raised, what it names
     ({TABLE: _int([0, 0, 2**11, 2**10, 2**10], [2**31 - 1, 9, 0, 0, 0])}, ValueError, TABLE),
     ({GRID: torch.zeros(2, 6, dtype=torch.int64)}, TypeError, GRID),
     ({GRID: torch.zeros(3, 6)}, ValueError, GRID),
+    ({GRID: torch.zeros(2, 6, device=META)}, ValueError, GRID),
+    ({"token_offset": 8}, ValueError, f"{TABLE} covers 11 tokens; asked for 8 to 12"),
     ({"token_offset": -1}, ValueError, "token_offset"),
     ({"token_offset": 0.0}, TypeError, "token_offset"),
     ({"axes": (4, 6, 5)}, ValueError, "axes"),
     ({"axes": (20, -2, -2)}, ValueError, "axes"),
     ({"axes": (8, 8)}, ValueError, "axes"),
     ({"theta": 0.0}, ValueError, "theta"),
+    ({"eps": 0.0}, ValueError, "eps"),
+]
+TAKE_V = [
+    ({QKV: torch.zeros(S, N, 3, K, dtype=torch.int32)}, TypeError, QKV),
+    ({QKV: [1.0]}, TypeError, QKV),
+    ({QKV: torch.zeros(S, 3 * N * K)}, ValueError, QKV),
+    ({QKV: torch.zeros(S, N, 2, K)}, ValueError, QKV),
+    ({QKV: torch.zeros(0, N, 3, K)}, ValueError, QKV),
 ]
 TABLES = [
     ({"modulation_R3D": torch.zeros(3, 3, D + 1)}, ValueError, "modulation_R3D"),
@@ -132,12 +150,18 @@ TABLES = [
     ({"rows_S": torch.zeros(S)}, TypeError, "rows_S"),
     ({"rows_S": torch.zeros(3, dtype=torch.int64)}, ValueError, "rows_S"),
     ({"rows_S": [0, 1, 1, 0]}, TypeError, "rows_S"),
+    ({"rows_S": torch.zeros(S, dtype=torch.int64, device=META)}, ValueError, "rows_S"),
+]
+GATES = [
+    ({name.replace("mod", "gate_mod"): x for name, x in change.items()}, error, named.replace("mod", "gate_mod"))
+    for change, error, named in TABLES[:4]
 ]
 AFFINE = [
     ({"weight_D": torch.zeros(D, dtype=torch.int64)}, TypeError, "weight_D"),
     ({"weight_D": torch.zeros(D + 1)}, ValueError, "weight_D"),
     ({"bias_D": torch.zeros(D, dtype=torch.float64)}, TypeError, "bias_D"),
     ({"bias_D": torch.zeros(D, device=META)}, ValueError, "bias_D"),
+    ({"eps": 0.0}, ValueError, "eps"),
 ]
 
 
@@ -151,6 +175,11 @@ def _of_tokens(*names):
         yield {name: _misaligned(S, D)}, ValueError, name
         yield {name: _misaligned_storage(S, D)}, ValueError, name
         yield {name: torch.zeros(S, 2, D)}, ValueError, name
+        yield {name: torch.zeros(0, D)}, ValueError, name
+    nothing = dict.fromkeys(names, torch.zeros(0, D))
+    yield {**nothing, "rows_S": torch.zeros(0, dtype=torch.int64)}, ValueError, f"{names[0]} has the shape"
+    yield {"rows_S": torch.zeros(0, dtype=torch.int64)}, ValueError, "rows_S"
+    yield {"modulation_R3D": torch.zeros(0, 3, D)}, ValueError, "the table has 0 rows"
     yield {names[-1]: torch.zeros(S, D, device=META)}, ValueError, "must be on one device"
 
 
@@ -164,6 +193,7 @@ CLIP = [
     ({"weight_C": torch.ones(8, dtype=torch.int32)}, TypeError, "weight_C"),
     ({"weight_C": torch.ones(9)}, ValueError, "weight_C"),
     ({"bias_C": torch.zeros(8, dtype=torch.float64)}, TypeError, "bias_C"),
+    ({"bias_C": torch.zeros(8, device=META)}, ValueError, "bias_C"),
     ({"groups": 3}, ValueError, "groups"),
     ({"groups": 0}, ValueError, "groups"),
     ({"groups": 2.0}, TypeError, "groups"),
@@ -175,7 +205,8 @@ HALO = [
     ({"x_BCTHW": torch.zeros(1, 1, 1, 2, 2).to(FLOAT8)}, TypeError, "x_BCTHW"),
     ({"x_BCTHW": [1.0]}, TypeError, "x_BCTHW"),
     ({"x_BCTHW": torch.zeros(1, 2, 2, 2)}, ValueError, "x_BCTHW"),
-    ({"x_BCTHW": torch.zeros(1, 1, 0, 2, 2)}, ValueError, "at least one frame"),
+    ({"x_BCTHW": torch.zeros(1, 1, 0, 2, 2)}, ValueError, "x_BCTHW .* at least one frame"),
+    ({"x_BCTHW": torch.zeros(0, 1, 1, 2, 2)}, ValueError, "x_BCTHW"),
     ({"size": -1}, ValueError, "size=-1"),
     ({"size": 1.5}, TypeError, "size"),
     ({"size": True}, TypeError, "size"),
@@ -189,9 +220,16 @@ ATTENTION = [
     ({"boundaries": (0, S + 1)}, ValueError, "boundaries"),
     ({"boundaries": (0,)}, ValueError, "no samples"),
     ({"boundaries": ()}, ValueError, "no samples"),
+    ({"boundaries": (0, 2.5)}, TypeError, "boundaries"),
     ({"q_SNK": torch.zeros(S, N * K)}, ValueError, "q_SNK"),
     ({"q_SNK": torch.zeros(0, N, K)}, ValueError, "q_SNK"),
+    ({f"{name}_SNK": torch.zeros(0, N, K) for name in "qkv"}, ValueError, "q_SNK"),
+    ({f"{name}_SNK": torch.zeros(S, N, 15) for name in "qkv"}, ValueError, "q_SNK has heads of K=15"),
     ({"q_SNK": torch.zeros(S, N, K, dtype=torch.int64)}, TypeError, "q_SNK"),
+    ({"q_SNK": torch.zeros(S, N, K).to(FLOAT8)}, TypeError, "q_SNK"),
+    ({"q_SNK": _misaligned(S, N, K)}, ValueError, "q_SNK"),
+    ({"v_SNK": [1.0]}, TypeError, "v_SNK"),
+    ({"v_SNK": torch.zeros(0, N, K)}, ValueError, "v_SNK"),
     ({"k_SNK": torch.zeros(S, K, N).transpose(1, 2)}, ValueError, "k_SNK"),
     ({"k_SNK": _misaligned_storage(S, N, K)}, ValueError, "k_SNK"),
     ({"k_SNK": torch.zeros(S, N, K).half()}, TypeError, "k_SNK"),
@@ -199,19 +237,34 @@ ATTENTION = [
     ({"v_SNK": torch.zeros(S, N, K, device=META)}, ValueError, "v_SNK"),
     ({"cu_seqlens": torch.tensor([0, 3])}, TypeError, "cu_seqlens"),
     ({"cu_seqlens": _int(0, 2, 3)}, ValueError, "cu_seqlens"),
+    ({"cu_seqlens": _int(0, 4)}, ValueError, r"cu_seqlens holds \(0, 4\); expected \(0, 3\)"),
+    ({"cu_seqlens": torch.zeros(2, dtype=torch.int32, device=META)}, ValueError, "cu_seqlens"),
     ({"backend": "fastest"}, ValueError, "backend"),
     ({"backend": "cudnn"}, ValueError, "backend"),
 ]
+GELU = [
+    ({"x_SF": torch.zeros(S, D, dtype=torch.int64)}, TypeError, "x_SF"),
+    ({"x_SF": torch.zeros(S, D).to(FLOAT8)}, TypeError, "x_SF"),
+    ({"x_SF": [1.0]}, TypeError, "x_SF"),
+    ({"x_SF": torch.zeros(())}, ValueError, "x_SF"),
+    ({"x_SF": torch.zeros(0, 1, D)}, ValueError, "x_SF"),
+    ({"weight_DF": torch.zeros(K, D + 1)}, ValueError, "weight_DF"),
+    ({"weight_DF": torch.zeros(K, D, dtype=torch.float64)}, TypeError, "weight_DF"),
+    ({"weight_DF": torch.zeros(K, D, device=META)}, ValueError, "weight_DF"),
+]
 BAD = [
     *(("qk_norm_rope", *bad) for bad in ROPE),
+    *(("take_v", *bad) for bad in TAKE_V),
     *(("adaln_modulate", *bad) for bad in (*_of_tokens("x_SD"), *AFFINE, *TABLES)),
     *(("gated_residual", *bad) for bad in (*_of_tokens("residual_SD", "branch_SD"), *TABLES)),
     *(("gated_residual_adaln", *bad) for bad in (*_of_tokens("residual_SD", "branch_SD"), *AFFINE, *TABLES)),
+    *(("gated_residual_adaln", *bad) for bad in GATES),
     ("gated_residual_adaln", {"gate_modulation_R3D": torch.zeros(2, 2, D)}, ValueError, "gate_modulation_R3D"),
     ("gated_residual_adaln", {"gate_modulation_R3D": torch.zeros(3, 3, D)}, ValueError, "modulation_R3D has 2 rows"),
     *(("group_norm_moments", *bad) for bad in CLIP),
     *(("causal_halo", *bad) for bad in HALO),
     *(("packed_attention", *bad) for bad in ATTENTION),
+    *(("gelu_linear", *bad) for bad in GELU),
 ]
 
 
@@ -333,15 +386,16 @@ def test_cuda_names_every_wrong_argument_alike(name):
     function, good = OPS[name]
 
     def on_gpu(x):
-        is_real = isinstance(x, torch.Tensor) and x.device.type == "cpu" and checks.is_aligned(x)
-        return x.cuda() if is_real else x
+        if not isinstance(x, torch.Tensor) or x.device.type != "cpu":
+            return x
+        if x.storage_offset():
+            return x.as_strided((x.numel() + 1,), (1,), 0).cuda()[1:].view(x.shape)
+        return x.cuda()
 
     for _, change, error, named in (bad for bad in BAD if bad[0] == name):
-        if (
-            any(isinstance(x, torch.Tensor) and not checks.is_aligned(x) for x in change.values())
-            or "backend" in change
-        ):
-            continue  # CPU's memory would be on another device; and GPUs do have these backends
+        tensors = [x for x in change.values() if isinstance(x, torch.Tensor)]
+        if any(not checks.is_aligned(x) and not x.storage_offset() for x in tensors) or "backend" in change:
+            continue  # torch's allocator gives no such memory; and GPUs do have these backends
         arguments = {key: on_gpu(x) for key, x in {**good(), **change}.items()}
         expected = _complaint(function, {**good(), **change}, error, named)
         assert _complaint(function, arguments, error, named).replace("cuda:0", "cpu") == expected

@@ -52,6 +52,10 @@ def test_every_size_has_its_row(run_all):
         ("cuDNN per sample", "flash per sample", "varlen"), ("1 x 17800 tokens", "1 x 75000 tokens")
     ):
         assert (f"attention forward + backward, {how}", pack) in found
+    compiled = {case.name for case in run_all.plan(run_all.REAL, 1.0) if case.name.endswith(" compiled")}
+    assert {
+        f"{op.rsplit(' ', 1)[0]}: {size} compiled" for op, size in found if op.startswith(run_all.bench_tokens.OPS)
+    } < compiled
     tokens, width = run_all.REAL.beyond[0], run_all.REAL.head_width
     assert tokens * 48 * 3 * width > 2**31
     assert run_all.REAL.beyond[1] * 3072 > 2**31

@@ -30,6 +30,18 @@ def test_the_kernel_packs_and_adds_what_torch_does(simt, shape, dtype):
         assert torch.equal(actual, expected)
 
 
+def test_the_kernel_takes_clips_and_messages_that_start_anywhere(simt):
+    clip, message = (draws.normal((1 + 2 * 3 * frames * 4 * 8,), 0, "clip")[1:] for frames in (4, 2))
+    clip, message = clip.view(2, 3, 4, 4, 8), message.view(2, 3, 2, 4, 8)
+    assert clip.data_ptr() % 16 and message.data_ptr() % 16
+    assert torch.equal(simt.halo_pack(clip, 1, 2), clip[:, :, 1:3])
+    for start in (clip, clip.clone()):
+        expected, actual = start.clone(), start
+        expected[:, :, 1:3] += message
+        simt.halo_unpack_add(actual, message, 1)
+        assert torch.equal(actual, expected)
+
+
 def test_opcheck(simt):
     clip = draws.normal((2, 3, 4, 4, 8), 0, "clip")
     torch.library.opcheck(simt.halo_pack.default, (clip, 1, 2))

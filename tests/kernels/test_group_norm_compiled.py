@@ -64,13 +64,33 @@ def test_several_blocks_of_a_channel(simt, is_last):
     _hold_to_the_reference(*run_with_gradients(call, arguments, 1), arguments, 1)
 
 
-def test_the_kernels_need_no_particular_order_of_threads(simt):
-    arguments, _ = _case(3)
+@pytest.mark.parametrize("is_last", [False, True])
+def test_the_kernels_need_no_particular_order_of_threads(simt, is_last):
+    arguments = next(arguments for arguments, last in map(_case, range(20)) if last == is_last)
     call = lambda **a: compiled.group_norm_moments(**a, group=None, op=simt.group_norm)  # noqa: E731
     runs = [run_with_gradients(call, arguments, 3) for _ in range(3)]
     for results, gradients in runs[1:]:
         assert torch.equal(results[0], runs[0][0][0])
         assert all(torch.equal(gradients[name], runs[0][1][name]) for name in gradients)
+
+
+LAID_OUT = {
+    "16 bytes missed": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
+    "frames of a longer clip": lambda x: torch.cat([x[:, :, :1], x], dim=2)[:, :, 1:],
+    "axes swapped": lambda x: x.transpose(3, 4).contiguous().transpose(3, 4),
+}
+
+
+@pytest.mark.parametrize("place", LAID_OUT)
+def test_a_clip_may_lie_anywhere(simt, place):
+    """Convolutions lay it out: where the kernels can't read it as it is, they get a copy."""
+    arguments = {"x_BCTHW": draws.normal((1, 8, 3, 4, 8), 1, "x"), "weight_C": torch.ones(8), "bias_C": torch.zeros(8)}
+    arguments |= {"groups": 2, "eps": 1e-6, "activation": True}
+
+    def call(x_BCTHW, **rest):
+        return compiled.group_norm_moments(LAID_OUT[place](x_BCTHW), **rest, group=None, op=simt.group_norm)
+
+    _hold_to_the_reference(*run_with_gradients(call, arguments, 1), arguments, 1)
 
 
 @pytest.mark.parametrize("is_last", [False, True])

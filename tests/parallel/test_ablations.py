@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 
 from megacogvx.errors import ConfigError
@@ -30,7 +32,11 @@ def test_shared_modulation_and_2d_1d_equal_one_process(groups):
 
 @on_ranks(2, CP2, RING2)
 def test_mmdit_over_context_ranks_equals_one_process(groups):
+    from megacogvx.testing import one_process
+
     _check(groups, block="mmdit")
+    with patch.multiple(one_process, SIZES=(((1, 2, 4, 7),),), PACK_TOKENS=14):  # rank 0 holds text alone
+        _check(groups, block="mmdit")
 
 
 @on_ranks(2, TP2)

@@ -6,6 +6,8 @@ processes hold and names the others; with `-m gpu` on NCCL.
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
 
@@ -33,6 +35,16 @@ def test_two_ranks_equal_one(groups):
         "context": f"dp0 pp0 cp{groups.rank} tp0", "data": f"dp{groups.rank} pp0 cp0 tp0",
     }[next(axis for axis in ("pipeline", "tensor", "context", "data") if getattr(groups, axis)[1] == 2)]  # fmt: skip
     check(groups, variant="5b_i2v")
+
+
+@on_ranks(2, TP2, CP2)
+def test_a_rank_with_text_or_padding_alone_takes_part_in_every_gradient(groups):
+    from megacogvx.testing import one_process
+
+    only_text, only_padding = ((((1, 2, 4, 7),),), 14), ((((1, 2, 4, 2),),), 8)  # on rank 0, on rank 1
+    for sizes, tokens in (only_text, only_padding):
+        with patch.multiple(one_process, SIZES=sizes, PACK_TOKENS=tokens):
+            check(groups, variant="5b", overlap=True)
 
 
 @on_ranks(2, TP2, CP2)

@@ -15,6 +15,7 @@ from megacogvx_kernels.checks import (
     require_integer,
     require_one_device,
     require_one_dtype,
+    require_positive,
     require_shape,
     require_vectors,
 )
@@ -34,7 +35,7 @@ def adaln_modulate(
     """Return LN(x) * (1 + scale[rows]) + shift[rows], computed in fp32 and cast once.
 
     Args:
-        x_SD: `[S, D]` or `[S, 1, D]`.
+        x_SD: `[S, D]` or `[S, 1, D]`, S at least 1.
         weight_D, bias_D: affine parameters of the LayerNorm over D.
         modulation_R3D: `[R, 3, D]`: shift, scale, gate (only the first two are read, so `[R, 2, D]` will do).
         rows_S: int64 `[S]`, the table row of each token.
@@ -48,7 +49,7 @@ def adaln_modulate(
             is named.
     """
     _check_tokens(rows_S, x_SD=x_SD)
-    _check_affine(x_SD, weight_D, bias_D)
+    _check_affine(x_SD, weight_D, bias_D, eps)
     _check_table("modulation_R3D", modulation_R3D, 2, x_SD, rows_S)
     parameters = (weight_D, bias_D, modulation_R3D)
     implementation = compiled if compiled.takes("adaln_modulate", (x_SD,), parameters) else reference
@@ -61,7 +62,7 @@ def gated_residual(
     """Return residual + gate[rows] * branch, computed in fp32 and cast once.
 
     Args:
-        residual_SD, branch_SD: `[S, D]` or `[S, 1, D]`.
+        residual_SD, branch_SD: `[S, D]` or `[S, 1, D]`, S at least 1.
         modulation_R3D: `[R, 3, D]`: shift, scale, gate (the gate is read).
         rows_S: int64 `[S]`, the table row of each token.
 
@@ -93,7 +94,7 @@ def gated_residual_adaln(
     """Close one branch and open the next: `gated_residual`, then `adaln_modulate` of the new residual.
 
     Args:
-        residual_SD, branch_SD: `[S, D]` or `[S, 1, D]`.
+        residual_SD, branch_SD: `[S, D]` or `[S, 1, D]`, S at least 1.
         gate_modulation_R3D: `[R, 3, D]`, the table of the branch that ends here (its gate is read).
         weight_D, bias_D: affine parameters of the LayerNorm over D.
         modulation_R3D: `[R, 3, D]`, the table of the branch that begins (shift and scale are read).
@@ -110,7 +111,7 @@ def gated_residual_adaln(
     """
     _check_tokens(rows_S, residual_SD=residual_SD, branch_SD=branch_SD)
     _check_table("gate_modulation_R3D", gate_modulation_R3D, 3, residual_SD, rows_S)
-    _check_affine(residual_SD, weight_D, bias_D)
+    _check_affine(residual_SD, weight_D, bias_D, eps)
     _check_table("modulation_R3D", modulation_R3D, 2, residual_SD, rows_S)
     if modulation_R3D.shape[0] != gate_modulation_R3D.shape[0]:
         rows = (modulation_R3D.shape[0], gate_modulation_R3D.shape[0])
@@ -126,8 +127,8 @@ def _check_tokens(rows_S: torch.Tensor, **tokens: torch.Tensor) -> None:
     (name, first_SD), *others = tokens.items()
     require_floating(name, first_SD)
     shape = tuple(first_SD.shape)
-    if len(shape) not in (2, 3) or (len(shape) == 3 and shape[1] != 1) or not shape[-1]:
-        raise ValueError(f"{name} has the shape {shape}; expected [S, D] or [S, 1, D]")
+    if len(shape) not in (2, 3) or (len(shape) == 3 and shape[1] != 1) or not first_SD.numel():
+        raise ValueError(f"{name} has the shape {shape}; expected [S, D] or [S, 1, D], S and D at least 1")
     require_shape("rows_S", rows_S, shape[:1])
     require_integer("rows_S", rows_S)
     for other, x_SD in others:
@@ -138,11 +139,12 @@ def _check_tokens(rows_S: torch.Tensor, **tokens: torch.Tensor) -> None:
     require_one_device(**tokens, rows_S=rows_S)
 
 
-def _check_affine(x_SD: torch.Tensor, weight_D: torch.Tensor, bias_D: torch.Tensor) -> None:
+def _check_affine(x_SD: torch.Tensor, weight_D: torch.Tensor, bias_D: torch.Tensor, eps: float) -> None:
     require_shape("weight_D", weight_D, (x_SD.shape[-1],))
     require_shape("bias_D", bias_D, (x_SD.shape[-1],))
     require_one_dtype(weight_D=weight_D, bias_D=bias_D)
     require_one_device(x_SD=x_SD, weight_D=weight_D, bias_D=bias_D)
+    require_positive("eps", eps)
 
 
 def _check_table(name: str, table: torch.Tensor, least: int, x_SD: torch.Tensor, rows_S: torch.Tensor) -> None:

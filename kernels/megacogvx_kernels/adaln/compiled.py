@@ -22,7 +22,7 @@ WIDEST, CHUNK = 4096, 8  # channels of a token that the kernels take, in eights
 def takes(op: str, tokens: tuple[torch.Tensor, ...], parameters: tuple[torch.Tensor, ...]) -> bool:
     """Tell whether the compiled op answers this call; see `compiled.answers`."""
     x_SD, width = tokens[0], tokens[0].shape[-1]
-    is_uniform = all(x.dtype == x_SD.dtype for x in tokens) and x_SD.numel() > 0
+    is_uniform = all(x.dtype == x_SD.dtype for x in tokens)
     fits_kernel = width % CHUNK == 0 and width <= WIDEST
     fits_kernel = fits_kernel and all(x.dtype != torch.float64 for x in (x_SD, *parameters))
     if not is_uniform or not compiled.answers(op, x_SD, fits_kernel):

@@ -19,7 +19,7 @@ def runs_of(rows_S: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Te
     no layer waits for the device.
 
     Args:
-        rows_S: integers in [0, num_rows).
+        rows_S: integers in [0, num_rows), at least one.
         num_rows: R.
 
     Returns:
@@ -40,11 +40,11 @@ def runs_of(rows_S: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Te
 def _find(rows_S: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     rows = on_host(rows_S).long()
     tokens = len(rows)
-    if tokens and not 0 <= int(rows.min()) <= int(rows.max()) < num_rows:
+    if not 0 <= int(rows.min()) <= int(rows.max()) < num_rows:
         raise ValueError(f"rows_S holds {int(rows.min())} to {int(rows.max())}; the table has {num_rows} rows")
     changes = torch.nonzero(rows[1:] != rows[:-1])[:, 0] + 1
-    starts = torch.cat([torch.zeros(min(tokens, 1), dtype=torch.int64), changes])
-    ends = torch.cat([starts[1:], torch.full((min(tokens, 1),), tokens)])
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), changes])
+    ends = torch.cat([starts[1:], torch.tensor([tokens])])
     longest = min(LONGEST, max(SHORTEST, tokens // ENOUGH))
     pieces = (ends - starts + longest - 1) // longest
     piece = torch.arange(int(pieces.sum())) - (pieces.cumsum(0) - pieces).repeat_interleave(pieces)

@@ -25,7 +25,7 @@ def causal_halo(
     """Return x with `size` frames in front.
 
     Args:
-        x_BCTHW: `[B, C, T, H, W]`, floating, T >= 1.
+        x_BCTHW: `[B, C, T, H, W]`, floating, of at least one frame.
         size: frames to put in front, >= 0.
         previous_BCTHW: `[B, C, size, H, W]`, the frames before x; None: x starts the clip and its first frame is
             repeated.
@@ -76,6 +76,8 @@ def start_halo(x_BCTHW: torch.Tensor, size: int, group: dist.ProcessGroup) -> Ha
 def _check(x_BCTHW: torch.Tensor, size: int) -> None:
     require_floating("x_BCTHW", x_BCTHW)
     require_shape("x_BCTHW", x_BCTHW, (None,) * 5)
-    if x_BCTHW.shape[2] < 1:
-        raise ValueError(f"x_BCTHW has the shape {tuple(x_BCTHW.shape)}; it needs at least one frame")
+    if not x_BCTHW.numel():
+        raise ValueError(
+            f"x_BCTHW has the shape {tuple(x_BCTHW.shape)}; it needs at least one frame, and one value in it"
+        )
     require_count("size", size)

@@ -17,7 +17,7 @@ def gelu_linear(x_SF: torch.Tensor, weight_DF: torch.Tensor, *, keep_gelu: bool 
     """Return gelu(x) W^T, GELU in its tanh form.
 
     Args:
-        x_SF: `[S, F]` or `[S, 1, F]`.
+        x_SF: `[S, F]` or `[S, 1, F]`, S at least 1.
         weight_DF: `[D, F]`, of the dtype of `x_SF`.
         keep_gelu: keep GELU's output as well; for a forward pass that its backward follows at once (a recompute), where
             both would live at that time anyway. There is one backward pass then.
@@ -32,8 +32,8 @@ def gelu_linear(x_SF: torch.Tensor, weight_DF: torch.Tensor, *, keep_gelu: bool 
         TypeError, ValueError: an argument has the wrong type, shape or device; it is named.
     """
     require_floating("x_SF", x_SF)
-    if x_SF.dim() not in (2, 3):
-        raise ValueError(f"x_SF has the shape {tuple(x_SF.shape)}; expected [S, F] or [S, 1, F]")
+    if x_SF.dim() not in (2, 3) or not x_SF.numel():
+        raise ValueError(f"x_SF has the shape {tuple(x_SF.shape)}; expected [S, F] or [S, 1, F], S and F at least 1")
     require_shape("weight_DF", weight_DF, (None, x_SF.shape[-1]))
     require_one_dtype(x_SF=x_SF, weight_DF=weight_DF)
     require_one_device(x_SF=x_SF, weight_DF=weight_DF)

@@ -15,6 +15,7 @@ from megacogvx_kernels.checks import (
     require_floating,
     require_one_device,
     require_one_dtype,
+    require_positive,
     require_shape,
 )
 from megacogvx_kernels.group_norm_moments import compiled, graphless, reference
@@ -64,8 +65,7 @@ def group_norm_moments(
     require_count("groups", groups)
     if groups < 1 or channels % groups:
         raise ValueError(f"groups={groups} must divide the {channels} channels of x_BCTHW")
-    if not eps > 0:
-        raise ValueError(f"eps={eps} must be greater than 0")
+    require_positive("eps", eps)
     require_one_dtype(weight_C=weight_C, bias_C=bias_C)
     require_one_device(x_BCTHW=x_BCTHW, weight_C=weight_C, bias_C=bias_C)
     shared = group if group is not None and group.size() > 1 else None

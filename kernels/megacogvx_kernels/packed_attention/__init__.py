@@ -11,6 +11,7 @@ from megacogvx_kernels.checks import (
     require_one_device,
     require_one_dtype,
     require_shape,
+    require_values,
     require_vectors,
 )
 from megacogvx_kernels.packed_attention.backends import BACKENDS, Packed, attend, missing
@@ -31,7 +32,7 @@ def packed_attention(
     """Attend from every token to all tokens of its own sample; not causal, scale K^-0.5, no dropout.
 
     Args:
-        q_SNK, k_SNK, v_SNK: `[S, N, K]`, all tokens of the pack.
+        q_SNK, k_SNK, v_SNK: `[S, N, K]`, all tokens of the pack, at least one; K is even.
         boundaries: first token of each real sample, then the end of the last one (host integers, so that no layer
             waits for the device). Tokens beyond the end are padding.
         cu_seqlens: `boundaries` as int32 tensor on the device of q; made once per pack by whoever has many layers,
@@ -42,8 +43,8 @@ def packed_attention(
         `[S, N, K]`; zeros for the padding, which neither reads nor is read.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type or shape, the boundaries don't fit, or the backend can't
-            be used; it is named.
+        TypeError, ValueError: an argument has the wrong type, shape, device or layout, the boundaries don't fit, or the
+            backend can't be used; it is named.
     """
     tensors = {"q_SNK": q_SNK, "k_SNK": k_SNK, "v_SNK": v_SNK}
     _check_tensors(tensors)
@@ -52,6 +53,8 @@ def packed_attention(
         require_shape("cu_seqlens", cu_seqlens, (len(boundaries),))
         if cu_seqlens.dtype != torch.int32:
             raise TypeError(f"cu_seqlens must be int32, not {cu_seqlens.dtype}")
+        require_one_device(q_SNK=q_SNK, cu_seqlens=cu_seqlens)
+        require_values("cu_seqlens", cu_seqlens, boundaries)
     chosen = choose_backend(q_SNK, boundaries, backend).name
     if cu_seqlens is None:
         wanted = chosen not in ("reference", "cudnn")
@@ -65,6 +68,8 @@ def _check_tensors(tensors: dict[str, torch.Tensor]) -> None:
     require_shape("q_SNK", q_SNK, (None, None, None))
     if not q_SNK.numel():
         raise ValueError(f"q_SNK has the shape {tuple(q_SNK.shape)}; S, N and K must be at least 1")
+    if q_SNK.shape[-1] % 2:
+        raise ValueError(f"q_SNK has heads of K={q_SNK.shape[-1]} channels; it must be an even number")
     for name, tensor in tensors.items():
         require_shape(name, tensor, tuple(q_SNK.shape))
         require_vectors(name, tensor)
@@ -73,6 +78,8 @@ def _check_tensors(tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _check_boundaries(boundaries: Sequence[int], tokens: int) -> None:
+    if not all(isinstance(place, int) for place in boundaries):
+        raise TypeError(f"boundaries={tuple(boundaries)} must be integers")
     if len(boundaries) < 2:
         raise ValueError(f"boundaries={tuple(boundaries)} have no samples: they need 0 and at least one end")
     if boundaries[0] != 0 or list(boundaries) != sorted(boundaries):

@@ -13,6 +13,7 @@ from megacogvx_kernels.checks import (
     require_integer,
     require_one_device,
     require_one_dtype,
+    require_positive,
     require_sample_table,
     require_shape,
     require_vectors,
@@ -46,7 +47,7 @@ def qk_norm_rope(
 
     Args:
         qkv_SN3K: `[S, N * 3 * K]` or `[S, 1, N * 3 * K]`, or already split `[S, N, 3, K]`: per head its q, k and v
-            (megatron-core's layout). S are consecutive tokens of a pack.
+            (megatron-core's layout). S, at least one, are consecutive tokens of a pack.
         q_weight_K, q_bias_K, k_weight_K, k_bias_K: `[K]`, shared by all heads.
         sample_table_M5: int32 `[M, 5]`, per sample: first token in the pack, text tokens, grid t, h, w (in tokens).
         rope_grid_M6: fp32 `[M, 6]`: position of grid cell (i, j, k) is `[:3] + [3:] * (i, j, k)`.
@@ -68,8 +69,8 @@ def qk_norm_rope(
     tables = {"sample_table_M5": sample_table_M5, "rope_grid_M6": rope_grid_M6}
     _check_parameters(split_SN3K, parameters, tables)
     require_count("token_offset", token_offset)
-    if not theta > 0:
-        raise ValueError(f"theta={theta} must be greater than 0")
+    require_positive("eps", eps)
+    require_positive("theta", theta)
     _check_rotation(split_SN3K, sample_table_M5, token_offset, axes, rotate)
     implementation = compiled if compiled.takes(split_SN3K, rotate) else reference
     return implementation.qk_norm_rope(

@@ -30,6 +30,14 @@ class PackHead(nn.Module):
         """Return the velocity rows `[V_local, P]` of this rank's video tokens, in the order of `video_index`."""
         video_VD = self.norm_final(hidden_S1D[:, 0].index_select(0, local.video_index))
         modulation_M2D = self.modulation(condition_ME)
+        return self.proj(self._modulate(video_VD, modulation_M2D, local.video_samples))
+
+    def _modulate(self, video_VD: torch.Tensor, modulation_M2D: torch.Tensor, samples_V: torch.Tensor) -> torch.Tensor:
+        """Return the modulated rows; of none, where a rank holds text or padding alone, none.
+
+        The gradients of such a rank are zeros, and not missing: others wait for them where the table's are summed.
+        """
         norm = self.norm_out
-        video_VD = adaln_modulate(video_VD, norm.weight, norm.bias, modulation_M2D, local.video_samples, eps=norm.eps)
-        return self.proj(video_VD)
+        if not len(samples_V):
+            return norm(video_VD) + modulation_M2D[samples_V, 0]
+        return adaln_modulate(video_VD, norm.weight, norm.bias, modulation_M2D, samples_V, eps=norm.eps)

@@ -72,6 +72,22 @@ def test_the_place_in_the_pack_does_not_matter(groups):
         assert_close(back[moved], there[place], 1e-6, f"sample {place}")
 
 
+def test_a_rank_without_video_has_gradients_of_zeros(groups):
+    """Not missing ones: other ranks wait for some of them in the backward pass."""
+    model, (sample, _, _) = _model(groups), _sample(0)
+    local = build_layout([sample], CONFIG.patch, multiple=64).local((3, 4))
+    assert len(local.tokens) and not len(local.video_index)
+    hidden = draws.normal((len(local.tokens), 1, CONFIG.hidden_size), 0, "hidden").requires_grad_()
+    condition = draws.normal((2, CONFIG.time_embed_dim), 0, "condition").requires_grad_()
+    rows = model.head(hidden, condition, local)
+    tokens = model.blocks["0"].mlp(hidden[:0])  # what `each_modality` does with a modality that isn't there
+    assert (rows.shape, tokens.shape) == ((0, CONFIG.row_size_out), (0, 1, CONFIG.hidden_size))
+    (rows.sum() + tokens.sum()).backward()
+    parameters = [*model.head.named_parameters(), *model.blocks["0"].mlp.named_parameters()]
+    for name, leaf in (*parameters, ("hidden", hidden), ("condition", condition)):
+        assert leaf.grad is not None and not leaf.grad.any(), name
+
+
 def test_one_sample_leaves_the_others_bit_identical(groups):
     model = _model(groups)
     before = _run(model, (0, 1, 2))
