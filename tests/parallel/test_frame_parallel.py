@@ -140,6 +140,14 @@ def test_three_ranks_equal_one(groups):
 
 
 @on_ranks(3, {"context_parallel_size": 3})
+def test_frames_in_pairs_on_three_ranks(groups):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megacogvx.models.vae.winograd.FEWEST_CHANNELS", 1)
+        for frames, decode in ((9, True), (21, False), (25, True)):  # one latent frame a rank; odd and even shares
+            check_coder(groups, frames, decode)
+
+
+@on_ranks(3, {"context_parallel_size": 3})
 def test_one_training_step_on_three_ranks(groups):
     check_step(groups, 17)
 

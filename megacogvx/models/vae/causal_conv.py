@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import nn
 
 from megacogvx.models.vae.frames import FrameSpan
 from megacogvx.models.vae.pieces import pieces
+from megacogvx.models.vae.winograd import convolve_pairs, pair_kernels, pays
 from megacogvx_kernels.causal_halo import causal_halo, start_halo
 
 
@@ -61,14 +63,16 @@ class CausalConv3d(nn.Conv3d):
         size, count = self.halo_frames, x_BCTHW.shape[2]
         shared = size > 0 and frames.group is not None and frames.group.size() > 1
         halo = (self._shared_halo if shared else self._own_halo)(x_BCTHW, frames, overwrite)
-        places = pieces(x_BCTHW, min(size, count) if shared else 0)[::-1]
+        in_pairs = count > 1 and self.stride == (1, 1, 1) and pays(x_BCTHW, self.weight)
+        convolve = self._pairs_convolution() if in_pairs else self._convolve
+        places = pieces(x_BCTHW, min(size, count) if shared else 0, 2 if in_pairs else 1)[::-1]
         places += [(0, min(size, count))] if shared else []
         out_BCTHW = x_BCTHW if overwrite and self._keeps_shape else None
         for start, stop in places:
             seen_BCTHW = x_BCTHW[:, :, max(start - size, 0) : stop]
             if start < size:
                 seen_BCTHW = torch.cat([halo()[:, :, start:], seen_BCTHW], dim=2)
-            y_BCTHW = self._convolve(seen_BCTHW)
+            y_BCTHW = convolve(seen_BCTHW)
             if len(places) == 1:
                 return y_BCTHW
             if out_BCTHW is None:
@@ -77,6 +81,10 @@ class CausalConv3d(nn.Conv3d):
             del seen_BCTHW, y_BCTHW  # else they would live on beside the next ones
         assert out_BCTHW is not None, tuple(x_BCTHW.shape)
         return out_BCTHW
+
+    def _pairs_convolution(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return `_convolve` at two thirds of its products."""
+        return partial(convolve_pairs, weight=self.weight, kernels=pair_kernels(self.weight), bias=self.bias)
 
     @property
     def _keeps_shape(self) -> bool:

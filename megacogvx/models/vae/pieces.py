@@ -15,13 +15,17 @@ import torch
 PIECE_BYTES = {"cpu": 2**24, "cuda": 2**28}
 
 
-def pieces(x_BCTHW: torch.Tensor, first: int = 0) -> list[tuple[int, int]]:
-    """Cut the frames from `first` on, if any, into (start, stop) of even sizes, at most `PIECE_BYTES` or one frame."""
+def pieces(x_BCTHW: torch.Tensor, first: int = 0, together: int = 1) -> list[tuple[int, int]]:
+    """Cut the frames from `first` on, if any, into (start, stop) of even sizes, at most `PIECE_BYTES` or one run.
+
+    A run of `together` frames, counted from the last one, isn't cut; what is left over starts the first piece.
+    """
     frames, size = x_BCTHW.shape[2], PIECE_BYTES["cpu" if x_BCTHW.device.type == "cpu" else "cuda"]
-    step = max(1, size // max(1, x_BCTHW[:, :, 0].nbytes))
-    count = -(-(frames - first) // step)
-    bounds = [first + (frames - first) * number // max(1, count) for number in range(count + 1)]
-    return list(itertools.pairwise(bounds))
+    step = max(1, size // max(1, together * x_BCTHW[:, :, 0].nbytes))
+    runs = -(-(frames - first) // together)
+    count = -(-runs // step)
+    stops = [runs * number // max(1, count) for number in range(count + 1)]
+    return list(itertools.pairwise(max(first, frames - together * (runs - stop)) for stop in stops))
 
 
 def over_frames(compute: Callable[[torch.Tensor], torch.Tensor], x_BCTHW: torch.Tensor) -> torch.Tensor:

@@ -71,5 +71,10 @@ def test_pieces_hold_every_frame_once(monkeypatch):
     assert pieces(x) == [(0, 2), (2, 4), (4, 7)]
     assert pieces(x, 2) == [(2, 4), (4, 7)]
     assert pieces(x, 7) == []
+    assert pieces(x, together=2) == [(0, 1), (1, 3), (3, 5), (5, 7)]
+    assert pieces(x, 2, together=2) == [(2, 3), (3, 5), (5, 7)]
+    assert pieces(x, 7, together=2) == []
     with torch.no_grad():
         assert torch.equal(over_frames(lambda part: part.repeat(1, 2, 1, 1, 2) + 1, x), torch.ones(1, 4, 7, 4, 8))
+    monkeypatch.setattr("megacogvx.models.vae.pieces.PIECE_BYTES", {"cpu": 5 * x[:, :, 0].nbytes})
+    assert pieces(x, together=2) == [(0, 3), (3, 7)]
