@@ -1,6 +1,9 @@
 """The part of `bench_vae.py` that spreads one clip's frames over ranks: peak memory of each, gloo, whole clip.
 
-Each rank measures what it holds beside weights and input while it encodes or decodes its own frames.
+Each rank measures what it holds beside weights and input while it encodes or decodes its own frames. Without a graph
+layers run piece by piece, and a piece's own memory, some 50 MiB on a CPU, is the same on any number of ranks: most of
+what a small clip holds. At 480 x 720 one frame is larger than a piece; here, too, a piece is one frame (of the largest
+features), so that a small clip's memory has the parts that a large one's has.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from bench_vae_sides import Case, our_model
 from rich.console import Console
 from rich.table import Table
 
-from megacogvx.models.vae import CogVideoXVAE, VAEConfig
+from megacogvx.models.vae import CogVideoXVAE, VAEConfig, pieces
 from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.frame_parallel import shard_latents, shard_pixels
 from megacogvx.parallel.groups import initialize, shutdown
@@ -70,6 +73,7 @@ def worker(size: tuple[int, int, int], preset: str, parts: list[str]) -> None:
     ranks = int(os.environ["WORLD_SIZE"])
     groups = initialize(ParallelConfig(device="cpu", context_parallel_size=ranks))
     model = our_model(VAEConfig(preset=preset), torch.float32, "cpu")
+    pieces.PIECE_BYTES["cpu"] = model.config.block_out_channels[0] * size[1] * size[2] * torch.float32.itemsize
     for part in parts:
         measured = {"part": part, **measure_part(model, part, size, groups.context_group)}
         sys.stdout.write(MARK + json.dumps(measured) + "\n")
@@ -95,7 +99,9 @@ def measure_part(
     code = model.encode if part == "encode" else model.decode
     with torch.no_grad():
         peak = peak_bytes(lambda: code(mine, shard=shard))
-    frame = model.config.block_out_channels[0] * size[1] * size[2] * mine.element_size()
+    widths = model.config.block_out_channels
+    # At full height and width the decoder's last stage starts as wide as the one before it.
+    frame = (widths[0] if part == "encode" else widths[1]) * size[1] * size[2] * mine.element_size()
     return {"peak": peak, "share": out.share, "frame": frame}
 
 

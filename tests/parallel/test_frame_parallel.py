@@ -47,25 +47,25 @@ def make_discriminator():
     return model
 
 
-def gan_reference(model, discriminator, video, noise, clips):
+def gan_reference(model, discriminator, video, noise, settings):
     """Take both steps of a training step with a GAN term on whole clips, in plain torch; return the logged numbers."""
     from megacogvx.models.vae import VAELoss, VAELossConfig
 
-    losses = VAELoss(VAELossConfig(**GAN))
+    losses = VAELoss(VAELossConfig(**settings))
     reconstruction = model(video, noise)
     total, terms, nll = losses(video, *reconstruction)
     gan = -discriminator(reconstruction.video_BCTHW).mean()
     last = model.decoder.conv_out.weight
     norms = [torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in (nll, gan)]
-    scale = min(norms[0] / (norms[1] + 1e-4), GAN["gan_weight_limit"]).detach()
-    (total + GAN["gan_weight"] * scale * gan).backward()
+    scale = (norms[0] / (norms[1] + 1e-4)).clamp(max=settings["gan_weight_limit"]).detach()
+    (total + settings["gan_weight"] * scale * gan).backward()
     torch_step(model)
     discriminator.zero_grad()
     real, fake = discriminator(video), discriminator(reconstruction.video_BCTHW.detach())
     hinge = 0.5 * ((1 - real).relu().mean() + (1 + fake).relu().mean())
     hinge.backward()
     torch_step(discriminator)
-    loss = total + GAN["gan_weight"] * scale * gan
+    loss = total + settings["gan_weight"] * scale * gan
     names = (
         "loss", "l1", "kl", "gan", "gan_scale", "loss_without_gan", "discriminator", "logits_real", "logits_fake"
     )  # fmt: skip
@@ -73,24 +73,27 @@ def gan_reference(model, discriminator, video, noise, clips):
     return {name: number.detach() for name, number in zip(names, numbers, strict=True)}
 
 
-def check_gan_step(groups, frames, clips=2):
-    """Train VAE and discriminator for a step on the ranks' frames, and on whole clips; compare all there is."""
+def check_gan_step(groups, frames, clips=2, **changes):
+    """Train VAE and discriminator for a step on the ranks' frames, and on whole clips; compare all there is.
+
+    Return what the GAN term was scaled by.
+    """
     from megacogvx.data.clips import ClipBatch
     from megacogvx.models.vae import VAELoss, VAELossConfig
     from megacogvx.parallel.data_parallel import forward_backward, sum_over_tokens
     from megacogvx.training.adversary import Adversary
     from megacogvx.training.vae_step import VAEStep
 
-    step, video = 3, make_video(frames, clips).to(groups.device)
+    step, video, settings = 3, make_video(frames, clips).to(groups.device), {**GAN, **changes}
     reference, judge = make_model().to(groups.device), make_discriminator().to(groups.device)
     model, discriminator = make_model(), make_discriminator()
     before = weights_of(reference), weights_of(judge)
     noise = vae_step(reference, alone(groups), False).noise(ClipBatch(step, video))
-    expected = gan_reference(reference, judge, video, noise.to(video), clips)
+    expected = gan_reference(reference, judge, video, noise.to(video), settings)
 
     ddp, optimizer = train_ready(model, groups)
-    adversary = Adversary(VAELossConfig(**GAN), *train_ready(discriminator, groups), groups)
-    forward_step = VAEStep(model.config, VAELoss(VAELossConfig(**GAN)), 7, groups, torch.float32, adversary)
+    adversary = Adversary(VAELossConfig(**settings), *train_ready(discriminator, groups), groups)
+    forward_step = VAEStep(model.config, VAELoss(VAELossConfig(**settings)), 7, groups, torch.float32, adversary)
     optimizer.zero_grad()
     optimizer.schedule(0)
     batch = ClipBatch(step, video[groups.data[0] :: groups.data[1]])
@@ -104,6 +107,7 @@ def check_gan_step(groups, frames, clips=2):
         assert_close(torch.tensor(row[name]), number.cpu(), 1e-5, name)
     check_new_weights(model, reference, before[0], 5e-4)
     check_new_weights(discriminator, judge, before[1], 5e-4)
+    return row["gan_scale"]
 
 
 @on_ranks(2, {"context_parallel_size": 2})
@@ -130,7 +134,9 @@ def test_one_training_step_on_two_ranks(groups):
 
 @on_ranks(2, {}, {"context_parallel_size": 2})
 def test_one_step_with_a_discriminator_on_two_ranks(groups):
-    check_gan_step(groups, 17)
+    assert 0.01 < check_gan_step(groups, 17) < GAN["gan_weight_limit"]
+    if groups.context[1] > 1:
+        assert check_gan_step(groups, 9, gan_weight_limit=0.01) == pytest.approx(0.01), "the limit is applied"
     check_gan_step(groups, 1)
 
 
@@ -194,15 +200,17 @@ def test_bytes_exchanged(groups):
         moments.square().sum().backward()
 
     convolutions = sum(isinstance(module, CausalConv3d) for module in model.encoder.modules())
-    assert len(halo_bytes) == convolutions > 10
     rank, statistics = groups.context[0], 2 * SMALL["norm_num_groups"]
-    assert forward == {
+    assert len(halo_bytes) == convolutions > 10
+    assert forward.sent == halo_bytes * (rank < 2), "in each layer two frames of its input"
+    assert backward.sent == halo_bytes[::-1] * (rank > 0), "and their gradient back"
+    assert forward.count == {
         "isend": sum(halo_bytes) * (rank < 2),
         "irecv": sum(halo_bytes) * (rank > 0),
         "all_gather_into_tensor": 4 * (statistics + 1) * len(norms),
         "all_reduce": 0,
     }
-    assert backward == {
+    assert backward.count == {
         "isend": sum(halo_bytes) * (rank > 0),
         "irecv": sum(halo_bytes) * (rank < 2),
         "all_gather_into_tensor": 0,
@@ -211,15 +219,17 @@ def test_bytes_exchanged(groups):
 
 
 class counted_bytes:  # noqa: N801
-    """Count what this rank gives to, and takes from, messages and collectives, in bytes, by name."""
+    """Count what this rank gives to, and takes from, messages and collectives, in bytes, by name: `count`."""
 
     def __enter__(self):
         self.patch, self.count = pytest.MonkeyPatch(), Counter(isend=0, irecv=0, all_gather_into_tensor=0, all_reduce=0)
+        self.sent = []  # bytes of each message that left
         messages, gather, reduce = dist.batch_isend_irecv, dist.all_gather_into_tensor, dist.all_reduce
 
         def batch_isend_irecv(ops):
             for op in ops:
                 self.count[op.op.__name__] += op.tensor.nbytes
+                self.sent += [op.tensor.nbytes] if op.op.__name__ == "isend" else []
             return messages(ops)
 
         def all_gather_into_tensor(output, tensor, **settings):
@@ -234,7 +244,7 @@ class counted_bytes:  # noqa: N801
             self.patch.setattr(dist, function.__name__, function)
         # Between GPUs of one machine halos are written into the neighbour's memory, where nothing counts them.
         self.patch.setattr("megacogvx_kernels.causal_halo.exchange.mailbox_of", lambda *_: None)
-        return self.count
+        return self
 
     def __exit__(self, *_):
         self.patch.undo()

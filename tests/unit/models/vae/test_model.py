@@ -157,7 +157,8 @@ def test_every_variant_of_table_1_codes_and_trains(preset):
     assert result.moments_B2CTHW.shape == (1, 2 * channels, frames, height, width)
     assert (height, width) == (2, 2) and frames == 16 // config.temporal_compression_ratio + 1
     assert result.video_BCTHW.shape == video.shape
-    VAELoss(VAELossConfig())(video, *result).total.backward()
+    loss = VAELoss(VAELossConfig())
+    _check_that_a_step_goes_downhill(model, loss, video, loss(video, *result).total)
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
     assert float(model.encoder.conv_in.weight.grad.abs().max()) > 0
@@ -174,11 +175,14 @@ def test_bfloat16_runs_and_stays_close():
 
 def test_a_training_step_goes_downhill():
     model, loss, video = _model(), VAELoss(VAELossConfig()), _video(9)
-    before = loss(video, *model(video)).total
+    _check_that_a_step_goes_downhill(model, loss, video, loss(video, *model(video)).total)
+
+
+def _check_that_a_step_goes_downhill(model, loss, video, before):
     before.backward()
     with torch.no_grad():
         norm = torch.sqrt(sum(parameter.grad.square().sum() for parameter in model.parameters()))
         for parameter in model.parameters():
-            parameter -= 1e-2 * parameter.grad / norm
+            parameter -= 1e-3 * parameter.grad / norm
         after = loss(video, *model(video)).total
-    assert before - after > 0.5e-2 * norm, "the gradient foretells a step's gain to first order"
+    assert before - after > 0.5e-3 * norm, "the gradient foretells a step's gain to first order"

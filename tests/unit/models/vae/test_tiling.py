@@ -42,22 +42,35 @@ def test_frames_of_one_tile_are_coded_whole():
     assert torch.equal(model.decode(latents, Coding(tile=tile)), model.decode(latents))
 
 
+def _still(x, weight, bias, groups, eps, activation=False, group=None, overwrite=False):
+    """Stand in for a normalisation; each value by itself, so that what is coded together doesn't matter."""
+    return torch.nn.functional.silu(0.3 * x) if activation else 0.3 * x
+
+
 def test_norms_that_see_tiles_alone_make_the_whole_error_of_tiles_away_from_their_edges():
     """With the norms held still, a place deeper in a tile than the convolutions reach is that of the whole clip."""
     model, video = _model(), _video(5, 32, 192)
     tile = Tile(32, 128, 0.0, 0.25)
 
-    def still(x, weight, bias, groups, eps, activation=False, group=None, overwrite=False):
-        return torch.nn.functional.silu(0.3 * x) if activation else 0.3 * x
-
     whole, tiled = model.encode(video), model.encode(video, Coding(tile=tile))
     assert 1e-3 < relative_error(tiled, whole) < 0.5
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megacogvx.models.vae.norm.group_norm_moments", still)
+        patch.setattr("megacogvx.models.vae.norm.group_norm_moments", _still)
         whole, tiled = model.encode(video), model.encode(video, Coding(tile=tile))
     assert_close(tiled[..., :8], whole[..., :8], 1e-6)
     assert_close(tiled[..., -8:], whole[..., -8:], 1e-6)
     assert relative_error(tiled, whole) > 1e-6
+
+
+def test_norms_that_see_chunks_alone_make_the_whole_error_of_chunks():
+    """With the norms held still, chunks equal the whole clip: the frames between them carry all that is needed."""
+    model, video = _model(), _video(25, 16, 24)
+    latents = draws.normal((1, 2, 7, 4, 6), 0, "latents")
+    for code, x in ((model.encode, video), (model.decode, latents)):
+        assert 1e-3 < relative_error(code(x, CHUNKED), code(x)) < 0.5
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("megacogvx.models.vae.norm.group_norm_moments", _still)
+            assert_close(code(x, CHUNKED), code(x), 1e-6)
 
 
 @pytest.mark.parametrize("mode", [CHUNKED, Coding(None, Tile(16, 24, 0.25, 0.0)), Coding(2, Tile(16, 24, 0.25, 0.0))])
