@@ -29,20 +29,21 @@ from megacogvx.training.config import VAETrainConfig
 
 PROJECT = Path(__file__).resolve().parents[1]
 CONFIGS = PROJECT / "examples" / "configs"
+STAGES = {"vae_tiny": 2, "vae_tiny_stage2": 4}  # name of config and run folder -> processes
 MOST_LOST = 0.5  # dB, by stage 2
 SIDE, FRAMES = 64, 17  # of the clips that are measured, larger and longer than those of stage 1
 logger = get_logger("megacogvx.tools.vae_two_stages")
 
 
-def settings(stage: int, clips: Path, output: Path) -> list[str]:
+def settings(stage: str, clips: Path, output: Path) -> list[str]:
     """Return the overrides of a stage: where its clips are, where it starts and where it goes."""
-    found = [f"clips.paths=[{clips}]", f"training.run_folder={output / f'vae_tiny_stage{stage}'}"]
-    return [*found, f"training.start_from={output / 'vae_tiny_stage1'}"] if stage == 2 else found
+    found = [f"clips.paths=[{clips}]", f"training.run_folder={output / stage}"]
+    return found if stage == "vae_tiny" else [*found, f"training.start_from={output / 'vae_tiny'}"]
 
 
-def train(stage: int, ranks: int, overrides: Sequence[str]) -> None:
+def train(stage: str, ranks: int, overrides: Sequence[str]) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command += [str(PROJECT / "examples" / "train_vae.py"), "--config", str(CONFIGS / f"vae_tiny_stage{stage}.yaml")]
+    command += [str(PROJECT / "examples" / "train_vae.py"), "--config", str(CONFIGS / f"{stage}.yaml")]
     subprocess.run([*command, *overrides], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
@@ -58,7 +59,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=PROJECT / "demo_run", help="folder of the two run folders")
     arguments = parser.parse_args()
     clips, output = arguments.clips.resolve(), arguments.output.resolve()
-    config = load_config(VAETrainConfig, CONFIGS / "vae_tiny_stage1.yaml", settings(1, clips, output))
+    config = load_config(VAETrainConfig, CONFIGS / "vae_tiny.yaml", settings("vae_tiny", clips, output))
     larger = config.clips.model_copy(update={"held_out_height": SIDE, "held_out_width": SIDE})
     held_out = [(c, v) for c, v in ClipLoader(larger, config.training.seed).held_out_videos() if not c.is_image]
     longest = larger.model_copy(update={"frames": FRAMES, "fps": (16.0,)})
@@ -73,10 +74,9 @@ def main() -> None:
         logger.info("PSNR of %d held-out clips %s: %.2f dB", len(videos), when, found[when])
 
     tell("before stage 1", untrained)
-    for stage, ranks in ((1, 2), (2, 4)):
+    for number, (stage, ranks) in enumerate(STAGES.items(), start=1):
         train(stage, ranks, settings(stage, clips, output))
-        model = load_vae(output / f"vae_tiny_stage{stage}", torch.device("cpu"), torch.float32)
-        tell(f"after stage {stage}", model)
+        tell(f"after stage {number}", load_vae(output / stage, torch.device("cpu"), torch.float32))
     before, first, second = found.values()
     if first <= before or second <= before or second < first - MOST_LOST:
         sys.exit(f"the two stages don't keep what they promise: {found}")

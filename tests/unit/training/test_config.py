@@ -175,7 +175,7 @@ def test_a_gan_that_never_starts_and_clips_smaller_than_its_patches():
     gan_config(size=16, gan_weight=0.0, gan_start_step=10).validate_layout(1)
 
 
-STAGES = {"vae_stage1.yaml": 8, "vae_stage2.yaml": 64, "vae_tiny_stage1.yaml": 2, "vae_tiny_stage2.yaml": 4}
+STAGES = {"vae_stage1.yaml": 8, "vae_stage2.yaml": 64, "vae_tiny.yaml": 2, "vae_tiny_stage2.yaml": 4}
 
 
 @pytest.mark.parametrize("name", STAGES)
