@@ -17,7 +17,8 @@ from megacogvx.errors import ConfigError
 from megacogvx.inference.coding import add_coding_arguments
 from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.frame_parallel import ALONE, FrameHelpers
-from megacogvx.parallel.groups import LaunchEnvironment, array_task, initialize, launch_environment, shutdown
+from megacogvx.parallel.groups import initialize, shutdown
+from megacogvx.parallel.launch import LaunchEnvironment, array_task, launch_environment
 
 EXAMPLE = """\
 Writes DATASET/shard-*.bin, .idx and manifest.json. Start the same command again to go on after an interruption.

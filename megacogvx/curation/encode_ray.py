@@ -19,7 +19,7 @@ from megacogvx.curation.clip_source import listed
 from megacogvx.curation.encode_shards import distinct, prepare, write_dataset
 from megacogvx.errors import ConfigError
 from megacogvx.log import get_logger
-from megacogvx.parallel.groups import LaunchEnvironment
+from megacogvx.parallel.launch import LaunchEnvironment
 
 logger = get_logger(__name__)
 

@@ -36,7 +36,7 @@ from megacogvx.models.vae.model import CogVideoXVAE
 from megacogvx.models.vae.tiling import WHOLE, Coding
 from megacogvx.models.weights import weights_fingerprint
 from megacogvx.parallel.frame_parallel import ALONE, FrameHelpers, gather_frames, latent_frames_of, shard_pixels
-from megacogvx.parallel.groups import LaunchEnvironment
+from megacogvx.parallel.launch import LaunchEnvironment
 
 CAPTIONS_AT_ONCE = 16
 KEPT_CAPTIONS = 256  # embeddings kept for rows that repeat a caption; 0.5 GB at 226 tokens of width 4096

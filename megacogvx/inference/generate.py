@@ -34,11 +34,10 @@ from megacogvx.parallel.gather import share
 from megacogvx.parallel.groups import (
     ParallelGroups,
     barrier,
-    check_world_size,
     groups_of_a_program,
     initialize,
-    launch_environment,
 )
+from megacogvx.parallel.launch import check_world_size, launch_environment
 
 EXAMPLE = """\
 example:

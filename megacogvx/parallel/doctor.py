@@ -34,8 +34,8 @@ from megacogvx.parallel.groups import (
     gather_json,
     groups_of_a_program,
     initialize,
-    launch_environment,
 )
+from megacogvx.parallel.launch import launch_environment
 from megacogvx_kernels import compiled
 
 EXAMPLE = """example:

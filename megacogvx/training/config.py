@@ -25,7 +25,7 @@ from megacogvx.models.vae.discriminator import Discriminator, DiscriminatorConfi
 from megacogvx.models.vae.losses import VAELossConfig
 from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.frame_parallel import split_problem
-from megacogvx.parallel.groups import check_world_size
+from megacogvx.parallel.launch import check_world_size
 from megacogvx.parallel.pipeline_parallel import split_layers
 from megacogvx.parallel.software import software_problems
 from megacogvx.training.ema import EMAConfig

@@ -27,7 +27,8 @@ from megacogvx.models.vae.initialize import initialize_weights as initialize_vae
 from megacogvx.models.vae.losses import VAELoss
 from megacogvx.models.vae.model import CogVideoXVAE
 from megacogvx.parallel.data_parallel import DistributedDataParallel, wrap
-from megacogvx.parallel.groups import ParallelGroups, initialize, launch_environment
+from megacogvx.parallel.groups import ParallelGroups, initialize
+from megacogvx.parallel.launch import launch_environment
 from megacogvx.parallel.megatron import plain_core_config
 from megacogvx.parallel.optimizer import Optimizer, build_optimizer
 from megacogvx.training import step as transformer_step

@@ -24,6 +24,7 @@ COMMUNICATING = ("megacogvx/parallel/", "megacogvx/checkpoint/", "megacogvx/test
 EXCHANGING_OPS = tuple(f"kernels/megacogvx_kernels/{op}/" for op in ("causal_halo", "group_norm_moments"))
 READING_ENVIRONMENT = (
     "megacogvx/parallel/groups.py",
+    "megacogvx/parallel/launch.py",
     "megacogvx/testing/",
     "megacogvx/cli.py",
     "megacogvx/inference/prompt_upsampler.py",
