@@ -122,16 +122,18 @@ def test_stage_two_on_four_ranks_equals_other_layouts_and_starts_where_stage_one
     for name, tensor in before.items():
         if name.startswith(("model.", "discriminator.")):
             assert torch.equal(tensor, after[name]), f"{name} is not stage 1's"
+    # Adam's first steps go by the sign of the gradient, be it rounding; large ones set a GAN off on other ways.
+    slow = {"discriminator_optimizer": {**CONSTANT, "learning_rate": 1e-4}}
     runs = [
-        train_vae(folder, f"stage2-cp{size}", parallel={"context_parallel_size": size}, training=start, loss=loss)
+        train_vae(
+            folder, f"stage2-cp{size}", parallel={"context_parallel_size": size}, training=start, loss=loss, **slow
+        )
         for size in (4, 2)
     ]
     split, other = (rows_of(run) for run in runs)
     for ours, theirs in zip(split, other, strict=True):
         for name in ("loss", "l1", "kl", "gan", "gan_scale", "discriminator", "logits_real", "logits_fake"):
-            # Means of logits of both signs are small; what counts of a logit is its distance from the hinge, at 1.
-            small = 2e-3 if name in ("gan", "logits_fake", "logits_real") else 1e-5
-            assert ours[name] == pytest.approx(theirs[name], rel=2e-3, abs=small), (ours["step"], name)
+            assert ours[name] == pytest.approx(theirs[name], rel=2e-3, abs=1e-5), (ours["step"], name)
     assert "perceptual_random_net" not in split[0]
 
 

@@ -158,7 +158,7 @@ def test_every_variant_of_table_1_codes_and_trains(preset):
     assert (height, width) == (2, 2) and frames == 16 // config.temporal_compression_ratio + 1
     assert result.video_BCTHW.shape == video.shape
     loss = VAELoss(VAELossConfig())
-    _check_that_a_step_goes_downhill(model, loss, video, loss(video, *result).total)
+    _check_that_a_step_goes_downhill(model, loss, video, loss(video, *result).total, size=1e-3)  # narrow: steep
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
     assert float(model.encoder.conv_in.weight.grad.abs().max()) > 0
@@ -175,14 +175,14 @@ def test_bfloat16_runs_and_stays_close():
 
 def test_a_training_step_goes_downhill():
     model, loss, video = _model(), VAELoss(VAELossConfig()), _video(9)
-    _check_that_a_step_goes_downhill(model, loss, video, loss(video, *model(video)).total)
+    _check_that_a_step_goes_downhill(model, loss, video, loss(video, *model(video)).total, size=1e-2)
 
 
-def _check_that_a_step_goes_downhill(model, loss, video, before):
+def _check_that_a_step_goes_downhill(model, loss, video, before, size):
     before.backward()
     with torch.no_grad():
         norm = torch.sqrt(sum(parameter.grad.square().sum() for parameter in model.parameters()))
         for parameter in model.parameters():
-            parameter -= 1e-3 * parameter.grad / norm
+            parameter -= size * parameter.grad / norm
         after = loss(video, *model(video)).total
-    assert before - after > 0.5e-3 * norm, "the gradient foretells a step's gain to first order"
+    assert before - after > 0.5 * size * norm, "the gradient foretells a step's gain to first order"
