@@ -66,9 +66,9 @@ class OptimizerConfig(Section):
     """
 
     learning_rate: float = Field(1e-4, gt=0)
-    min_learning_rate: float = Field(0.0, ge=0, description="what the decay ends at")
+    min_learning_rate: float = Field(0.0, ge=0, description="what the decay ends at, after the last step")
     decay: Literal["cosine", "constant"] = "cosine"
-    warmup_steps: int = Field(100, ge=0, description="steps of linear growth from 0")
+    warmup_steps: int = Field(100, ge=0, description="steps of linear growth; the first has a 1/warmup_steps")
     decay_steps: int | None = Field(None, ge=1, description="steps until the decay ends; None: training.steps")
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
@@ -87,6 +87,15 @@ class OptimizerConfig(Section):
                 "the rate falls to it; lower it"
             )
         return self
+
+    def problems(self, section: str, steps: int) -> Iterator[str]:
+        """Yield what is wrong with this section, called `section`, in a run that takes `steps` optimizer steps."""
+        end = self.decay_steps
+        if end is not None and end < steps and self.decay != "constant" and self.min_learning_rate == 0:
+            yield (
+                f"{section}.decay_steps={end} with {section}.min_learning_rate=0.0: steps {end} to {steps} would train "
+                f"with learning rate 0; set decay_steps to {steps} or more (or null), or a min_learning_rate above 0"
+            )
 
 
 class TrainConfig(Section):
@@ -128,6 +137,7 @@ class TrainConfig(Section):
             self._fp8_rules(),
             self._condition_rules(),
             self._validation_rules(),
+            self.optimizer.problems("optimizer", self.training.steps),
         ]
         raise_broken([*software_problems(self.parallel), *(problem for rule in rules for problem in rule)])
 
@@ -253,7 +263,8 @@ class VAETrainConfig(Section):
             ConfigError: naming every broken rule, the values and the sizes that would work.
         """
         check_world_size(self.parallel, world_size)
-        raise_broken([*self._split_rules(world_size), *self._gan_rules()])
+        rates = self.optimizer.problems("optimizer", self.training.steps)
+        raise_broken([*self._split_rules(world_size), *self._gan_rules(), *rates])
 
     @property
     def has_gan(self) -> bool:
@@ -273,6 +284,7 @@ class VAETrainConfig(Section):
                 f"loss.gan_start_step={start} is never reached in training.steps={steps}; lower it, or set "
                 "loss.gan_weight=0"
             )
+        yield from self.discriminator_optimizer.problems("discriminator_optimizer", steps - start)
         with torch.device("meta"):
             side = self.make_discriminator().smallest_side()
         if min(self.clips.height, self.clips.width) < side:
