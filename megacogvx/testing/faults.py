@@ -177,7 +177,8 @@ def identical(actual: Training, expected: Training, step: int = STEPS) -> list[s
     Returns:
         what differs; empty if they are identical.
     """
-    from megacogvx.checkpoint.directory import CheckpointDirectory, read_manifest, verify
+    from megacogvx.checkpoint.directory import CheckpointDirectory
+    from megacogvx.checkpoint.manifest import read_manifest, verify
     from megacogvx.checkpoint.whole import read_state
 
     ours, theirs = (CheckpointDirectory(one.run / "checkpoints").path(step) for one in (actual, expected))

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from megacogvx import draws
-from megacogvx.checkpoint.directory import MANIFEST, CheckpointDirectory, verify
+from megacogvx.checkpoint.directory import CheckpointDirectory
+from megacogvx.checkpoint.manifest import MANIFEST, verify
 from megacogvx.data.indexed import DatasetWriter, IndexedDataset, finish_dataset
 from megacogvx.data.indexed.verify import verify_dataset
 from megacogvx.errors import CheckpointError, DataError

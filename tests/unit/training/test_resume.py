@@ -6,14 +6,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megacogvx.checkpoint.directory import CheckpointDirectory, files_of, seal
+from megacogvx.checkpoint.directory import CheckpointDirectory
+from megacogvx.checkpoint.manifest import files_of, seal
 from megacogvx.config import build_config, dump_config
 from megacogvx.errors import AgreedError, CheckpointError
 from megacogvx.models.vae.config import VAEConfig
 from megacogvx.training import agreement, resume
-from megacogvx.training.config import TrainConfig, VAETrainConfig
+from megacogvx.training.config import TrainConfig
 from megacogvx.training.resume import load_newest_or_start, open_metrics, open_run
 from megacogvx.training.state import TrainState
+from megacogvx.training.vae_config import VAETrainConfig
 
 
 def _run_of(folder, **vae):
