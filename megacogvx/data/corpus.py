@@ -18,7 +18,8 @@ from megacogvx.data.indexed.reader import IndexedDataset
 from megacogvx.data.indexed.remote import folder_at
 from megacogvx.data.indexed.shard import Allocate, Record
 from megacogvx.errors import ConfigError, DataError
-from megacogvx.pack_layout import PackSample, Triple, place_sample, tokens_of
+from megacogvx.pack_layout import PackSample, place_sample, tokens_of
+from megacogvx.patches import Triple
 
 WEIGHT_STEPS = 10_000  # weights are rounded to this many parts of their sum, so that the blend is exact in integers
 WeightedPath = tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], str]

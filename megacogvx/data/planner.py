@@ -20,7 +20,7 @@ from megacogvx.data.order import SampleOrder
 from megacogvx.draws import permutation
 from megacogvx.errors import ConfigError, DataError
 from megacogvx.log import get_logger
-from megacogvx.pack_layout import Triple
+from megacogvx.patches import Triple
 
 Step = tuple[tuple[int, ...], ...]
 DRAIN_STEPS = 4  # steps in which a full buffer of protected samples is sure to be placed; see `_protected_age`

@@ -20,9 +20,10 @@ from megacogvx.models.transformer import (
     place_on_rope_grid,
     transformer_core,
 )
-from megacogvx.pack_layout import build_layout, patchify, place_sample
+from megacogvx.pack_layout import build_layout, place_sample
 from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.groups import initialize, shutdown
+from megacogvx.patches import patchify
 from megacogvx.testing.published_names import to_our_names
 from megacogvx.testing.tolerance import assert_all_close, assert_close
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from megacogvx.config import PresetSection
-from megacogvx.pack_layout import Triple
+from megacogvx.patches import Triple
 
 _ROTARY = {"use_rotary_positional_embeddings": True}
 _WIDTH_5B = {"num_layers": 42, "num_attention_heads": 48, **_ROTARY}

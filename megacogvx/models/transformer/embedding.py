@@ -15,8 +15,9 @@ from torch import nn
 from megacogvx.errors import DataError
 from megacogvx.models.transformer.checks import table_problem
 from megacogvx.models.transformer.config import CogVideoXConfig
-from megacogvx.pack_layout import PADDING_ID, LocalPack, PackLayout, PackSample, RowSlice, Triple
+from megacogvx.pack_layout import PADDING_ID, LocalPack, PackLayout, PackSample, RowSlice
 from megacogvx.parallel.sequence_parallel import sum_gradient_over_tensor_ranks
+from megacogvx.patches import Triple
 
 OFS = 2.0  # the motion offset that the 1.5 image-to-video weights were made with
 

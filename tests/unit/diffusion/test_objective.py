@@ -6,7 +6,8 @@ import torch
 from megacogvx.diffusion.config import DiffusionConfig
 from megacogvx.diffusion.objective import loss_count, sample_weights, v_loss
 from megacogvx.diffusion.schedule import NoiseSchedule
-from megacogvx.pack_layout import PackLayout, build_layout, patchify, place_sample
+from megacogvx.pack_layout import PackLayout, build_layout, place_sample
+from megacogvx.patches import patchify
 
 TIMESTEPS = torch.tensor([30, 999, 540, 0])
 

@@ -8,7 +8,8 @@ import torch
 from megacogvx.errors import DataError
 from megacogvx.models.transformer import CogVideoXConfig
 from megacogvx.models.transformer.checks import check_pack, check_rows, rope_grid_problem
-from megacogvx.pack_layout import PADDING_ID, PackLayout, PackSample, build_layout, grid_of, place_sample
+from megacogvx.pack_layout import PADDING_ID, PackLayout, PackSample, build_layout, place_sample
+from megacogvx.patches import grid_of
 
 CONFIG = CogVideoXConfig(preset="tiny", in_channels=4, max_text_seq_length=5, sample_height=8, sample_width=12)
 
