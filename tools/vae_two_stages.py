@@ -25,7 +25,7 @@ from megacogvx.evaluation.reconstruction import psnr
 from megacogvx.inference.load import load_vae
 from megacogvx.log import get_logger
 from megacogvx.models.vae import CogVideoXVAE, gaussian, initialize_weights
-from megacogvx.training.config import VAETrainConfig
+from megacogvx.training.vae_config import VAETrainConfig
 
 PROJECT = Path(__file__).resolve().parents[1]
 CONFIGS = PROJECT / "examples" / "configs"

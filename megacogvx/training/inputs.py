@@ -22,8 +22,9 @@ from megacogvx.pack_layout import PackLayout
 from megacogvx.parallel.data_parallel import max_over_ranks
 from megacogvx.parallel.groups import ParallelGroups
 from megacogvx.training.agreement import read_together
-from megacogvx.training.config import TrainConfig, VAETrainConfig
+from megacogvx.training.config import TrainConfig
 from megacogvx.training.loop import StepInput
+from megacogvx.training.vae_config import VAETrainConfig
 
 
 def pack_inputs(

@@ -23,12 +23,13 @@ from megacogvx.parallel.groups import ParallelGroups
 from megacogvx.parallel.optimizer import Optimizer
 from megacogvx.training.adversary import Adversary, WeightsOnly
 from megacogvx.training.agreement import agreed
-from megacogvx.training.config import TrainConfig, TrainingConfig, VAETrainConfig
+from megacogvx.training.config import TrainConfig, TrainingConfig
 from megacogvx.training.ema import WeightAverage
 from megacogvx.training.metrics import MetricsFile
 from megacogvx.training.run_lock import RunLock
 from megacogvx.training.start_from import start_from
 from megacogvx.training.state import TrainState
+from megacogvx.training.vae_config import VAETrainConfig
 
 # What, above 0, learns beside the model from a run's first step on: section and key.
 BESIDE = (("ema", "decay"), ("loss", "gan_weight"))

@@ -48,9 +48,9 @@ def train_vae(folder: Path, name: str, **changes: dict[str, Any]) -> Path:
     """Do what the verb does in each process, with the sections of `changes` on top of `SETTINGS`."""
     from megacogvx.config import build_config
     from megacogvx.parallel.groups import shutdown
-    from megacogvx.training.config import VAETrainConfig
     from megacogvx.training.loop import train
     from megacogvx.training.setup import build_vae_run
+    from megacogvx.training.vae_config import VAETrainConfig
 
     shutdown(stay_connected=True)
     values = {section: {**SETTINGS.get(section, {}), **changes.get(section, {})} for section in SETTINGS | changes}
