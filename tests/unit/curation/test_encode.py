@@ -9,11 +9,9 @@ from megacogvx import draws
 from megacogvx.curation import encode, encode_shards
 from megacogvx.curation.encode_shards import ClipEncoder, distinct, sample_id, write_dataset
 from megacogvx.data.clips import Clip, read_clip, read_clips, write_clips
-from megacogvx.data.images import write_png
 from megacogvx.data.indexed import IndexedDataset
 from megacogvx.data.indexed.layout import TextKind
 from megacogvx.data.transforms import to_model_range
-from megacogvx.data.video import write_video
 from megacogvx.errors import ConfigError, DataError
 from megacogvx.models.text_encoder import TextEncoder
 from megacogvx.models.vae import gaussian
@@ -22,7 +20,7 @@ from megacogvx.models.vae.initialize import initialize_weights
 from megacogvx.models.vae.model import CogVideoXVAE
 from megacogvx.models.vae.tiling import WHOLE, Coding
 from megacogvx.models.weights import weights_fingerprint
-from megacogvx.testing.moving_shapes import shape_frames
+from megacogvx.testing.moving_shapes import write_shape_clip
 from megacogvx.testing.tiny_text_encoder import build_tiny_text_encoder
 
 HEIGHT, WIDTH, LENGTH = 16, 24, 64
@@ -34,16 +32,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("encode")
     clips = []
     for number in range(6):
-        frames, caption = shape_frames(number % 2, 1 if number == 5 else 9, HEIGHT, WIDTH)
-        name = path / f"{number}.{'png' if number == 5 else 'mp4'}"
-        if number == 5:
-            write_png(name, frames[0])
-        else:
-            write_video(name, frames, 8)
-        clips.append(
-            Clip(path=name, caption=caption, frames=len(frames), height=HEIGHT, width=WIDTH,
-                 fps=None if number == 5 else 8, source="shapes", start=float(number))
-        )  # fmt: skip
+        frames, place = 1 if number == 5 else 9, {"source": "shapes", "start": float(number)}
+        clips.append(write_shape_clip(path, number, frames, HEIGHT, WIDTH, scene=number % 2, **place))
     write_clips(path / "clips.jsonl", clips)
     build_tiny_text_encoder(path / "t5", [clip.caption for clip in clips], width=16, vocabulary=64)
     return path
