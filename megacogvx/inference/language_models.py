@@ -15,7 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
-from http.client import HTTPException
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -91,19 +91,15 @@ class Endpoint:
         Raises:
             EndpointError: it can't be reached, is too slow, refuses, or doesn't answer with chat completions.
         """
-        content: Any = text
-        if pictures:
-            shown = [{"type": "image_url", "image_url": {"url": data_url(picture)}} for picture in pictures]
-            content = [{"type": "text", "text": text or "There is no wish."}, *shown]
-        body = {
-            "model": (self.vision_model or self.model) if pictures else self.model,
-            "messages": [{"role": "system", "content": instruction}, {"role": "user", "content": content}],
-            "max_tokens": MOST_TOKENS,
-        }
-        pause = self.pause
+        body = json.dumps(self._question(instruction, text, pictures)).encode()
+        pause, reason = self.pause, ""
         for attempt in range(self.retries + 1):
+            if attempt:
+                logger.warning("%s: %s; asking again in %g s", self.name, reason, pause)
+                time.sleep(pause)
+                pause *= 2
             try:
-                return _answer_of(self._post(json.dumps(body).encode()), self.name)
+                return _answer_of(self._post(body), self.name)
             except urllib.error.HTTPError as error:
                 reason = f"HTTP {error.code} {error.reason}: {_shortened(error)}"
                 if error.code not in PASSING:
@@ -112,14 +108,22 @@ class Endpoint:
                 reason = f"no whole answer within {self.timeout:g} s"
             except (OSError, HTTPException) as error:
                 reason = f"can't be reached: {getattr(error, 'reason', None) or error}"
-            if attempt < self.retries:
-                logger.warning("%s: %s; asking again in %g s", self.name, reason, pause)
-                time.sleep(pause)
-                pause *= 2
         raise EndpointError(
             f"{self.name}: {reason}, after {self.retries + 1} attempts; start the endpoint, raise its time limit, or "
             "let prompts go on unchanged"
         )
+
+    def _question(self, instruction: str, text: str, pictures: Sequence[torch.Tensor]) -> dict[str, Any]:
+        """Return a request for chat completions."""
+        content: Any = text
+        if pictures:
+            shown = [{"type": "image_url", "image_url": {"url": data_url(picture)}} for picture in pictures]
+            content = [{"type": "text", "text": text or "There is no wish."}, *shown]
+        return {
+            "model": (self.vision_model or self.model) if pictures else self.model,
+            "messages": [{"role": "system", "content": instruction}, {"role": "user", "content": content}],
+            "max_tokens": MOST_TOKENS,
+        }
 
     def _post(self, body: bytes) -> bytes:
         """Send one request and return its answer; the time limit holds for all of it, not for each read."""
@@ -130,18 +134,21 @@ class Endpoint:
         request = urllib.request.Request(f"{self.url.rstrip('/')}/chat/completions", body, headers)
         try:
             with _OPENER.open(request, timeout=self.timeout) as response:
-                answer = b""
-                while part := response.read1(1 << 16):
-                    answer += part
-                    if time.monotonic() > end:
-                        raise TimeoutError
-                    if len(answer) > LONGEST_ANSWER:
-                        raise EndpointError(f"{self.name} answers with more than {LONGEST_ANSWER} bytes; is it one?")
-                return answer
+                return self._read(response, end)
         except urllib.error.URLError as error:
             if isinstance(error.reason, TimeoutError):
                 raise TimeoutError from None
             raise
+
+    def _read(self, response: HTTPResponse, end: float) -> bytes:
+        answer = b""
+        while part := response.read1(1 << 16):
+            answer += part
+            if time.monotonic() > end:
+                raise TimeoutError
+            if len(answer) > LONGEST_ANSWER:
+                raise EndpointError(f"{self.name} answers with more than {LONGEST_ANSWER} bytes; is it one?")
+        return answer
 
 
 class LocalModel:
