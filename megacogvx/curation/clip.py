@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ example: clips of 17 and 9 frames and single images, 64 and 48 pixels high or wi
       --short-sides 64 48 --frames 1 9 17 --fps 16
 """
 
+NAMED = 50  # missing videos that an error lists
 UNDECODABLE = "caption of a part that can't be decoded"
 logger = get_logger(__name__)
 
@@ -51,10 +53,17 @@ class ClipRules:
 
 @dataclass(frozen=True)
 class Cut:
-    """A clip to be written, and the (height, width) that its frames are resized to before the crop."""
+    """A clip to be written.
+
+    Attributes:
+        clip: its row.
+        resized: (height, width) that its frames are resized to before the crop.
+        source_bytes: size of its video's file.
+    """
 
     clip: Clip
     resized: Size
+    source_bytes: int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -171,12 +180,13 @@ def probe_all(captions: Sequence[Caption], videos: Path, skip_bad: bool, skipped
     """Look into every named video once, before anything is cut.
 
     Raises:
-        DataError: videos are missing (all are named) or one can't be decoded, and `skip_bad` is off.
+        DataError: videos are missing (up to `NAMED` are named) or one can't be decoded, and `skip_bad` is off.
     """
     names = list(dict.fromkeys(caption.video for caption in captions))
-    absent = [name for name in names if not (videos / name).is_file()]
+    absent = dict.fromkeys(name for name in names if not (videos / name).is_file())
     if absent and not skip_bad:
-        raise DataError(f"{len(absent)} of {len(names)} videos are not in {videos}: {', '.join(absent)}")
+        listed = ", ".join(islice(absent, NAMED)) + (f" and {len(absent) - NAMED} more" if len(absent) > NAMED else "")
+        raise DataError(f"{len(absent)} of {len(names)} videos are not in {videos}: {listed}")
     skipped.update({"video that is missing": len(absent)} if absent else {})
     infos = {}
     for name in progress([name for name in names if name not in absent], "look into the videos"):
@@ -211,7 +221,7 @@ def plan_row(
                 path=output / f"{name}.{'mp4' if fps else 'png'}", caption=caption.caption, frames=frames,
                 height=height, width=width, fps=fps, source=caption.video, start=start,
             )  # fmt: skip
-            cuts.append(Cut(clip, resized))
+            cuts.append(Cut(clip, resized, stamp))
     return cuts
 
 

@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _encode(
     arguments: argparse.Namespace, place: LaunchEnvironment, rank: int, ranks: int, helpers: FrameHelpers = ALONE
 ) -> Counter[str]:
-    clips, encoder, job = prepare(arguments, place, helpers)
+    clips, encoder, job = prepare(arguments, place, *_rank_of(arguments, place), helpers)
     return write_dataset(arguments.output, clips, encoder, job, rank=rank, ranks=ranks, skip_bad=arguments.skip_bad)
 
 
@@ -117,6 +117,11 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _rank_of(arguments: argparse.Namespace, place: LaunchEnvironment) -> tuple[int, int]:
+    """Return which of how many processes this is, all tasks of an array together.
+
+    Raises:
+        ConfigError: `--rank` isn't below `--ranks`.
+    """
     task, tasks = array_task()
     rank = task * place.world_size + place.rank if arguments.rank is None else arguments.rank
     ranks = tasks * place.world_size if arguments.ranks is None else arguments.ranks

@@ -92,22 +92,40 @@ def read_clips(path: Path) -> list[Clip]:
     Raises:
         DataError: the list is missing or empty, or a row isn't what `write_clips` writes.
     """
-    path = path / LIST_NAME if path.is_dir() else path
-    if not path.is_file():
-        raise DataError(f"{path} does not exist; `megacogvx clips` writes such lists")
-    clips = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            clips.append(Clip(**{**row, "path": _inside(path.parent, row["path"])}))
-        except ValidationError as error:
-            name, problem = error.errors()[0]["loc"], error.errors()[0]["msg"]
-            raise DataError(f"{path} line {number}: {'.'.join(map(str, name))}: {problem}") from None
-        except (ValueError, TypeError, KeyError) as error:
-            raise DataError(f"{path} line {number} is not a row that `megacogvx clips` writes: {error!r}") from None
+    path = list_path(path)
+    with path.open("rb") as file:
+        clips = [parse_clip(line, path, number) for number, line in enumerate(file, start=1)]
     if not clips:
         raise DataError(f"{path} lists no clip")
     return clips
+
+
+def list_path(path: Path) -> Path:
+    """Return the list that `path` names, itself or by its folder.
+
+    Raises:
+        DataError: there is none.
+    """
+    path = path / LIST_NAME if path.is_dir() else path
+    if not path.is_file():
+        raise DataError(f"{path} does not exist; `megacogvx clips` writes such lists")
+    return path
+
+
+def parse_clip(line: bytes, path: Path, number: int) -> Clip:
+    """Return the clip of line `number` of the list `path`.
+
+    Raises:
+        DataError: the line isn't what `write_clips` writes.
+    """
+    try:
+        row = json.loads(line)
+        return Clip(**{**row, "path": _inside(path.parent, row["path"])})
+    except ValidationError as error:
+        name, problem = error.errors()[0]["loc"], error.errors()[0]["msg"]
+        raise DataError(f"{path} line {number}: {'.'.join(map(str, name))}: {problem}") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{path} line {number} is not a row that `megacogvx clips` writes: {error!r}") from None
 
 
 def write_clips(path: Path, clips: list[Clip]) -> None:

@@ -1,4 +1,4 @@
-"""manifest.json: which shards make a dataset, and the atomic writing of small files.
+"""manifest.json: which shards make a dataset.
 
     {"format": "megacogvx-dataset", "version": 1, "generation": 3, "encoder": {...}, "checksum": "<xxh3 of the rest>",
      "shards": [{"name": ..., "uuid": ..., "samples": ..., "bin_bytes": ..., "idx_bytes": ..., "idx_checksum": ...}]}
@@ -17,6 +17,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from megacogvx.config import Section
+from megacogvx.data.indexed.durable import write_atomically
 from megacogvx.data.indexed.layout import (
     MAX_SHARD_BYTES,
     EncoderInfo,
@@ -157,26 +158,6 @@ def differing_keys(first: EncoderInfo, second: EncoderInfo) -> str:
     """Return `key=a and b` for each key in which two encoders differ; empty if they are the same."""
     pairs = zip(dict(first).items(), dict(second).values(), strict=True)
     return ", ".join(f"{key}={a!r} and {b!r}" for (key, a), b in pairs if a != b)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write beside, sync, rename, sync the folder: readers see the old file or the whole new one."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _mapped(path: Path) -> memoryview:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from megacogvx.data.indexed.durable import write_atomically
 from megacogvx.data.indexed.layout import (
     ALIGNMENT,
     BIN_HEADER,
@@ -31,7 +32,6 @@ from megacogvx.data.indexed.layout import (
     unseal,
     write_index,
 )
-from megacogvx.data.indexed.manifest import write_atomically
 from megacogvx.data.indexed.parse import parse_index
 from megacogvx.errors import DataError
 

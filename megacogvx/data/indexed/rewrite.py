@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from megacogvx.data.indexed.manifest import MANIFEST, Manifest, differing_keys, finish_dataset, sync_folder
+from megacogvx.data.indexed.durable import sync_folder
+from megacogvx.data.indexed.manifest import MANIFEST, Manifest, differing_keys, finish_dataset
 from megacogvx.data.indexed.reader import IndexedDataset
 from megacogvx.data.indexed.remote import Folder
 from megacogvx.data.indexed.side_columns import side_columns, write_side_column

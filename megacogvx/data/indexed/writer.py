@@ -8,7 +8,6 @@ restarted job skips the shards that are finished. Many processes write one datas
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import uuid
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 import xxhash
 
+from megacogvx.data.indexed.durable import sync_folder, try_lock, write_atomically
 from megacogvx.data.indexed.fields import field_dtype
 from megacogvx.data.indexed.layout import (
     BIN_HEADER,
@@ -46,7 +46,7 @@ from megacogvx.data.indexed.layout import (
     sealed_hashes,
     write_index,
 )
-from megacogvx.data.indexed.manifest import SHARD_NAME, differing_keys, read_index, sync_folder, write_atomically
+from megacogvx.data.indexed.manifest import SHARD_NAME, differing_keys, read_index
 from megacogvx.errors import DataError
 
 
@@ -204,7 +204,7 @@ class DatasetWriter:
 
     def _open(self) -> None:
         file = self._temporary.open("ab")  # not "wb": another writer's file must survive until we hold the lock
-        if not _lock(file) or not self._is_temporary(file):
+        if not try_lock(file) or not self._is_temporary(file):
             file.close()
             raise DataError(f"another process is writing shard {self.name} of {self.folder}; give each its own")
         file.truncate(0)
@@ -279,17 +279,6 @@ def _check_image(image: torch.Tensor, encoder: EncoderInfo, where: str) -> None:
 def _image_header(image: torch.Tensor, pixels: memoryview, sample_id: int) -> bytes:
     height, width, channels = image.shape
     return sealed(IMAGE_HEADER, IMAGE_MAGIC, height, width, channels, sample_id, digest(pixels))
-
-
-def _lock(file: BinaryIO) -> bool:
-    """Lock the file until it is closed; False if another process holds it, True where a file system has no locks."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return True
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

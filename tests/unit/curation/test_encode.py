@@ -7,7 +7,9 @@ import torch
 
 from megacogvx import draws
 from megacogvx.curation import encode, encode_shards
-from megacogvx.curation.encode_shards import ClipEncoder, distinct, sample_id, write_dataset
+from megacogvx.curation.clip_encoder import ClipEncoder
+from megacogvx.curation.clip_list import ClipList, sample_id
+from megacogvx.curation.encode_shards import write_dataset
 from megacogvx.data.clips import Clip, read_clip, read_clips, write_clips
 from megacogvx.data.images import write_png
 from megacogvx.data.indexed import IndexedDataset
@@ -62,7 +64,7 @@ def encoder_of(folder: Path, vae: CogVideoXVAE, text_kind: TextKind = "padded") 
 
 
 def write(folder: Path, target: Path, encoder: ClipEncoder, *, clips_per_shard: int = 2, **options: object) -> object:
-    clips = read_clips(folder)
+    clips = ClipList.from_file(folder)
     job = encoder.job(clips, clips_per_shard, scaling_factor=None, measured=3)
     return write_dataset(target, clips, encoder, job, **options)  # type: ignore[arg-type]
 
@@ -201,8 +203,9 @@ def test_first_frames_ids_and_8_bit_latents_where_asked(folder: Path, vae: CogVi
 
 
 def test_bad_clips_stop_the_job_or_are_counted(folder: Path, vae: CogVideoXVAE, tmp_path: Path) -> None:
-    clips = read_clips(folder)
-    clips[2] = clips[2].model_copy(update={"path": folder / "absent.mp4"})
+    listed = read_clips(folder)
+    listed[2] = listed[2].model_copy(update={"path": folder / "absent.mp4"})
+    clips = ClipList.of(listed)
     encoder = encoder_of(folder, vae)
     job = encoder.job(clips, 4, scaling_factor=0.5, measured=4)
     with pytest.raises(DataError, match=r"absent\.mp4 does not exist"):
@@ -235,12 +238,6 @@ def test_tasks_of_a_slurm_array_share_the_shards(
         encode.run(parser.parse_args(fixed))
         assert sorted(path.stem for path in tmp_path.glob("*.idx")) == [f"shard-{number:05d}" for number in shards]
     assert len(IndexedDataset(tmp_path)) == 6
-
-
-def test_a_clip_listed_twice_is_one_record(folder: Path) -> None:
-    clips = read_clips(folder)
-    other = clips[0].model_copy(update={"caption": "another caption of the same clip"})
-    assert distinct([clips[0], other, clips[1], clips[0]]) == [clips[0], other, clips[1]]
 
 
 def test_the_verb(folder: Path, vae: CogVideoXVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
