@@ -13,8 +13,8 @@ from megacogvx.curation.clip_list import ClipList
 from megacogvx.curation.clip_source import ReadClip
 from megacogvx.curation.encode_job import EncodeJob
 from megacogvx.data.clips import Clip, read_clip
+from megacogvx.data.indexed.encoder_info import FloatDtype, TextDtype, TextKind
 from megacogvx.data.indexed.fields import to_field
-from megacogvx.data.indexed.layout import FloatDtype, TextDtype, TextKind
 from megacogvx.data.transforms import to_model_range
 from megacogvx.errors import DataError
 from megacogvx.models.text_encoder import TextEncoder

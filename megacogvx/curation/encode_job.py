@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from megacogvx.config import Section
 from megacogvx.data.indexed import EncoderInfo
-from megacogvx.data.indexed.layout import FloatDtype, TextDtype, TextKind
+from megacogvx.data.indexed.encoder_info import FloatDtype, TextDtype, TextKind
 from megacogvx.errors import DataError
 from megacogvx.log import get_logger
 

@@ -16,7 +16,8 @@ import numpy as np
 from megacogvx.data.exchange.exporters import export_folder, export_tars
 from megacogvx.data.exchange.importers import ImportedSample, import_samples, read_folder, read_tar
 from megacogvx.data.exchange.megatron import read_megatron
-from megacogvx.data.indexed.layout import EncoderInfo, load_json, parse_encoder
+from megacogvx.data.indexed.encoder_info import EncoderInfo, parse_encoder
+from megacogvx.data.indexed.layout import load_json
 from megacogvx.data.indexed.manifest import MANIFEST, finish_dataset, read_manifest
 from megacogvx.data.indexed.reader import IndexedDataset
 from megacogvx.data.indexed.recover import recover_shard

@@ -13,7 +13,7 @@ import torch
 from megacogvx.checkpoint.run_state import Kept
 from megacogvx.config import dump_config
 from megacogvx.conversion.settings import Conventions
-from megacogvx.data.clips import ClipLoader
+from megacogvx.data.clip_loader import ClipLoader
 from megacogvx.data.corpus import Corpus
 from megacogvx.data.loader import PackLoader
 from megacogvx.data.planner import PackPlan

@@ -20,8 +20,9 @@ import safetensors.torch
 import torch
 import xxhash
 
+from megacogvx.data.indexed.encoder_info import EncoderInfo
 from megacogvx.data.indexed.fields import field_dtype, to_field
-from megacogvx.data.indexed.layout import MAX_ID, MAX_METADATA_BYTES, EncoderInfo, load_json
+from megacogvx.data.indexed.layout import MAX_ID, MAX_METADATA_BYTES, load_json
 from megacogvx.data.indexed.writer import DatasetWriter
 from megacogvx.errors import DataError
 

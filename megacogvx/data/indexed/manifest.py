@@ -18,14 +18,8 @@ from pydantic import Field, ValidationError
 
 from megacogvx.config import Section
 from megacogvx.data.indexed.durable import write_atomically
-from megacogvx.data.indexed.layout import (
-    MAX_SHARD_BYTES,
-    EncoderInfo,
-    ShardIndex,
-    canonical_json,
-    digest,
-    load_json,
-)
+from megacogvx.data.indexed.encoder_info import EncoderInfo
+from megacogvx.data.indexed.layout import MAX_SHARD_BYTES, ShardIndex, canonical_json, digest, load_json
 from megacogvx.data.indexed.parse import parse_index
 from megacogvx.data.indexed.remote import Folder
 from megacogvx.errors import DataError

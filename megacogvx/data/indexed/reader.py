@@ -15,10 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from megacogvx.data.indexed.layout import EncoderInfo
+from megacogvx.data.indexed.encoder_info import EncoderInfo
 from megacogvx.data.indexed.manifest import MANIFEST, Manifest, ShardEntry, differing_keys, read_manifest
+from megacogvx.data.indexed.record import Record
 from megacogvx.data.indexed.remote import Folder, folder_at
-from megacogvx.data.indexed.shard import Allocate, Record, Shard, Verify
+from megacogvx.data.indexed.shard import Allocate, Shard, Verify
 from megacogvx.data.indexed.side_columns import read_side_column
 from megacogvx.data.indexed.source import Access
 from megacogvx.errors import DataError

@@ -20,6 +20,7 @@ import torch
 import xxhash
 
 from megacogvx.data.indexed.durable import sync_folder, try_lock, write_atomically
+from megacogvx.data.indexed.encoder_info import EncoderInfo
 from megacogvx.data.indexed.fields import field_dtype
 from megacogvx.data.indexed.layout import (
     BIN_HEADER,
@@ -37,7 +38,6 @@ from megacogvx.data.indexed.layout import (
     MINOR,
     RECORD_HEADER,
     RECORD_MAGIC,
-    EncoderInfo,
     aligned,
     canonical_json,
     columns_of,

@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megacogvx.data.corpus import Corpus, DataConfig
+from megacogvx.data.config import DataConfig
+from megacogvx.data.corpus import Corpus
 from megacogvx.data.indexed.manifest import MANIFEST
 from megacogvx.data.indexed.remote import folder_at
 from megacogvx.data.pack import planned_layout

@@ -19,7 +19,7 @@ def clip(number: int, caption: str = "a caption") -> Clip:
 
 def test_a_clip_listed_twice_is_one_record(caplog: pytest.LogCaptureFixture) -> None:
     first, other, second = clip(0), clip(0, "another caption of the same clip"), clip(1)
-    clips = ClipList([Part(ids(part), lambda part=part: part) for part in ([first, other], [second, first])])
+    clips = ClipList([Part(ids(part), lambda part=part: part) for part in ([first, other], [first, second])])
     assert list(clips) == clips[:] == [first, other, second] and clips[2] == second and len(clips) == 3
     assert clips.sample_ids.tolist() == [sample_id(each) for each in (first, other, second)]
     assert "left out: 1 x clip that is listed twice" in caplog.text

@@ -13,7 +13,7 @@ from megacogvx.curation.encode_shards import write_dataset
 from megacogvx.data.clips import Clip, read_clip, read_clips, write_clips
 from megacogvx.data.images import write_png
 from megacogvx.data.indexed import IndexedDataset
-from megacogvx.data.indexed.layout import TextKind
+from megacogvx.data.indexed.encoder_info import TextKind
 from megacogvx.data.transforms import to_model_range
 from megacogvx.data.video import write_video
 from megacogvx.errors import ConfigError, DataError
