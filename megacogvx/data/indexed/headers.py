@@ -30,8 +30,11 @@ def check_bin_header(path: Folder, index: ShardIndex) -> None:
     if isinstance(path, RemotePath):
         header = path.read_range(0, BIN_HEADER.size)
     else:
-        with path.open("rb") as file:
-            header = file.read(BIN_HEADER.size)
+        try:
+            with path.open("rb") as file:
+                header = file.read(BIN_HEADER.size)
+        except OSError as error:
+            raise DataError(f"{path} can't be read: {error.strerror}") from None
     _, major, minor, _, uuid, *fields = unseal(BIN_HEADER, header, BIN_MAGIC, str(path))
     check_version(major, minor, str(path))
     if uuid != index.uuid:

@@ -8,12 +8,11 @@ A shard becomes part of the dataset with the manifest's next generation; appendi
 
 from __future__ import annotations
 
-import mmap
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import Field, ValidationError
 
 from megacogvx.config import Section
@@ -27,6 +26,7 @@ from megacogvx.errors import DataError
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 2**30
 SHARD_NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"  # no dots and separators: a name can't leave the folder
+MAPPED_BYTES = 1 << 20  # a dataset of 50,000 small shards would come near the kernel's limit of mappings
 HEX_64 = r"^[0-9a-f]{16}$"
 
 
@@ -129,7 +129,7 @@ def read_index(
         folder: of the dataset.
         name: of the shard.
         check_columns, check_rows: see `parse_index`.
-        mapped: map the file, so that processes share its pages; otherwise it is read into memory.
+        mapped: map a large file, so that processes share its pages; otherwise it is read into memory.
 
     Raises:
         DataError: one of the files is missing, has another size than the index says, or is damaged.
@@ -140,7 +140,7 @@ def read_index(
         index = parse_index(data, str(path), check_columns, check_rows)
         bin_bytes = (folder / f"{name}.bin").stat().st_size
     except OSError as error:
-        raise DataError(f"shard {name} of {folder}: {error.strerror}: {error.filename}") from None
+        raise DataError(f"shard {name} of {folder}: {error.strerror}: {error.filename or path}") from None
     if bin_bytes != index.bin_bytes:
         raise DataError(
             f"{folder / name}.bin has {bin_bytes} bytes, its index says {index.bin_bytes}: truncated, or not its own"
@@ -155,11 +155,14 @@ def differing_keys(first: EncoderInfo, second: EncoderInfo) -> str:
 
 
 def _mapped(path: Path) -> memoryview:
-    """Return a file's bytes as a view of its mapping, read-only; an empty file can't be mapped."""
-    with path.open("rb") as file:
-        if not os.fstat(file.fileno()).st_size:
-            return memoryview(b"")
-        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    """Return a file's bytes, read-only: a large one as a view of its mapping, which keeps no file open."""
+    size = path.stat().st_size
+    if size < MAPPED_BYTES:
+        return memoryview(path.read_bytes())
+    try:
+        return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy().data.toreadonly()
+    except RuntimeError as error:
+        raise DataError(f"{path} can't be mapped: {error}") from None
 
 
 def _entry(name: str, index: ShardIndex) -> ShardEntry:

@@ -8,6 +8,7 @@ range requests (`remote.py`), its indexes once, when it is opened.
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -24,7 +25,8 @@ from megacogvx.data.indexed.side_columns import read_side_column
 from megacogvx.data.indexed.source import Access
 from megacogvx.errors import DataError
 
-OPENED_AT_ONCE = 16  # indexes that are fetched side by side from an object store
+OPENED_AT_ONCE = 16  # indexes that are read side by side, from an object store or where there are many
+OPEN_SHARDS = 256  # .bin files that are open at a time: a process may often open 1,024, and map 65,530
 
 
 class IndexedDataset:
@@ -55,6 +57,8 @@ class IndexedDataset:
                     f"{self.folder}: {MANIFEST} and shard {shard.name} name different encoders: {differing}"
                 )
         self._starts = np.cumsum([0, *(len(shard.index) for shard in self.shards)]).tolist()
+        self._used: dict[str, Shard] = {}  # the shards whose .bin may be open, the longest unused first
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -97,7 +101,7 @@ class IndexedDataset:
         Raises:
             DataError: the sample is damaged; names its shard and id.
         """
-        shard, row = self.locate(number)
+        shard, row = self._open(number)
         return shard.record(row, frames, first_frame)
 
     def has_first_frame(self) -> np.ndarray:
@@ -120,7 +124,7 @@ class IndexedDataset:
         Raises:
             DataError: the sample is damaged; names its shard and id.
         """
-        shard, row = self.locate(number)
+        shard, row = self._open(number)
         return shard.record_in(allocate, row, frames, first_frame)
 
     def read_into(self, number: int, out: np.ndarray, frames: range | None = None) -> int:
@@ -139,7 +143,7 @@ class IndexedDataset:
         Raises:
             DataError: the sample is damaged; names its shard and id. `out` may hold a part of it then.
         """
-        shard, row = self.locate(number)
+        shard, row = self._open(number)
         return shard.copy(row, frames, out)
 
     def side_column(self, name: str) -> np.ndarray:
@@ -157,11 +161,22 @@ class IndexedDataset:
         place = bisect_right(self._starts, number) - 1
         return self.shards[place], number - self._starts[place]
 
+    def _open(self, number: int) -> tuple[Shard, int]:
+        """Return `locate(number)`, and close the shard that is longest unused where too many would be open."""
+        shard, row = self.locate(number)
+        if len(self.shards) > OPEN_SHARDS:
+            with self._lock:
+                self._used.pop(shard.name, None)
+                self._used[shard.name] = shard
+                if len(self._used) > OPEN_SHARDS:
+                    self._used.pop(next(iter(self._used))).close()
+        return shard, row
+
     def _open_shards(self, access: Access) -> list[Shard]:
         def open_shard(entry: ShardEntry) -> Shard:
             return Shard(self.folder, entry.name, self.verify, entry, access)
 
-        if isinstance(self.folder, Path):
+        if isinstance(self.folder, Path) and len(self.manifest.shards) <= OPEN_SHARDS:
             return [open_shard(entry) for entry in self.manifest.shards]
         with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
             return list(pool.map(open_shard, self.manifest.shards))

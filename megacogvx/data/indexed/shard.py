@@ -63,6 +63,7 @@ class Shard:
         self._channels, self._text_shape = 2 * encoder.latent_channels, encoder.text_shape
         self._cell_bytes, self._token_bytes = encoder.frame_cell_bytes, encoder.text_token_bytes
         self._mapped: dict[torch.dtype, torch.Tensor] = {}  # the whole file as values of a dtype, made once
+        self._rows_checked = False
         self._seen = np.zeros(len(self.index) if verify == "once" else 0, bool)
 
     @cached_property
@@ -72,13 +73,22 @@ class Shard:
         Raises:
             DataError: a row of the index is impossible, or the file can't be opened.
         """
-        check_index_rows(self.index, str(self.path.with_suffix(".idx") if isinstance(self.path, Path) else self.path))
+        if not self._rows_checked:
+            path = self.path.with_suffix(".idx") if isinstance(self.path, Path) else self.path
+            check_index_rows(self.index, str(path))
+            self._rows_checked = True
         return open_source(self.path, self.index.bin_bytes, self.access)
 
     @cached_property
     def copier(self) -> RecordCopier:
         """What copies records into the caller's memory."""
         return RecordCopier(self.index, self.source, lambda row, what: DataError(self._damaged(row, what)))
+
+    def close(self) -> None:
+        """Let go of the .bin, unless tensors view it still; the next read opens it again."""
+        for name in ("source", "copier"):
+            self.__dict__.pop(name, None)
+        self._mapped = {}
 
     def copy(self, row: int, frames: range | None, out: np.ndarray) -> int:
         """Copy record `row`, see `IndexedDataset.read_into`."""
@@ -203,9 +213,11 @@ class Shard:
         size = dtype.itemsize
         if not isinstance(source, MappedSource):
             return torch.from_numpy(source.view(start, length * size)).view(dtype).view(shape)
-        if dtype not in self._mapped:
-            self._mapped[dtype] = torch.from_numpy(source.data[: len(source.data) // size * size]).view(dtype)
-        return self._mapped[dtype][start // size : start // size + length].view(shape)
+        values = self._mapped.get(dtype)
+        if values is None:
+            values = torch.from_numpy(source.data[: len(source.data) // size * size]).view(dtype)
+            self._mapped[dtype] = values
+        return values[start // size : start // size + length].view(shape)
 
     def _checks(self, row: int) -> bool:
         return self.verify == "always" or (self.verify == "once" and not self._seen[row])
