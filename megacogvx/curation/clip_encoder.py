@@ -71,7 +71,7 @@ class ClipEncoder:
         """Encode a clip's pixels: moments [T, h, w, 2C] of `latent_dtype` on the CPU, mean then log-variance.
 
         Raises:
-            DataError: the clip can't be read, or its size doesn't suit the VAE.
+            DataError: the clip can't be read, its size doesn't suit the VAE, or the moments aren't finite.
         """
         parameter = next(self.vae.parameters())
         pixels_THW3 = self.pixels(clip)
@@ -80,6 +80,8 @@ class ClipEncoder:
             moments_B2CTHW = self._encoded(video_BCTHW)
         except DataError as error:
             raise DataError(f"clip {clip.path}: {error}") from None
+        if not bool(moments_B2CTHW.isfinite().all()):
+            raise DataError(f"clip {clip.path}: the VAE makes NaN or infinity of it in {parameter.dtype}")
         return to_field(moments_B2CTHW[0].permute(1, 2, 3, 0), self.latent_dtype)
 
     def pixels(self, clip: Clip, count: int | None = None) -> torch.Tensor:
@@ -111,12 +113,17 @@ class ClipEncoder:
 
         Returns:
             Per caption [L, E], or ids [L], of `text_dtype`, on the CPU.
+
+        Raises:
+            DataError: an embedding isn't finite.
         """
         new = [caption for caption in dict.fromkeys(captions) if caption not in self._texts]
         if new:
             encode = self.text_encoder.token_ids if self.text_kind == "token_ids" else self.text_encoder.encode
             texts_B, lengths_B = encode(new)
             for caption, text, length in zip(new, texts_B, lengths_B.tolist(), strict=True):
+                if text.is_floating_point() and not bool(text.isfinite().all()):
+                    raise DataError(f"the text encoder makes NaN or infinity of {caption!r} in {text.dtype}")
                 kept = text[:length] if self.text_kind == "real" else text
                 self._texts[caption] = to_field(kept, self.text_dtype)
         texts = [self._texts[caption] for caption in captions]

@@ -24,7 +24,7 @@ from megacogvx.curation.clip_source import listed
 from megacogvx.curation.encode_job import JOB_FILE, EncodeJob, agree, latent_scale
 from megacogvx.data.clips import Clip
 from megacogvx.data.indexed import DatasetWriter, finish_dataset
-from megacogvx.data.indexed.writer import shard_name
+from megacogvx.data.indexed.writer import encode_metadata, shard_name
 from megacogvx.errors import ConfigError, DataError
 from megacogvx.inference.coding import coding_of
 from megacogvx.inference.load import load_vae
@@ -136,13 +136,14 @@ def _records(
             batch = clips[place : place + CAPTIONS_AT_ONCE]
             texts = encoder.texts([clip.caption for clip in batch])
         try:
+            encode_metadata(_metadata(clip), sample_id(clip))  # a caption may be too long to be stored
             moments = encoder.moments(clip)
             image = encoder.pixels(clip, 1)[0] if encoder.first_frame else None
         except DataError as error:
             if not skip_bad:
                 raise
             logger.warning("left out: %s", error)
-            skipped["clip that is missing, damaged or of a size that the VAE can't take"] += 1
+            skipped["clip that is missing, damaged, or can't be encoded"] += 1
             continue
         yield clip, Fields(latents=moments, text=texts[place % CAPTIONS_AT_ONCE], first_frame=image)
 

@@ -69,7 +69,7 @@ def copy_samples(
     """Write samples `numbers` of `dataset` (int64, in this order), with their side columns, as a dataset of their own.
 
     Raises:
-        DataError: there is none, one is damaged, or `folder` is a dataset already.
+        DataError: there is none, one is damaged, `folder` is a dataset already, or another command began it.
     """
     _refuse_existing(folder)
     if not len(numbers):
@@ -78,7 +78,11 @@ def copy_samples(
     for start in progress(range(0, len(numbers), samples_per_shard), f"write {folder.name}"):
         with DatasetWriter(folder, dataset.encoder, len(names)) as writer:
             names.append(writer.name)
-            for number in [] if writer.finished else numbers[start : start + samples_per_shard].tolist():
+            part = numbers[start : start + samples_per_shard]
+            if writer.finished:  # by an earlier, interrupted start
+                writer.check_finished(dataset.sample_id[part].tolist())
+                continue
+            for number in part.tolist():
                 record = dataset.sample(number, first_frame=True)
                 writer.add_item(
                     latents=record.latents, text=record.text, sample_id=record.sample_id, metadata=record.metadata,

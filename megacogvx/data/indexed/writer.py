@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import uuid
+from collections.abc import Collection
 from pathlib import Path
 from re import fullmatch
 from types import TracebackType
@@ -117,7 +118,7 @@ class DatasetWriter:
         """
         assert self._file is not None, f"shard {self.name} is finished or dropped"
         self._check(latents, text, sample_id, first_frame)
-        note = self._encode_metadata(metadata, sample_id)
+        note = encode_metadata(metadata, sample_id)
         latent_data, text_data = _bytes_of(latents), _bytes_of(text)
         start = self._file.tell()
         text_key, text_hash = xxhash.xxh3_128_digest(text_data), digest(text_data)
@@ -187,6 +188,18 @@ class DatasetWriter:
                 self._file.close()
             self._file = None
 
+    def check_finished(self, sample_ids: Collection[int]) -> None:
+        """Check that a shard that was found finished is the one that would be written now.
+
+        Raises:
+            DataError: it holds other samples: another command wrote it.
+        """
+        if self._ids != set(sample_ids):
+            raise DataError(
+                f"shard {self.name} of {self.folder} is there already and holds {len(self)} samples, others than the "
+                f"{len(sample_ids)} that belong there: another command began this folder; remove it, or name a new one"
+            )
+
     @property
     def _temporary(self) -> Path:
         return self.folder / f"{self.name}.bin.tmp"
@@ -248,21 +261,27 @@ class DatasetWriter:
         if first_frame is not None:
             _check_image(first_frame, encoder, where)
 
-    def _encode_metadata(self, metadata: dict[str, Any], sample_id: int) -> bytes:
-        try:
-            note = canonical_json(metadata)
-        except (TypeError, ValueError) as error:
-            raise DataError(f"sample {sample_id}: the metadata can't be written as JSON: {error}") from None
-        if len(note) > MAX_METADATA_BYTES:
-            raise DataError(f"sample {sample_id}: {len(note)} bytes of metadata, the limit is {MAX_METADATA_BYTES}")
-        return note
-
     def _failed(self, error: OSError) -> DataError:
         written = self._temporary.stat().st_size if self._temporary.exists() else 0
         return DataError(
             f"cannot write shard {self.name} of {self.folder} ({written} bytes so far): {error.strerror}; free some "
             "space and start again: finished shards are kept"
         )
+
+
+def encode_metadata(metadata: dict[str, Any], sample_id: int) -> bytes:
+    """Return the metadata of a record as they are stored.
+
+    Raises:
+        DataError: they can't be written as JSON, or have more than 1 MiB.
+    """
+    try:
+        note = canonical_json(metadata)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"sample {sample_id}: the metadata can't be written as JSON: {error}") from None
+    if len(note) > MAX_METADATA_BYTES:
+        raise DataError(f"sample {sample_id}: {len(note)} bytes of metadata, the limit is {MAX_METADATA_BYTES}")
+    return note
 
 
 def _check_image(image: torch.Tensor, encoder: EncoderInfo, where: str) -> None:

@@ -274,3 +274,34 @@ def test_neighbouring_processes_encode_as_one(
     encode.run(parser.parse_args([*fixed, *options]))
     assert asked == [2, "shutdown"]
     assert [path.stem for path in tmp_path.glob("*.idx")] == ["shard-00001"]
+
+
+def test_what_cannot_be_stored_is_left_out_and_never_stored(
+    folder: Path, vae: CogVideoXVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A caption of more than a record's metadata may have, and a clip of which the VAE makes NaN."""
+    listed = read_clips(folder)
+    listed[1] = listed[1].model_copy(update={"caption": "long " * 2**18})
+    clips, encoder = ClipList.of(listed), encoder_of(folder, vae)
+    plain, calls = ClipEncoder._encoded, []
+
+    def breaking(self: ClipEncoder, video_BCTHW: torch.Tensor) -> torch.Tensor:
+        calls.append(video_BCTHW)
+        return plain(self, video_BCTHW) * (float("nan") if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(ClipEncoder, "_encoded", breaking)
+    job = encoder.job(clips, 4, scaling_factor=0.5, measured=4)
+    with pytest.raises(DataError, match=r"1310\d+ bytes of metadata, the limit is 1048576"):
+        write_dataset(tmp_path, clips, encoder, job)
+    calls.clear()
+    skipped = write_dataset(tmp_path, clips, encoder, job, skip_bad=True)
+    assert list(skipped.values()) == [2]
+    dataset = IndexedDataset(tmp_path)
+    assert dataset.sample_id.tolist() == [sample_id(listed[place]) for place in (0, 2, 4, 5)]
+    assert all(bool(dataset.sample(number).latents.isfinite().all()) for number in range(4))
+    calls[:] = calls[:2]
+    with pytest.raises(DataError, match=r"3\.mp4: the VAE makes NaN or infinity of it in torch\.float32"):
+        encoder.moments(listed[3])
+    monkeypatch.setattr(encoder.text_encoder, "encode", lambda captions: (torch.full((1, 4, 16), torch.inf), [4]))
+    with pytest.raises(DataError, match="the text encoder makes NaN or infinity of 'new'"):
+        encoder.texts(["new"])
