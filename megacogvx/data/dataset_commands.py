@@ -142,7 +142,7 @@ def column(arguments: argparse.Namespace) -> None:
         raise ConfigError("name one of --from-metadata and --from-csv")
     dataset = IndexedDataset(arguments.folder)
     if arguments.from_metadata:
-        facts = (dataset.sample(number).metadata.get(arguments.from_metadata) for number in range(len(dataset)))
+        facts = (dataset.metadata(number).get(arguments.from_metadata) for number in range(len(dataset)))
         values = [float(fact) if isinstance(fact, (int, float)) else math.nan for fact in facts]
     else:
         given = dict(_scores(arguments.from_csv))

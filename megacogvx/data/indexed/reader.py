@@ -13,6 +13,7 @@ from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -103,6 +104,15 @@ class IndexedDataset:
         """
         shard, row = self._open(number)
         return shard.record(row, frames, first_frame)
+
+    def metadata(self, number: int) -> dict[str, Any]:
+        """Return the metadata of sample `number`, without reading its tensors.
+
+        Raises:
+            DataError: they are damaged; names the shard and the sample.
+        """
+        shard, row = self._open(number)
+        return shard.metadata(row)
 
     def has_first_frame(self) -> np.ndarray:
         """Return which samples hold their first frame: bool `[n]`."""

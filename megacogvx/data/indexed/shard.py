@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,7 +14,15 @@ import torch
 from megacogvx.data.indexed.copying import RecordCopier
 from megacogvx.data.indexed.fields import field_dtype
 from megacogvx.data.indexed.headers import check_bin_header, check_record_header, damaged
-from megacogvx.data.indexed.layout import IMAGE_CHANNELS, IMAGE_COLUMNS, RECORD_HEADER, ShardIndex, aligned, digest
+from megacogvx.data.indexed.layout import (
+    IMAGE_CHANNELS,
+    IMAGE_COLUMNS,
+    RECORD_HEADER,
+    ShardIndex,
+    aligned,
+    digest,
+    load_json,
+)
 from megacogvx.data.indexed.manifest import MANIFEST, ShardEntry, read_index
 from megacogvx.data.indexed.parse import check_index_rows
 from megacogvx.data.indexed.record import Record
@@ -141,6 +149,24 @@ class Shard:
             if self.verify == "once":
                 self._seen[row] |= len(frames) == count and (first_frame or not self.index.encoder.first_frame)
         return Record(latents, text, sample_id, note, self._first_frame(row, check) if first_frame else None)
+
+    def metadata(self, row: int) -> dict[str, Any]:
+        """Return the metadata of record `row`; of the .bin nothing else is read.
+
+        Raises:
+            DataError: they are damaged; names the sample.
+        """
+        columns, check = self.index.columns, self._checks(row)
+        start, length = int(columns["metadata_offset"][row]), int(columns["metadata_length"][row])
+        try:
+            if check:
+                self.source.check_size()
+            note = self.source.view(start, length).tobytes()
+            if check and digest(note) != int(columns["metadata_hash"][row]):
+                raise DataError(self._damaged(row, "the metadata"))
+            return load_json(note, f"metadata of sample {int(columns['sample_id'][row])}")
+        except DataError as error:
+            raise self._named(row, error) from error
 
     def _first_frame(self, row: int, check: bool) -> torch.Tensor | None:
         """Return the pixels uint8 `[H, W, 3]` of a record, if it has any."""

@@ -271,3 +271,15 @@ def test_import_megatron(tmp_path, encoder, write):
         record = dataset.sample(number)
         assert torch.equal(record.latents, latents[number]) and torch.equal(record.text, texts[number].bfloat16())
         assert record.metadata["n"] == number
+
+
+def test_what_another_command_began_is_not_taken_over(source, tmp_path, capsys):
+    """A filter that was interrupted left shards of its samples; one with other bounds must not keep them."""
+    target = tmp_path / "filtered"
+    assert data("filter", source, "--where", "flow>=5", "--output", target, "--samples-per-shard", 5) == 0
+    for name in ("manifest.json", "shard-00001.idx", "shard-00002.idx"):
+        (target / name).unlink()
+    assert data("filter", source, "--where", "flow>=7", "--output", target, "--samples-per-shard", 5) != 0
+    assert "shard-00000" in (told := capsys.readouterr().err) and "another command began this folder" in told
+    assert data("filter", source, "--where", "flow>=5", "--output", target, "--samples-per-shard", 5) == 0
+    assert IndexedDataset(target).sample_id.tolist() == [1000 + number for number in range(5, 20)]

@@ -198,3 +198,17 @@ def test_a_large_index_is_mapped_and_holds_no_file_open(folder, monkeypatch):
     last.path.unlink()
     with pytest.raises(DataError, match=rf"{last.name}\.bin: sample \d+ .*can't be mapped: .*No such file"):
         mapped.sample(11)
+
+
+@pytest.mark.parametrize("access", ["mmap", "pread"])
+def test_metadata_alone_need_no_tensors(folder, access):
+    plain = IndexedDataset(folder)
+    rows = range(len(plain.shards[0].index))
+    expected = [plain.sample(row).metadata for row in rows]
+    for row in rows:
+        flip(folder / "shard-00000.bin", spans(plain, row)["latent frame 0"])
+    dataset = IndexedDataset(folder, access=access)
+    assert [dataset.metadata(row) for row in rows] == expected
+    flip(folder / "shard-00000.bin", spans(dataset, 0)["the metadata"] + 5)
+    with pytest.raises(DataError, match=rf"shard-00000\.bin: sample {plain.sample_id[0]} .*: the metadata is damaged"):
+        IndexedDataset(folder, access=access).metadata(0)
