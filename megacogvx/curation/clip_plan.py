@@ -30,7 +30,7 @@ from megacogvx.curation.captions import caption_rows, check_rows
 from megacogvx.curation.clip import ClipRules, plan_all
 from megacogvx.curation.clip_list import PART, ClipList, Part, sample_id
 from megacogvx.data.clips import Clip
-from megacogvx.data.indexed.durable import try_lock, write_atomically
+from megacogvx.data.indexed.durable import try_lock, write_atomically, writing
 from megacogvx.data.transforms import Size
 from megacogvx.errors import DataError
 from megacogvx.log import get_logger
@@ -112,7 +112,8 @@ def plan_clips(plan: ClipPlan, rank: int, ranks: int) -> ClipList:
         DataError: as `ClipPlan.part`; or there is no row, or none that gives a clip.
     """
     folder = plan.folder
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     parts = _plan_parts(plan, folder, rank, ranks)
     if not parts:
         raise DataError(f"caption file {plan.captions} holds no row")
@@ -157,7 +158,7 @@ def _pass_over(plan: ClipPlan, folder: Path, wanted: Container[int]) -> int:
 def _write_once(path: Path, content: Callable[[], bytes]) -> None:
     """Write a file unless it is there, or another process is about to write it."""
     lock = path.with_suffix(".lock")
-    with lock.open("ab") as file:
+    with writing(path.parent), lock.open("ab") as file:
         if try_lock(file):
             if not path.is_file():
                 write_atomically(path, content())

@@ -136,7 +136,7 @@ def _records(
             batch = clips[place : place + CAPTIONS_AT_ONCE]
             texts = encoder.texts([clip.caption for clip in batch])
         try:
-            encode_metadata(_metadata(clip), sample_id(clip))  # a caption may be too long to be stored
+            _check_metadata(clip)
             moments = encoder.moments(clip)
             image = encoder.pixels(clip, 1)[0] if encoder.first_frame else None
         except DataError as error:
@@ -161,6 +161,14 @@ def _measured(clips: ClipList, count: int, encoder: ClipEncoder, skip_bad: bool)
 
 def _metadata(clip: Clip) -> dict[str, Any]:
     return {**clip.model_dump(exclude={"path", "resized", "source_bytes"}), "clip": clip.path.name}
+
+
+def _check_metadata(clip: Clip) -> None:
+    """Raise `DataError` where a caption is too long to be stored: before the clip is encoded, and to be left out."""
+    try:
+        encode_metadata(_metadata(clip), sample_id(clip))
+    except DataError as error:
+        raise DataError(f"clip {clip.path}: {error}") from None
 
 
 def _finish(folder: Path, shards: list[str]) -> None:

@@ -46,7 +46,7 @@ class DataConfig(Section):
         tokens_per_pack: token budget of a pack, text and video; a multiple of tensor x context ranks.
         packs_per_step: packs of one optimizer step, over all data-parallel ranks; a multiple of them.
         samples_per_step: the same as samples, in place of `packs_per_step`; converted once, by the mean length of the
-            corpus's samples, so that every step has equally many packs.
+            samples that are drawn, with the weights, so that every step has equally many packs.
         verify: compare checksums at every read, at the first read of a sample, or never.
         access: map the files, or read from them ("pread", for network file systems: a read that hangs can be given up);
             what lies at a URL is always read, by range requests.

@@ -20,7 +20,10 @@ from megacogvx.data.indexed.shard import Allocate
 from megacogvx.errors import ConfigError, DataError
 from megacogvx.pack_layout import PackSample, Triple, place_sample, tokens_of
 
-WEIGHT_STEPS = 10_000  # weights are rounded to this many parts of their sum, so that the blend is exact in integers
+# Weights are rounded to parts of their sum, so that the blend is exact in integers: to the first of these numbers of
+# parts for which none is off by more than a thousandth. With the last, 9 * 10^10 samples may be drawn.
+WEIGHT_STEPS = (10**4, 10**5, 10**6, 10**7, 10**8)
+WEIGHT_ERROR = 1e-3
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,12 @@ class CorpusColumns:
         shapes, place = np.unique(keys, return_inverse=True)
         video = np.array([self._video_tokens(int(shape), keys, patch) for shape in shapes], np.int64)
         return video[place] + self.text_length
+
+    def mean_length(self, patch: Triple) -> float:
+        """Return the mean tokens of the samples that a run draws: of each group by its share of them, not its size."""
+        lengths = self.lengths(patch)
+        means = [float(lengths[group.start : group.start + group.count].mean()) for group in self.groups]
+        return float(np.average(means, weights=[group.weight for group in self.groups]))
 
     def _video_tokens(self, shape: int, keys: np.ndarray, patch: Triple) -> int:
         try:
@@ -180,8 +189,15 @@ class Corpus:
 
 
 def integer_weights(weights: list[float]) -> list[int]:
-    """Return small integers in the ratio of `weights`, each rounded to 1 / 10000 of their sum (but never to 0)."""
+    """Return integers in the ratio of `weights`, each off by at most a thousandth of itself.
+
+    The smallest, one below 10^-8 of their sum, may be off by more, but is never 0.
+    """
     total = sum(weights)
-    scaled = [max(1, round(weight / total * WEIGHT_STEPS)) for weight in weights]
+    for steps in WEIGHT_STEPS:
+        scaled = [max(1, round(weight / total * steps)) for weight in weights]
+        parts = zip(scaled, weights, strict=True)
+        if all(abs(value / steps - weight / total) <= WEIGHT_ERROR * weight / total for value, weight in parts):
+            break
     divisor = math.gcd(*scaled) or 1
     return [value // divisor for value in scaled]

@@ -194,7 +194,7 @@ def _followers(
 
 def _with_packs_per_step(config: TrainConfig, corpus: Corpus) -> TrainConfig:
     """Return `config` with the step's size in packs, and say what it is in samples and tokens."""
-    mean = float(corpus.columns.lengths(config.model.patch).mean())
+    mean = corpus.columns.mean_length(config.model.patch)
     data = config.data.in_packs(mean)
     tokens = data.packs_per_step * data.tokens_per_pack
     logger.info(

@@ -4,8 +4,24 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+from megacogvx.errors import DataError
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn what a disk that is full, read-only or broken raises into a `DataError` that names `folder`."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"cannot write to {folder}: {error.strerror}; make room, or name another folder, and start again: what is "
+            "finished is kept"
+        ) from error
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import xxhash
 
 from megacogvx.data.indexed.durable import sync_folder
+from megacogvx.data.indexed.layout import BIN_HEADER, IDX_HEADER
 from megacogvx.data.indexed.manifest import MANIFEST, Manifest, differing_keys, finish_dataset
 from megacogvx.data.indexed.reader import IndexedDataset
 from megacogvx.data.indexed.remote import Folder
@@ -21,6 +22,7 @@ from megacogvx.errors import DataError
 from megacogvx.log import progress
 
 SAMPLES_PER_SHARD = 4096
+HEADER_BYTES = max(BIN_HEADER.size, IDX_HEADER.size)
 
 
 def merge_datasets(sources: Sequence[Path], folder: Path) -> Manifest:
@@ -115,7 +117,7 @@ def split_shares(sample_ids: np.ndarray, shares: Sequence[float]) -> list[np.nda
 def _place(source: Path, target: Path) -> None:
     """Link or copy a file under a new name; shards never change, so that sharing them is safe."""
     if target.exists():
-        if target.stat().st_size == source.stat().st_size:
+        if _is_copy(source, target):
             return
         raise DataError(f"{target} is there already and is another file; merge into a new folder")
     try:
@@ -126,6 +128,14 @@ def _place(source: Path, target: Path) -> None:
         with beside.open("rb") as file:
             os.fsync(file.fileno())
         beside.replace(target)
+
+
+def _is_copy(source: Path, target: Path) -> bool:
+    """Whether both are the same shard's file: sizes may be equal by chance, the headers hold the shard's uuid."""
+    if target.stat().st_size != source.stat().st_size:
+        return False
+    with source.open("rb") as one, target.open("rb") as other:
+        return one.read(HEADER_BYTES) == other.read(HEADER_BYTES)
 
 
 def _refuse_existing(folder: Path) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import xxhash
 
-from megacogvx.data.indexed.durable import sync_folder, try_lock, write_atomically
+from megacogvx.data.indexed.durable import sync_folder, try_lock, write_atomically, writing
 from megacogvx.data.indexed.encoder_info import EncoderInfo
 from megacogvx.data.indexed.fields import field_dtype
 from megacogvx.data.indexed.layout import (
@@ -70,7 +70,7 @@ class DatasetWriter:
 
         Raises:
             DataError: the name isn't allowed, another process is writing this shard, or a finished one of this name is
-                damaged or of another encoder.
+                damaged or of another encoder, or nothing can be written there.
         """
         self.folder, self.encoder = Path(folder), encoder
         self.name = shard_name(shard) if isinstance(shard, int) else shard
@@ -81,11 +81,13 @@ class DatasetWriter:
         self._ids: set[int] = set()
         self._texts: dict[bytes, int] = {}  # 128-bit hash of a stored text -> its offset
         self._file: BinaryIO | None = None
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / f"{self.name}.idx").exists():
             self._adopt_finished()
         else:
-            self._open()
+            with writing(self.folder):
+                self._open()
 
     def __len__(self) -> int:
         return len(self._ids)

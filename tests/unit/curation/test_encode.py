@@ -291,7 +291,7 @@ def test_what_cannot_be_stored_is_left_out_and_never_stored(
 
     monkeypatch.setattr(ClipEncoder, "_encoded", breaking)
     job = encoder.job(clips, 4, scaling_factor=0.5, measured=4)
-    with pytest.raises(DataError, match=r"1310\d+ bytes of metadata, the limit is 1048576"):
+    with pytest.raises(DataError, match=r"1\.mp4: sample \d+: 1310\d+ bytes of metadata, the limit is 1048576"):
         write_dataset(tmp_path, clips, encoder, job)
     calls.clear()
     skipped = write_dataset(tmp_path, clips, encoder, job, skip_bad=True)
@@ -302,6 +302,8 @@ def test_what_cannot_be_stored_is_left_out_and_never_stored(
     calls[:] = calls[:2]
     with pytest.raises(DataError, match=r"3\.mp4: the VAE makes NaN or infinity of it in torch\.float32"):
         encoder.moments(listed[3])
-    monkeypatch.setattr(encoder.text_encoder, "encode", lambda captions: (torch.full((1, 4, 16), torch.inf), [4]))
+    monkeypatch.setattr(
+        encoder.text_encoder, "encode", lambda captions: (torch.full((1, 4, 16), torch.inf), torch.tensor([4]))
+    )
     with pytest.raises(DataError, match="the text encoder makes NaN or infinity of 'new'"):
         encoder.texts(["new"])

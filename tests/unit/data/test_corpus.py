@@ -92,6 +92,19 @@ def test_integer_weights():
     assert min(integer_weights([1.0, 1e-9])) == 1
     weights = np.array(integer_weights([1, 1, 1]))
     assert np.ptp(weights) == 0
+    for given in ([5e7, 1e6, 2000], [0.99985, 0.00015], [1 / 3, 2 / 3], [0.7, 0.1, 0.2]):
+        found = np.array(integer_weights(given))
+        assert found / found.sum() == pytest.approx(np.array(given) / sum(given), rel=2e-3)
+    assert integer_weights([1 / 3, 2 / 3]) == [3333, 6667], "plans of earlier runs stay what they are"
+
+
+def test_the_mean_length_is_that_of_the_samples_that_are_drawn(folders):
+    one, other = (Corpus(config(paths=[folder])).columns.lengths((1, 2, 2)).mean() for folder in map(str, folders[:2]))
+    assert one != other
+    weighted = Corpus(config(paths=[[9.0, str(folders[0])], [1.0, str(folders[1])]]))
+    assert weighted.columns.mean_length((1, 2, 2)) == pytest.approx(0.9 * one + 0.1 * other)
+    joined = Corpus(config(paths=[str(folders[0]), str(folders[1])])).columns
+    assert joined.mean_length((1, 2, 2)) == pytest.approx(joined.lengths((1, 2, 2)).mean())
 
 
 def test_scores_are_joined_and_leave_the_checksum(folders):
