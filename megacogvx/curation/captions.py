@@ -29,9 +29,9 @@ class Caption(Section):
 
     video: str = Field(min_length=1)
     caption: str = Field(min_length=1)
-    start: float = Field(0.0, ge=0)
-    end: float | None = Field(None, gt=0)
-    image_at: float | None = Field(None, ge=0)
+    start: float = Field(0.0, ge=0, allow_inf_nan=False)
+    end: float | None = Field(None, gt=0, allow_inf_nan=False)
+    image_at: float | None = Field(None, ge=0, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod

@@ -38,6 +38,7 @@ def test_json_lines_and_csv_say_the_same(tmp_path: Path) -> None:
         ('{"video": "/a.mp4", "end": 1, "caption": "c"}', "leads out of the folder"),
         ('{"video": "a.mp4", "end": "soon", "caption": "c"}', "end: Input should be a valid number"),
         ('{"video": "a.mp4", "end": NaN, "caption": "c"}', "end: Input should be"),
+        ('{"video": "a.mp4", "end": Infinity, "caption": "c"}', "end: Input should be a finite number"),
         ("[1, 2]", "a row must be an object"),
         ("{", "Expecting property name"),
     ],
