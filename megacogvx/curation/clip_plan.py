@@ -36,6 +36,7 @@ from megacogvx.errors import DataError
 from megacogvx.log import get_logger
 
 POLL_SECONDS = 1.0  # between two looks at what others are doing
+SAID_EVERY = 60  # looks
 LOOKED_AT = 8  # unfinished parts whose locks are tried at each look
 
 logger = get_logger(__name__)
@@ -135,14 +136,17 @@ def _plan_parts(plan: ClipPlan, folder: Path, rank: int, ranks: int) -> list[Pat
     """Plan this process's share, then what is left; return the files of all parts, which are there then."""
     number = _pass_over(plan, folder, range(rank, 2**63 - 1, ranks))
     paths = [_path(folder, part) for part in range(number)]
-    turn = rank
+    waits = 0
     while missing := [part for part, path in enumerate(paths) if not path.is_file()]:
-        places = range(turn * LOOKED_AT, turn * LOOKED_AT + min(LOOKED_AT, len(missing)))
-        if any(_is_free(folder, missing[place % len(missing)]) for place in places):
+        first = (rank + waits) * LOOKED_AT
+        looked_at = (missing[place % len(missing)] for place in range(first, first + min(LOOKED_AT, len(missing))))
+        if any(_is_free(folder, part) for part in looked_at):
             _pass_over(plan, folder, set(missing))
-        else:
-            time.sleep(POLL_SECONDS)
-        turn += 1
+            continue
+        if waits % SAID_EVERY == 0:
+            logger.info("waiting for %d of %d parts of the plan, at which others are at work", len(missing), number)
+        time.sleep(POLL_SECONDS)
+        waits += 1
     return paths
 
 
@@ -168,7 +172,7 @@ def _write_once(path: Path, content: Callable[[], bytes]) -> None:
 def _is_free(folder: Path, number: int) -> bool:
     """Whether no process is at work on a part."""
     try:
-        with _path(folder, number).with_suffix(".lock").open("rb") as file:
+        with _path(folder, number).with_suffix(".lock").open("rb+") as file:  # NFS locks what may be written
             return try_lock(file)
     except FileNotFoundError:
         return True

@@ -22,6 +22,8 @@ from megacogvx.parallel.launch import LaunchEnvironment, array_task, launch_envi
 
 EXAMPLE = """\
 Writes DATASET/shard-*.bin, .idx and manifest.json. Start the same command again to go on after an interruption.
+With --captions each video is looked into by one of the processes; what they found is kept in DATASET/clip-plan-*,
+which may be removed when the dataset is finished.
 
 examples:
   megacogvx encode --captions captions.jsonl --videos videos --short-sides 256 512 --frames 1 49 --fps 8 16 \\
