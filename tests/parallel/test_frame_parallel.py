@@ -160,9 +160,8 @@ def test_one_training_step_on_three_ranks(groups):
 
 @on_ranks(4, {"context_parallel_size": 4})
 def test_four_ranks_equal_one(groups):
-    """At 25 frames the gradient of one bias cancels so far that in fp32 one rank alone is 7e-5 from fp64."""
     check_all(groups, dtype=torch.float64)
-    check_all(groups, gradient_bound=2e-4)
+    check_all(groups)
 
 
 @on_ranks(4, {"context_parallel_size": 2}, {"context_parallel_size": 4})

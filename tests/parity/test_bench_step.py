@@ -10,6 +10,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
 
 import bench_step
 import bench_step_gpu
+import bench_step_turns
 from bench_step_sides import Case, OneByOne, OurPack, TheirBatch, diffusers_model, gradients, our_model
 
 from megacogvx.models.transformer import CogVideoXConfig
@@ -63,29 +64,38 @@ def test_padding_gives_every_sample_the_size_of_the_longest(groups):
 
 def test_a_wrong_result_is_marked(groups):
     case, theirs, ours = _sides(EQUAL, groups)
-    reference = bench_step.Side("diffusers", TheirBatch(case, theirs, range(2)), theirs)
-    side = bench_step.Side("megacogvx", OurPack(case, ours, range(2)), ours)
-    bench_step.take_turns([reference, side], case, rounds=1)
-    assert "BROKEN" not in bench_step.compare(side, reference, torch.float32)
-    assert len(side.wall) == len(side.cpu) == 1
+    reference = bench_step_turns.Side("diffusers", TheirBatch(case, theirs, range(2)), theirs)
+    side = bench_step_turns.Side("megacogvx", OurPack(case, ours, range(2)), ours)
+    bench_step_turns.take_turns([reference, side], case, rounds=1)
+    assert "BROKEN" not in bench_step_turns.compare(side, reference, torch.float32)
+    assert len(side.wall) == len(side.cpu) == len(side.faults) == 1
+    assert bench_step_turns.ratio(side, reference).wall == side.wall[0] / reference.wall[0]
     side.rows[1] = side.rows[1] * 1.001
-    assert "BROKEN" in bench_step.compare(side, reference, torch.float32)
+    assert "BROKEN" in bench_step_turns.compare(side, reference, torch.float32)
+
+
+def test_processes_are_summed_up_by_their_median():
+    runs = [{"ours": bench_step_turns.Ratio(wall, 1 - wall, 0.5)} for wall in (0.3, 0.1, 0.9)]
+    (line,) = bench_step.spread(runs)
+    assert line.split(maxsplit=1)[1] == (
+        "wall 0.300 (0.100 to 0.900), cpu 0.700 (0.100 to 0.900), peak 0.500 (0.500 to 0.500)"
+    )
 
 
 def test_bf16_is_compared_with_fp32_of_the_same_rounded_numbers(groups):
     case = Case(CONFIG, EQUAL, torch.bfloat16)
     theirs = diffusers_model(case)
     run, ours = TheirBatch(case, theirs, range(2)), our_model(case, theirs, groups)
-    reference = bench_step.Side("diffusers", run, theirs)
-    side = bench_step.Side("megacogvx", OurPack(case, ours, range(2)), ours)
-    bench_step.take_turns([reference, side], case, rounds=1)
-    truth = bench_step.exact(case, reference)
+    reference = bench_step_turns.Side("diffusers", run, theirs)
+    side = bench_step_turns.Side("megacogvx", OurPack(case, ours, range(2)), ours)
+    bench_step_turns.take_turns([reference, side], case, rounds=1)
+    truth = bench_step_turns.exact(case, reference)
     assert all(rows.dtype == torch.float32 for rows in truth.rows)
     rounded = dict(theirs.named_parameters())
     assert all(torch.equal(p, rounded[name].float()) for name, p in truth.model.named_parameters())
     assert torch.equal(truth.run.sides[1].video[0], run.video[1].float())
-    assert "BROKEN" not in bench_step.compare(side, truth, torch.bfloat16)
-    assert "BROKEN" in bench_step.compare(side, truth, torch.float32)
+    assert "BROKEN" not in bench_step_turns.compare(side, truth, torch.bfloat16)
+    assert "BROKEN" in bench_step_turns.compare(side, truth, torch.float32)
 
 
 def test_the_peak_is_four_fifths_of_diffusers_without_and_with_full_recompute(groups):
@@ -97,7 +107,7 @@ def test_the_peak_is_four_fifths_of_diffusers_without_and_with_full_recompute(gr
             theirs.enable_gradient_checkpointing()
         ours = our_model(case, theirs, groups, policy)
         sides = ((OurPack(case, ours, range(2)), ours), (TheirBatch(case, theirs, range(2)), theirs))
-        mine, other = (bench_step.peak_bytes(bench_step.Side("x", run, model)) for run, model in sides)
+        mine, other = (bench_step_turns.peak_bytes(bench_step_turns.Side("x", run, model)) for run, model in sides)
         assert mine <= 0.8 * other, f"{policy}: {mine / other:.3f}"
 
 
@@ -111,7 +121,7 @@ def test_peak_bytes_count_what_lives_at_a_time():
         (weight * 2 * torch.ones(1000)).sum().backward()
         return []
 
-    peak = bench_step.peak_bytes(bench_step.Side("x", run, model))
+    peak = bench_step_turns.peak_bytes(bench_step_turns.Side("x", run, model))
     assert 3 * 4000 <= peak < 6 * 4000  # two products, the ones, then the gradient in the place of what was freed
 
 
