@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from megacogvx.data.clips import Clip, ClipLoader, ClipsConfig, read_clip, read_clips, split_held_out, write_clips
+from megacogvx.data.images import write_png
 from megacogvx.data.video import write_video
 from megacogvx.errors import ConfigError, DataError
-from megacogvx.testing.moving_shapes import write_shape_clip
+from megacogvx.testing.moving_shapes import shape_frames
 
 HEIGHT, WIDTH, FRAMES = 32, 48, 9
 Fields = dict[str, object]
@@ -15,7 +16,15 @@ Fields = dict[str, object]
 
 def make_clip(folder: Path, number: int, frames: int = FRAMES, **changes: object) -> Clip:
     """Write clip `number`: a video, or an image when `frames` is 1; every one of another scene."""
-    return write_shape_clip(folder, number, frames, HEIGHT, WIDTH, **changes)
+    pixels, caption = shape_frames(number, frames, HEIGHT, WIDTH)
+    fields: Fields = {"caption": caption, "frames": frames, "height": HEIGHT, "width": WIDTH, "start": 0.0}
+    if frames == 1:
+        fields |= {"path": folder / f"{number}.png", "fps": None, "source": f"image {number}"}
+        write_png(folder / f"{number}.png", pixels[0])
+    else:
+        fields |= {"path": folder / f"{number}.mp4", "fps": 8.0, "source": f"video {number}"}
+        write_video(folder / f"{number}.mp4", pixels, 8)
+    return Clip.model_validate({**fields, **changes})
 
 
 @pytest.fixture(scope="module")
