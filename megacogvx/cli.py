@@ -19,7 +19,7 @@ VERBS = {
     "clips": ("megacogvx.curation.clip", "cut captioned videos into short clips and images"),
     "train-vae": ("megacogvx.training.train_vae", "train a 3D causal VAE on clips"),
     "encode": ("megacogvx.curation.encode", "encode clips and captions into an indexed dataset"),
-    "data": ("megacogvx.data.commands", "look into indexed datasets; verify, merge, split, filter, recover, import or export them"),
+    "data": ("megacogvx.data.commands", "look into, verify, merge, split, filter, recover, import or export datasets"),
     "train": ("megacogvx.training.train", "pretrain a transformer on an indexed dataset"),
     "estimate": ("megacogvx.training.estimate.command", "say what a training costs on so many GPUs, without one"),
     "doctor": ("megacogvx.parallel.doctor", "look whether these machines are fit to train"),
