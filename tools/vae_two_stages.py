@@ -20,7 +20,7 @@ from statistics import fmean
 import torch
 
 from megacogvx.config import load_config
-from megacogvx.data.clips import ClipLoader
+from megacogvx.data.clip_loader import ClipLoader
 from megacogvx.evaluation.reconstruction import psnr
 from megacogvx.inference.load import load_vae
 from megacogvx.log import get_logger

@@ -10,7 +10,7 @@ import torch
 from megacogvx.data.corpus import Corpus
 from megacogvx.data.faults import Fault, SampleError
 from megacogvx.data.indexed.fields import field_dtype
-from megacogvx.data.indexed.shard import Record
+from megacogvx.data.indexed.record import Record
 from megacogvx.errors import DataError
 from megacogvx.log import get_logger
 from megacogvx.pack_layout import PackLayout, build_layout

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from megacogvx.data.balance import Balancer, integer_costs
-from megacogvx.data.corpus import CorpusColumns, DataConfig
+from megacogvx.data.config import DataConfig
+from megacogvx.data.corpus import CorpusColumns
 from megacogvx.data.order import SampleOrder
 from megacogvx.draws import permutation
 from megacogvx.errors import ConfigError, DataError

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from megacogvx.checkpoint.config import CheckpointConfig
 from megacogvx.config import Section
-from megacogvx.data.corpus import DataConfig
+from megacogvx.data.config import DataConfig
 from megacogvx.diffusion.config import DiffusionConfig
 from megacogvx.errors import ConfigError
 from megacogvx.models.transformer.config import CogVideoXConfig

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megacogvx.data.clips import ClipLoader
+from megacogvx.data.clip_loader import ClipLoader
 from megacogvx.data.faults import FaultCounter
 from megacogvx.data.loader import PackLoader
 from megacogvx.data.pack import Pack

@@ -13,7 +13,7 @@ import torch
 from megacogvx.checkpoint.run_state import Kept
 from megacogvx.config import dump_config
 from megacogvx.conversion.settings import Conventions
-from megacogvx.data.clips import ClipLoader
+from megacogvx.data.clip_loader import ClipLoader
 from megacogvx.data.corpus import Corpus
 from megacogvx.data.loader import PackLoader
 from megacogvx.data.planner import PackPlan
@@ -195,7 +195,7 @@ def _followers(
 
 def _with_packs_per_step(config: TrainConfig, corpus: Corpus) -> TrainConfig:
     """Return `config` with the step's size in packs, and say what it is in samples and tokens."""
-    mean = float(corpus.columns.lengths(config.model.patch).mean())
+    mean = corpus.columns.mean_length(config.model.patch)
     data = config.data.in_packs(mean)
     tokens = data.packs_per_step * data.tokens_per_pack
     logger.info(

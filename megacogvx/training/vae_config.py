@@ -8,7 +8,7 @@ import torch
 
 from megacogvx.checkpoint.config import CheckpointConfig
 from megacogvx.config import Section
-from megacogvx.data.clips import ClipsConfig
+from megacogvx.data.clip_loader import ClipsConfig
 from megacogvx.models.vae.config import VAEConfig
 from megacogvx.models.vae.discriminator import Discriminator, DiscriminatorConfig
 from megacogvx.models.vae.losses import VAELossConfig

@@ -19,7 +19,7 @@ def _clips(folder):
 
 
 def _encoder(folder, helpers):
-    from megacogvx.curation.encode_shards import ClipEncoder
+    from megacogvx.curation.clip_encoder import ClipEncoder
     from megacogvx.models.text_encoder import TextEncoder
     from megacogvx.models.vae.config import VAEConfig
     from megacogvx.models.vae.initialize import initialize_weights
@@ -36,6 +36,7 @@ def test_the_records_are_those_of_one_rank(groups, folder):
     import pytest
     import torch
 
+    from megacogvx.curation.clip_list import ClipList
     from megacogvx.curation.encode_shards import write_dataset
     from megacogvx.data.indexed import IndexedDataset
     from megacogvx.data.transforms import to_model_range
@@ -46,7 +47,7 @@ def test_the_records_are_those_of_one_rank(groups, folder):
 
     mine = folder / f"rank{groups.rank}"
     mine.mkdir(parents=True)
-    clips = _clips(mine)
+    clips = ClipList.of(_clips(mine))
     alone, together = _encoder(mine, ALONE), _encoder(mine, FrameHelpers(groups.context_group))
     seen = []
     for model in (alone.vae, together.vae):

@@ -18,7 +18,8 @@ from megacogvx.testing.spawn import on_ranks
 TP2, CP2, PP2 = ({f"{axis}_parallel_size": 2} for axis in ("tensor", "context", "pipeline"))
 RING2 = {**CP2, "ring_size": 2}
 PP3 = {"pipeline_parallel_size": 3}
-CP4 = {"context_parallel_size": 4}
+TP4, CP4 = {"tensor_parallel_size": 4}, {"context_parallel_size": 4}
+PRODUCTS = ({**TP2, **CP2}, {**TP2, **PP2}, {**CP2, **PP2})
 POLICIES = ("none", "selective", "keep_attention", "full", "block:1")
 
 
@@ -70,7 +71,7 @@ def test_three_uneven_stages_equal_one(groups):
     check(groups, variant="1_5_i2v", changes={"num_layers": 4})
 
 
-@on_ranks(4, {**TP2, **CP2}, {**TP2, **PP2}, {**CP2, **PP2}, {**CP4, "ring_size": 2}, {**TP2, **RING2}, PP2)
+@on_ranks(4, TP2, CP2, PP2, TP4, CP4, *PRODUCTS, {**CP4, "ring_size": 2}, {**TP2, **RING2})
 def test_four_ranks_equal_one(groups):
     check(groups, variant="5b_i2v", overlap=groups.context[1] > 1)
 

@@ -108,6 +108,21 @@ def test_weights_that_are_bad_on_another_rank_end_this_one_too(other_fails, monk
         load_newest_or_start(config, torch.nn.Linear(1, 1), None, None, other_fails, {})
 
 
+def test_weights_to_start_from_that_are_not_numbers_are_named(monkeypatch, tmp_path):
+    """They are another run's; the first step's loss would be NaN and its samples suspected."""
+    monkeypatch.setattr(agreement, "any_rank", lambda mine, groups: mine)
+    monkeypatch.setattr(agreement, "gather_json", lambda mine, groups: [mine])
+    monkeypatch.setattr(resume, "together", lambda groups, act: act())
+    monkeypatch.setattr(resume, "load_newest", lambda *_, **__: None)
+    monkeypatch.setattr(resume, "find_checkpoint", lambda path: SimpleNamespace(path=path, resolved={}))
+    monkeypatch.setattr(resume, "load", lambda path, model, *_, **__: model.bias.data.fill_(torch.nan))
+    config = SimpleNamespace(
+        checkpoint=SimpleNamespace(on_damaged="stop"), training=SimpleNamespace(start_from=tmp_path / "stage1")
+    )
+    with pytest.raises(AgreedError, match=r"weights of .*stage1 are NaN or infinite: bias \(1 of 1 values\); take an"):
+        load_newest_or_start(config, torch.nn.Linear(1, 1), None, None, SimpleNamespace(is_first=False), {})
+
+
 def test_a_history_that_the_first_rank_cannot_open_ends_all(other_fails, tmp_path):
     with pytest.raises(AgreedError, match=r"opening metrics\.jsonl in .* failed: rank 1"):
         open_metrics(SimpleNamespace(run_folder=tmp_path), TrainState(), other_fails)
