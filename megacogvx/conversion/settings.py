@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from megacogvx.checkpoint.find import read_section
 from megacogvx.config import Section, dump_config
-from megacogvx.data.indexed.layout import EncoderInfo
+from megacogvx.data.indexed.encoder_info import EncoderInfo
 from megacogvx.diffusion.config import DiffusionConfig
 from megacogvx.errors import CheckpointError
 from megacogvx.models.transformer.config import CogVideoXConfig

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from megacogvx.curation.clip_source import listed
-from megacogvx.curation.encode_shards import distinct, prepare, write_dataset
+from megacogvx.curation.encode_shards import prepare, write_dataset
 from megacogvx.errors import ConfigError
 from megacogvx.log import get_logger
 from megacogvx.parallel.launch import LaunchEnvironment
@@ -56,7 +56,7 @@ def encode_with_ray(arguments: argparse.Namespace) -> Counter[str]:
         import ray.data
     except ImportError:
         raise ConfigError("--ray needs Ray: pip install 'megacogvx[ray]'") from None
-    shards = -(-len(distinct(listed(arguments)[0])) // arguments.clips_per_shard)
+    shards = -(-len(listed(arguments)[0]) // arguments.clips_per_shard)
     actors = min(arguments.ray, shards)
     on_gpu = arguments.device == "cuda" or (arguments.device == "auto" and torch.cuda.is_available())
     logger.info("%d shards by %d Ray actors", shards, actors)

@@ -157,6 +157,8 @@ def run(arguments: argparse.Namespace) -> None:
             logger.warning("left out: %s has fewer than --frames %d frames", file.name, arguments.frames)
         else:
             scores.append(evaluator.measure(file.name, frames_THW3))
+            if math.isnan(scores[-1].psnr):
+                logger.warning("the VAE makes NaN of %s, and so of the means", file.name)
     if not scores:
         raise DataError(f"no file of {arguments.videos} has --frames {arguments.frames} frames; ask for fewer")
     means = averages(scores)
@@ -204,7 +206,7 @@ def read_pixels(file: Path, frames: int | None) -> torch.Tensor | None:
     """
     if file.suffix.lower() in IMAGE_SUFFIXES:
         return read_image(file)[None]
-    frames_THW3 = read_frames(file)[:frames]
+    frames_THW3 = read_frames(file, count=frames, fewer=True)
     return None if frames is not None and len(frames_THW3) < frames else frames_THW3
 
 
@@ -249,9 +251,9 @@ def table(title: str, scores: Sequence[Scores], means: Scores, perceptual_name: 
 def write(
     folder: Path, facts: dict[str, str | bool], scores: Sequence[Scores], means: Scores, perceptual_name: str
 ) -> None:
-    """Write reconstruction.json (infinite PSNRs as null, which JSON can't say) and reconstruction.csv."""
+    """Write reconstruction.json (infinite PSNRs and NaN as null, since JSON can't say them) and reconstruction.csv."""
     rows = [score.row(perceptual_name) for score in (*scores, means)]
-    finite = [{k: None if isinstance(v, float) and math.isinf(v) else v for k, v in row.items()} for row in rows]
+    finite = [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()} for row in rows]
     content = {**facts, "perceptual": perceptual_name, "mean": finite[-1], "files": finite[:-1]}
     with written_beside(folder / "reconstruction.json") as beside:
         beside.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")

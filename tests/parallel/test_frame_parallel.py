@@ -78,7 +78,7 @@ def check_gan_step(groups, frames, clips=2, **changes):
 
     Return what the GAN term was scaled by.
     """
-    from megacogvx.data.clips import ClipBatch
+    from megacogvx.data.clip_loader import ClipBatch
     from megacogvx.models.vae import VAELoss, VAELossConfig
     from megacogvx.parallel.data_parallel import forward_backward, sum_over_tokens
     from megacogvx.training.adversary import Adversary
@@ -160,9 +160,8 @@ def test_one_training_step_on_three_ranks(groups):
 
 @on_ranks(4, {"context_parallel_size": 4})
 def test_four_ranks_equal_one(groups):
-    """At 25 frames the gradient of one bias cancels so far that in fp32 one rank alone is 7e-5 from fp64."""
     check_all(groups, dtype=torch.float64)
-    check_all(groups, gradient_bound=2e-4)
+    check_all(groups)
 
 
 @on_ranks(4, {"context_parallel_size": 2}, {"context_parallel_size": 4})

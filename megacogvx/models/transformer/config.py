@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from megacogvx.config import PresetSection
-from megacogvx.pack_layout import Triple
+from megacogvx.patches import Triple
 
 _ROTARY = {"use_rotary_positional_embeddings": True}
 _WIDTH_5B = {"num_layers": 42, "num_attention_heads": 48, **_ROTARY}
@@ -55,8 +55,10 @@ class CogVideoXConfig(PresetSection):
         portrait: "slice": the native size turned (its height for the width) is allowed as well, for models that are
             trained on landscape and portrait clips. Positions are computed, so the weights are the same; only what is
             taken for too large changes.
-        rope_theta: base of the rotary frequencies.
-        norm_eps, qk_norm_eps, final_norm_eps: of the LayerNorms in the blocks, over q and k, in the head.
+        rope_theta: base of the rotary frequencies. Angles and rotation are fp32 whatever the weights are, as in
+            diffusers; the released training code rotates in the weights' dtype.
+        norm_eps, qk_norm_eps, final_norm_eps: of the LayerNorms in the blocks, over q and k, in the head, where
+            diffusers has 1e-5 (the presets) and the released training code 1e-6 (what is converted from it).
         block: "expert_adaln": the published one; for the ablations of the paper "shared_adaln": text and video take
             the same modulation, and "mmdit": they have all linear layers of their own (`ablations.py`).
         attention: "full" over text and video; for the ablation "2d_1d": within a frame in even layers, along time in

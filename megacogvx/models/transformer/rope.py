@@ -12,7 +12,8 @@ from __future__ import annotations
 import dataclasses
 
 from megacogvx.models.transformer.config import CogVideoXConfig
-from megacogvx.pack_layout import PADDING_ID, PackLayout, PackSample, Triple
+from megacogvx.pack_layout import PADDING_ID, PackLayout, PackSample
+from megacogvx.patches import Triple
 
 Point = tuple[float, float, float]
 SLICE: tuple[Point, Point] = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from megacogvx import draws
 from megacogvx.cli import main
 from megacogvx.conversion.convert import convert
 from megacogvx.conversion.settings import VAESettings
+from megacogvx.data import video
 from megacogvx.data.clips import Clip
 from megacogvx.data.images import read_image, write_png
 from megacogvx.data.transforms import to_model_range
@@ -171,3 +173,25 @@ def test_lpips_takes_two_files():
     with pytest.raises(ConfigError, match="lpips_heads"):
         perceptual_config("a", None)
     assert perceptual_config("a", "b").perceptual == "lpips"
+
+
+def test_nan_is_said_and_ends_nothing(checkpoints, videos, tmp_path, monkeypatch, caplog):
+    plain = Evaluator.measure
+
+    def measure(self, file, frames_THW3):
+        scores = plain(self, file, frames_THW3)
+        return replace(scores, psnr=math.nan, ssim=math.nan) if file == "b.mp4" else scores
+
+    monkeypatch.setattr(Evaluator, "measure", measure)
+    asked = ["evaluate", "--vae", str(checkpoints["diffusers"]), "--videos", str(videos), "--pad"]
+    assert main([*asked, "--output", str(tmp_path / "out")]) == 0
+    content = json.loads((tmp_path / "out" / "reconstruction.json").read_text())
+    assert [row["psnr"] is None for row in (*content["files"], content["mean"])] == [False, True, False, True]
+    assert "makes NaN of b.mp4" in caplog.text
+
+
+def test_of_a_long_video_only_what_is_measured_is_decoded(videos, monkeypatch):
+    decoded = []
+    monkeypatch.setattr(video, "_upright", lambda frame: decoded.append(frame) or torch.zeros(16, 20, 3))
+    assert len(read_pixels(videos / "b.mp4", 2)) == len(decoded) == 2
+    assert read_pixels(videos / "c.MP4", 5) is None
