@@ -32,8 +32,8 @@ from rich.console import Console
 from rich.table import Table
 
 from megacogvx.data.indexed import DatasetWriter, EncoderInfo, IndexedDataset, finish_dataset
+from megacogvx.data.indexed.durable import write_atomically
 from megacogvx.data.indexed.layout import COLUMNS, aligned, write_index
-from megacogvx.data.indexed.manifest import write_atomically
 from megacogvx.log import progress
 
 SAMPLES, PASSES = 400, 7

@@ -23,8 +23,9 @@ from bench_data import LARGE, write
 from rich.console import Console
 from rich.table import Table
 
-from megacogvx.data.corpus import Corpus, DataConfig
-from megacogvx.data.indexed.shard import Record
+from megacogvx.data.config import DataConfig
+from megacogvx.data.corpus import Corpus
+from megacogvx.data.indexed.record import Record
 from megacogvx.data.loader import PackLoader
 from megacogvx.data.pack import read_pack
 from megacogvx.data.planner import PackPlan

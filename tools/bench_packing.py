@@ -22,7 +22,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from megacogvx.data.corpus import CorpusColumns, DataConfig, Group
+from megacogvx.data.config import DataConfig
+from megacogvx.data.corpus import CorpusColumns, Group
 from megacogvx.data.order import SampleOrder
 from megacogvx.data.planner import PackPlan
 from megacogvx.log import progress

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from bench_failures import reason
 from bench_step_sides import Case, diffusers_model, our_model, rotary_table
 from rich.console import Console
 from rich.table import Table
@@ -39,7 +40,6 @@ PARTS = (  # part -> what the names of its kernels hold; the first that fits cou
     ("norms, modulation, rotation, GELU, copies", r""),
 )
 GOALS = {0: "goal 55%, 58% with an FA3-class kernel", 1: "goal 47%, 51% with an FA3-class kernel"}
-REFERENCE = "diffusers, eager"
 console = Console(width=150)
 
 
@@ -206,9 +206,19 @@ def time_in_turns(sides: list[Layer], rounds: int) -> tuple[dict[str, list[float
     return times, failed
 
 
-def reason(error: RuntimeError) -> str:
-    """Return in a few words why a side doesn't run."""
-    return "out of memory" if isinstance(error, torch.OutOfMemoryError) else f"{error}".splitlines()[0][:60]
+def medians(times: dict[str, list[float]]) -> str:
+    """Return the medians in a line, printed before all else: what ends the process then costs the remarks alone."""
+    return ", ".join(f"{name} {statistics.median(found):.1f} ms" for name, found in times.items() if found)
+
+
+def tokens_of(layer: Layer) -> torch.Tensor | None:
+    """Return the tokens `[S, D]` after a side's forward pass alone, or None where not even that runs."""
+    try:
+        with torch.no_grad():
+            return layer.tokens(layer.forward())
+    except RuntimeError:
+        torch.cuda.empty_cache()
+        return None
 
 
 def release(layer: Layer) -> None:
@@ -247,15 +257,16 @@ def measure(number: int, groups: ParallelGroups) -> None:
     table = Table(title=f"{samples} x {length:,} tokens, {flops / 1e12:.4g} TFLOP; {GOALS.get(number, '')}")
     for name in ("side", "ms", "spread", "TFLOP/s", "of 989", "GiB kept", "predicted", "peak GiB", "rel. error"):
         table.add_column(name, justify="left" if name == "side" else "right")
-    sides, reference, notes = layers(case, groups), None, []
+    sides, notes = layers(case, groups), []
     times, failed = time_in_turns(sides, rounds)
-    for side in sides[::-1]:  # diffusers' last, eager, is what ours are compared with
+    console.print(medians(times), highlight=False)
+    reference = tokens_of(sides[-1])  # diffusers', eager, also where its backward pass doesn't fit
+    for side in sides[::-1]:
         if side.name not in failed:
             try:
-                with torch.no_grad():
-                    tokens = side.tokens(side.forward())
-                error = f"{largest_error(tokens, reference, samples):.1e}" if reference is not None else ""
-                reference = tokens if side.name == REFERENCE else reference
+                tokens = tokens_of(side) if side is not sides[-1] else None
+                is_compared = tokens is not None and reference is not None
+                error = f"{largest_error(tokens, reference, samples):.1e}" if is_compared else ""
                 del tokens
                 cells, note = row(side, times[side.name], flops, error)
                 table.add_row(*cells)

@@ -18,9 +18,10 @@ from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
 from megacogvx import draws
 from megacogvx.models.transformer import CogVideoXConfig, CogVideoXTransformer, transformer_core
-from megacogvx.pack_layout import PackLayout, build_layout, patchify, place_sample, unpatchify
+from megacogvx.pack_layout import PackLayout, build_layout, place_sample
 from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.groups import ParallelGroups
+from megacogvx.patches import patchify, unpatchify
 from megacogvx.testing.published_names import to_our_names
 
 Rows = list[torch.Tensor]

@@ -1,6 +1,6 @@
 """The GPU's part of `bench_vae.py`: frames/s and peak memory in bf16, and the longest clip that fits.
 
-Ours beside diffusers, the same weights, coding and inputs; a side that runs out of memory is told so. Times are medians
+Ours beside diffusers, the same weights, coding and inputs; a side that can't be run is told so. Times are medians
 of CUDA events after a warm-up, peaks those of torch's allocator above weights and input. Each row is printed as soon
 as it is measured: a machine that is lent for minutes may be gone before the last one. Parts, longest first:
 
@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from bench_failures import reason
 from bench_vae_sides import Case, Ours, Theirs, diffusers_model, our_model
 from diffusers import AutoencoderKLCogVideoX
 from rich.console import Console
@@ -49,7 +50,9 @@ def main(arguments: argparse.Namespace) -> None:
             for mode in arguments.modes:
                 case = Case(part, mode, size, torch.bfloat16, "cuda")
                 if theirs is None:
-                    console.print(f"{part}, {mode}, {size[1]} x {size[2]}: {longest(ours, case)}", highlight=False)
+                    console.print(
+                        f"{part}, {mode}, {size[1]} x {size[2]}: {said_of_longest(ours, case)}", highlight=False
+                    )
                 else:
                     compare(case, ours, theirs, arguments.rounds)
 
@@ -61,8 +64,8 @@ def compare(case: Case, model: CogVideoXVAE, their_model: AutoencoderKLCogVideoX
     base = None
     for side in (Theirs(their_model, case, ours.x), ours):
         found = measure(side, rounds)
-        if found is None:
-            console.print(f"  {side.name:10} out of memory")
+        if isinstance(found, str):
+            console.print(f"  {side.name:10} {found}", highlight=False)
             continue
         seconds, peak, result = found
         text = f"  {side.name:10} {seconds:8.3f} s  {case.size[0] / seconds:8.1f} frames/s  {peak / 2**30:6.2f} GiB"
@@ -73,8 +76,11 @@ def compare(case: Case, model: CogVideoXVAE, their_model: AutoencoderKLCogVideoX
         base = found
 
 
-def measure(side: Callable[[], torch.Tensor], rounds: int) -> tuple[float, int, torch.Tensor] | None:
-    """Return median seconds, peak bytes above what was there before, and the result on the CPU; None: out of memory."""
+def measure(side: Callable[[], torch.Tensor], rounds: int) -> tuple[float, int, torch.Tensor] | str:
+    """Return median seconds, peak bytes above what was there before, and the result on the CPU; or why there is none.
+
+    Beside memory it may be a kernel: some count elements in 32 bits, and 128 channels x 49 x 480 x 720 are more.
+    """
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -89,9 +95,17 @@ def measure(side: Callable[[], torch.Tensor], rounds: int) -> tuple[float, int, 
             stop.record()
             stop.synchronize()
             times.append(start.elapsed_time(stop) / 1e3)
-    except torch.OutOfMemoryError:
-        return None
+    except RuntimeError as error:
+        return reason(error)
     return statistics.median(times), peak, result
+
+
+def said_of_longest(model: CogVideoXVAE, case: Case) -> str:
+    """Return what `longest` finds, or why it can't; the other cases go on."""
+    try:
+        return longest(model, case)
+    except RuntimeError as error:
+        return reason(error)
 
 
 def longest(model: CogVideoXVAE, case: Case) -> str:

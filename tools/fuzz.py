@@ -22,7 +22,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megacogvx.data.indexed.manifest import write_atomically
+from megacogvx.data.indexed.durable import write_atomically
 from megacogvx.log import progress
 from megacogvx.testing.fuzz import fuzz
 from megacogvx.testing.fuzz_targets import PEERS, targets

@@ -20,12 +20,12 @@ from statistics import fmean
 import torch
 
 from megacogvx.config import load_config
-from megacogvx.data.clips import ClipLoader
+from megacogvx.data.clip_loader import ClipLoader
 from megacogvx.evaluation.reconstruction import psnr
 from megacogvx.inference.load import load_vae
 from megacogvx.log import get_logger
 from megacogvx.models.vae import CogVideoXVAE, gaussian, initialize_weights
-from megacogvx.training.config import VAETrainConfig
+from megacogvx.training.vae_config import VAETrainConfig
 
 PROJECT = Path(__file__).resolve().parents[1]
 CONFIGS = PROJECT / "examples" / "configs"

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from unittest import mock
 
 import torch
@@ -223,7 +223,13 @@ def _output(command: list[str]) -> str:
             with suppress(ProcessLookupError):
                 os.killpg(program.pid, signal.SIGKILL)
             program.wait()
-        last = [(file.seek(0), file.read().splitlines() or ["no output"])[1][-1] for file in (said, complained)]
+        answer, problem = (_last_line(file) for file in (said, complained))
     if status:
-        raise RuntimeError(last[1])
-    return last[0]
+        raise RuntimeError(problem)
+    return answer
+
+
+def _last_line(file: IO[str]) -> str:
+    """Return the last line that says something: torch ends the report of a failed process with empty ones."""
+    file.seek(0)
+    return next((line for line in reversed(file.read().splitlines()) if line.strip()), "no output")

@@ -137,6 +137,7 @@ def main() -> int:
     print(_library(scale), flush=True)
     folder = arguments.out or (Path(tempfile.mkdtemp()) if scale.is_dry else kept.RESULTS)
     results = kept.resume(kept.circumstances(toolchain.fingerprint()), [folder, kept.RESULTS])
+    results["commit"] = arguments.commit or results["commit"]
     if not results["bandwidth"]:
         results["bandwidth"] = timing.copy_bandwidth(scale)
     cases = plan(scale, results["bandwidth"], "once" if arguments.once else "eager")
@@ -158,6 +159,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="begin no further case so long after the start")
     parser.add_argument("--out", type=Path, help="folder of the results; then kernels/README.md stays as it is")
+    parser.add_argument("--commit", default="", help="of these sources, where there is no .git to ask")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--again", action="store_true", help="also cases that have failed before")
     parser.add_argument("--once", action="store_true", help="ours alone, and nothing is written: under a profiler")

@@ -20,8 +20,9 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from torch import nn
 
-from megacogvx.checkpoint import directory as folders
-from megacogvx.checkpoint.directory import CheckpointDirectory, FileEntry
+from megacogvx.checkpoint import manifest
+from megacogvx.checkpoint.directory import CheckpointDirectory
+from megacogvx.checkpoint.manifest import FileEntry
 from megacogvx.checkpoint.reading import KnownCommon, read_common, use_known_metadata
 from megacogvx.checkpoint.run_state import MODEL, Kept, check_tensors, run_state, take_state
 from megacogvx.checkpoint.together import share, together, verify_together
@@ -144,9 +145,9 @@ class PendingSave:
         sealed = together(groups, self._write.wait)
         together(groups, lambda: _finish_tensors(partial, self._write, groups))
         tensors = {name: entry for part in gather_json(sealed, groups) for name, entry in part.items()}
-        small = broadcast_json(folders.files_of(partial) if groups.is_first else None, groups)
+        small = broadcast_json(manifest.files_of(partial) if groups.is_first else None, groups)
         small = share([name for name in small if name not in tensors], groups)
-        sealed = together(groups, lambda: {name: vars(folders.seal(partial, name)) for name in small})
+        sealed = together(groups, lambda: {name: vars(manifest.seal(partial, name)) for name in small})
         tensors |= {name: entry for part in gather_json(sealed, groups) for name, entry in part.items()}
         entries = {name: FileEntry(**entry) for name, entry in tensors.items()}
         together(groups, lambda: self.directory.commit(self.step, entries) if groups.is_first else None)

@@ -18,9 +18,10 @@ from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, l
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from megacogvx.checkpoint import directory as folders
-from megacogvx.checkpoint.directory import CheckpointDirectory, verify
+from megacogvx.checkpoint import manifest
+from megacogvx.checkpoint.directory import CheckpointDirectory
 from megacogvx.checkpoint.distributed import FORMAT, STATE
+from megacogvx.checkpoint.manifest import verify
 from megacogvx.checkpoint.reading import SafeReader
 from megacogvx.checkpoint.whole import PREFIX
 from megacogvx.checkpoint.writing import WRITER_THREADS
@@ -114,7 +115,7 @@ def write_streamed(
     save_config(CheckpointingConfig("torch_dist", 1), str(partial))
     for name, text in {**texts, STATE: json.dumps(extra, indent=1)}.items():
         (partial / name).write_text(text)
-    return directory.commit(step, {name: folders.seal(partial, name) for name in folders.files_of(partial)})
+    return directory.commit(step, {name: manifest.seal(partial, name) for name in manifest.files_of(partial)})
 
 
 class _CachingReader(SafeReader):

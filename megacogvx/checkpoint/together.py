@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megacogvx.checkpoint import directory as folders
+from megacogvx.checkpoint import manifest
 from megacogvx.errors import CheckpointError
 from megacogvx.log import get_logger
 from megacogvx.parallel.groups import ParallelGroups, gather_json
@@ -36,14 +36,14 @@ def together(groups: ParallelGroups, act: Callable[[], Result]) -> Result:
 def verify_together(path: Path, groups: ParallelGroups) -> list[str]:
     """Check all files of a checkpoint against its manifest, each rank a share; return what is wrong, on every rank."""
     try:
-        _, entries = together(groups, lambda: folders.read_manifest(path))
+        _, entries = together(groups, lambda: manifest.read_manifest(path))
     except CheckpointError as error:
         return [str(error)]
     if groups.is_first:
         logger.info("checking %s: %d files", path, len(entries))
-    mine = folders.damaged_files(path, entries, share(sorted(entries), groups))
+    mine = manifest.damaged_files(path, entries, share(sorted(entries), groups))
     if groups.is_first:
-        mine = folders.foreign_files(path, entries) + mine
+        mine = manifest.foreign_files(path, entries) + mine
     return [problem for problems in gather_json(mine, groups) for problem in problems]
 
 

@@ -17,8 +17,8 @@ from torch.distributed.checkpoint import load
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megacogvx.checkpoint.directory import read_manifest, verify
 from megacogvx.checkpoint.distributed import STATE
+from megacogvx.checkpoint.manifest import read_manifest, verify
 from megacogvx.checkpoint.reading import SafeReader
 from megacogvx.errors import CheckpointError
 

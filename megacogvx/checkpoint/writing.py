@@ -30,7 +30,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megacogvx.checkpoint.directory import seal
+from megacogvx.checkpoint.manifest import seal
 from megacogvx.checkpoint.run_state import tensors_of
 from megacogvx.errors import CheckpointError
 from megacogvx.parallel.groups import ParallelGroups, any_rank

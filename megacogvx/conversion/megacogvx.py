@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 import yaml
 
-from megacogvx.checkpoint.directory import MANIFEST, CheckpointDirectory
+from megacogvx.checkpoint.directory import CheckpointDirectory
 from megacogvx.checkpoint.find import find_checkpoint
+from megacogvx.checkpoint.manifest import MANIFEST
 from megacogvx.checkpoint.streamed import StreamedCheckpoint, write_streamed
 from megacogvx.conversion.ours import Shapes, transformer_shapes, vae_shapes
 from megacogvx.conversion.part import LIVE, Kind, Part, ReadOptions

@@ -25,6 +25,7 @@ from megacogvx.errors import ConfigError
 from megacogvx.models.transformer.config import CogVideoXConfig
 from megacogvx.models.vae.config import VAEConfig
 
+DIFFUSERS, SAT = 0, 1  # columns of the tables below
 # Our modules outside the blocks, and inside a block, as (diffusers, SAT); `{}` is the number of the block.
 MODULES = {
     "time.timestep.linear_1": ("time_embedding.linear_1", "time_embed.0"),
@@ -82,7 +83,7 @@ def diffusers_transformer(config: CogVideoXConfig) -> Table:
     Raises:
         ConfigError: it is an ablation, which has none.
     """
-    return _transformer(config, 0)
+    return _transformer(config, DIFFUSERS)
 
 
 def sat_transformer(config: CogVideoXConfig) -> Table:
@@ -91,7 +92,7 @@ def sat_transformer(config: CogVideoXConfig) -> Table:
     Raises:
         ConfigError: it is an ablation, which has none.
     """
-    return _transformer(config, 1)
+    return _transformer(config, SAT)
 
 
 def diffusers_vae(config: VAEConfig) -> Table:
@@ -127,26 +128,26 @@ def _transformer(config: CogVideoXConfig, column: int) -> Table:
             f"model.block={config.block}, model.attention={config.attention}: an ablation, which no other program has; "
             "only block=expert_adaln with attention=full has published names"
         )
-    shapes = transformer_shapes(config)
-    table: list[Group] = []
-    for name, shape in shapes.items():
-        module, kind = name.rsplit(".", 1)
-        block = re.fullmatch(r"blocks\.(\d+)\.(.*)", module)
-        if name == "embedding.positions":
-            table.append(renamed(name, POSITIONS[column], shape, (1, *shape)))
-        elif block is None:
-            their_shape = None
-            if name == "embedding.video_proj.weight" and config.patch_size_t == 1:
-                their_shape = (shape[0], config.in_channels, config.patch_size, config.patch_size)
-            table.append(renamed(name, f"{MODULES[module][column]}.{kind}", shape, their_shape))
-        elif block[2] == "attention.qkv":
-            table.append((_diffusers_qkv, _sat_qkv)[column](name, kind, block[1], shape, config.num_attention_heads))
-        elif column == 1 and block[2].endswith("_modulation.linear"):
-            if block[2].startswith("attention"):
-                table.append(_sat_adaln(name, kind, block[1], shape))
-        else:
-            table.append(renamed(name, f"{BLOCK_MODULES[block[2]][column].format(block[1])}.{kind}", shape))
-    return table
+    groups = (_group(name, shape, config, column) for name, shape in transformer_shapes(config).items())
+    return [group for group in groups if group is not None]
+
+
+def _group(name: str, shape: tuple[int, ...], config: CogVideoXConfig, column: int) -> Group | None:
+    """Return what one of our tensors is made of there; None for those that belong to the group of another."""
+    module, kind = name.rsplit(".", 1)
+    block = re.fullmatch(r"blocks\.(\d+)\.(.*)", module)
+    if name == "embedding.positions":
+        return renamed(name, POSITIONS[column], shape, (1, *shape))
+    if block is None:
+        is_convolution = name == "embedding.video_proj.weight" and config.patch_size_t == 1
+        kernel = (shape[0], config.in_channels, config.patch_size, config.patch_size) if is_convolution else None
+        return renamed(name, f"{MODULES[module][column]}.{kind}", shape, kernel)
+    number, part = block.groups()
+    if part == "attention.qkv":
+        return (_diffusers_qkv, _sat_qkv)[column](name, kind, number, shape, config.num_attention_heads)
+    if column == SAT and part.endswith("_modulation.linear"):
+        return _sat_adaln(name, kind, number, shape) if part.startswith("attention") else None
+    return renamed(name, f"{BLOCK_MODULES[part][column].format(number)}.{kind}", shape)
 
 
 def _diffusers_qkv(name: str, kind: str, block: str, shape: tuple[int, ...], heads: int) -> Group:

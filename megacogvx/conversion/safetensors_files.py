@@ -46,7 +46,7 @@ class SafetensorsFiles:
         self.infos: dict[str, TensorInfo] = {}
         for file, names in _files(self.path).items():
             infos = _header(file)
-            if lacking := (names or set()) - infos.keys():
+            if lacking := names - infos.keys():
                 raise CheckpointError(f"{file} lacks {min(lacking)}, which the index beside it promises")
             self.infos |= infos
             self._files |= dict.fromkeys(infos, file)
@@ -102,28 +102,29 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _files(path: Path) -> dict[Path, set[str] | None]:
-    """Return each file with the names that an index expects in it (None: there is no index)."""
-    if path.is_dir():
-        indices = sorted(path.glob("*.safetensors.index.json"))
-        singles = sorted(path.glob("*.safetensors"))
-        if len(indices) == 1:
-            path = indices[0]
-        elif not indices and len(singles) == 1:
-            path = singles[0]
-        else:
-            raise CheckpointError(
-                f"{path} must hold one .safetensors file, or one index of shards; it has {len(singles)} and "
-                f"{len(indices)}"
-            )
+def _files(path: Path) -> dict[Path, set[str]]:
+    """Return each file with the names that an index expects in it; without an index nothing is expected."""
+    path = _only_one_in(path) if path.is_dir() else path
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist")
     if path.suffix != ".json":
-        return {path: None}
-    files: dict[Path, set[str] | None] = {}
+        return {path: set()}
+    files: dict[Path, set[str]] = {}
     for name, file in _weight_map(path).items():
-        (files.setdefault(path.parent / file, set()) or set()).add(name)
+        files.setdefault(path.parent / file, set()).add(name)
     return files
+
+
+def _only_one_in(folder: Path) -> Path:
+    """Return a folder's one index, or without an index its one file."""
+    indices, singles = sorted(folder.glob("*.safetensors.index.json")), sorted(folder.glob("*.safetensors"))
+    if len(indices) == 1:
+        return indices[0]
+    if not indices and len(singles) == 1:
+        return singles[0]
+    raise CheckpointError(
+        f"{folder} must hold one .safetensors file, or one index of shards; it has {len(singles)} and {len(indices)}"
+    )
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from megacogvx.config import Section
 from megacogvx.errors import DataError
+
+PARQUET_ROWS = 4096  # held at a time
 
 
 class Caption(Section):
@@ -27,9 +29,9 @@ class Caption(Section):
 
     video: str = Field(min_length=1)
     caption: str = Field(min_length=1)
-    start: float = Field(0.0, ge=0)
-    end: float | None = Field(None, gt=0)
-    image_at: float | None = Field(None, ge=0)
+    start: float = Field(0.0, ge=0, allow_inf_nan=False)
+    end: float | None = Field(None, gt=0, allow_inf_nan=False)
+    image_at: float | None = Field(None, ge=0, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -59,13 +61,37 @@ def read_captions(path: Path) -> list[Caption]:
     """Read a caption file; `.csv` is CSV with a heading line, `.parquet` Parquet, everything else JSON Lines.
 
     Raises:
-        DataError: the file is missing, empty, damaged or not UTF-8, or a row breaks a rule; all such rows are named by
+        DataError: the file is missing, empty, damaged or not UTF-8, or a row breaks a rule; such rows are named by
             line (of Parquet: by row, from 1 on).
+    """
+    captions = check_rows(path, caption_rows(path))
+    if not captions:
+        raise DataError(f"caption file {path} holds no row")
+    return captions
+
+
+def caption_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield (line, row) of a caption file as they stand there, unchecked and one at a time.
+
+    Raises:
+        DataError: the file is missing, damaged or not UTF-8.
     """
     if not path.is_file():
         raise DataError(f"caption file {path} does not exist")
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        return _parquet_rows(path)
+    return _csv_rows(path) if suffix == ".csv" else _json_rows(path)
+
+
+def check_rows(path: Path, rows: Iterable[tuple[int, Any]]) -> list[Caption]:
+    """Return rows of the caption file `path` as captions.
+
+    Raises:
+        DataError: rows break a rule; up to ten are named.
+    """
     captions, problems = [], []
-    for number, row in _rows(path):
+    for number, row in rows:
         try:
             captions.append(Caption(**_mapping(row)))
         except ValidationError as error:
@@ -75,28 +101,25 @@ def read_captions(path: Path) -> list[Caption]:
     if problems:
         more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise DataError(f"caption file {path}: {'; '.join(problems[:10])}{more}")
-    if not captions:
-        raise DataError(f"caption file {path} holds no row")
     return captions
 
 
-def _rows(path: Path) -> Iterable[tuple[int, Any]]:
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        return _parquet_rows(path)
-    data = path.read_bytes()
-    try:
-        text = data.decode("utf-8-sig")  # spreadsheets write a byte order mark
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise DataError(
-            f"caption file {path}: line {line} is not UTF-8 ({error.reason} at byte {error.start} of the file); "
-            "save it as UTF-8"
-        ) from None
-    return _csv_rows(text, path) if suffix == ".csv" else _json_rows(text)
+def _lines(path: Path) -> Iterator[str]:
+    """Yield the lines with their ends."""
+    offset, codec = 0, "utf-8-sig"  # spreadsheets write a byte order mark
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield line.decode(codec)
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"caption file {path}: line {number} is not UTF-8 ({error.reason} at byte {offset + error.start} "
+                    "of the file); save it as UTF-8"
+                ) from None
+            offset, codec = offset + len(line), "utf-8"
 
 
-def _parquet_rows(path: Path) -> list[tuple[int, Any]]:
+def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -104,26 +127,33 @@ def _parquet_rows(path: Path) -> list[tuple[int, Any]]:
         raise DataError(
             f"caption file {path}: reading Parquet needs pyarrow (pip install 'megacogvx[lists]')"
         ) from None
+    number = 0
     try:
-        rows = parquet.read_table(path).to_pylist()
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(PARQUET_ROWS):
+                for number, row in enumerate(batch.to_pylist(), number + 1):  # noqa: B020  it counts on
+                    yield number, {name: value for name, value in row.items() if value is not None}
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"caption file {path} is not readable as Parquet: {error}") from None
-    return [
-        (number, {name: value for name, value in row.items() if value is not None})
-        for number, row in enumerate(rows, 1)
-    ]
 
 
-def _json_rows(text: str) -> list[tuple[int, Any]]:
-    return [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    return ((number, line) for number, line in enumerate(_lines(path), start=1) if line.strip())
 
 
-def _csv_rows(text: str, path: Path) -> list[tuple[int, Any]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+def _csv_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    reader = csv.DictReader(_csv_lines(path), strict=True)
     try:
-        return [(reader.line_num, {name: value for name, value in row.items() if value != ""}) for row in reader]
+        for row in reader:
+            yield reader.line_num, {name: value for name, value in row.items() if value != ""}
     except csv.Error as error:
         raise DataError(f"caption file {path}: line {reader.line_num}: {error}") from None
+
+
+def _csv_lines(path: Path) -> Iterator[str]:
+    """Yield the lines, also where a carriage return alone ends them, as old spreadsheets write."""
+    for line in _lines(path):
+        yield from io.StringIO(line, newline="") if "\r" in line else (line,)
 
 
 def _mapping(row: Any) -> dict[str, Any]:

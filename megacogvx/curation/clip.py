@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from megacogvx.curation.captions import Caption, read_captions
 from megacogvx.data.clips import LIST_NAME, Clip, write_clips
 from megacogvx.data.images import write_png
 from megacogvx.data.transforms import Size, crop, multiple_size, resize, resized_size
-from megacogvx.data.video import TOLERANCE_SECONDS, VideoInfo, clip_times, frames_at, probe, write_video
+from megacogvx.data.video import TOLERANCE_SECONDS, VideoInfo, clip_times, frames_at, is_file, probe, write_video
 from megacogvx.errors import ConfigError, DataError
 from megacogvx.log import get_logger, progress
 
@@ -34,6 +35,8 @@ example: clips of 17 and 9 frames and single images, 64 and 48 pixels high or wi
       --short-sides 64 48 --frames 1 9 17 --fps 16
 """
 
+NAMED = 50  # missing videos that an error lists
+STEM_BYTES = 150  # of a video's name that its clips' names repeat: file systems take names of 255 bytes
 UNDECODABLE = "caption of a part that can't be decoded"
 logger = get_logger(__name__)
 
@@ -51,10 +54,17 @@ class ClipRules:
 
 @dataclass(frozen=True)
 class Cut:
-    """A clip to be written, and the (height, width) that its frames are resized to before the crop."""
+    """A clip to be written.
+
+    Attributes:
+        clip: its row.
+        resized: (height, width) that its frames are resized to before the crop.
+        source_bytes: size of its video's file.
+    """
 
     clip: Clip
     resized: Size
+    source_bytes: int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -171,12 +181,13 @@ def probe_all(captions: Sequence[Caption], videos: Path, skip_bad: bool, skipped
     """Look into every named video once, before anything is cut.
 
     Raises:
-        DataError: videos are missing (all are named) or one can't be decoded, and `skip_bad` is off.
+        DataError: videos are missing (up to `NAMED` are named) or one can't be decoded, and `skip_bad` is off.
     """
     names = list(dict.fromkeys(caption.video for caption in captions))
-    absent = [name for name in names if not (videos / name).is_file()]
+    absent = dict.fromkeys(name for name in names if not is_file(videos / name))
     if absent and not skip_bad:
-        raise DataError(f"{len(absent)} of {len(names)} videos are not in {videos}: {', '.join(absent)}")
+        listed = ", ".join(islice(absent, NAMED)) + (f" and {len(absent) - NAMED} more" if len(absent) > NAMED else "")
+        raise DataError(f"{len(absent)} of {len(names)} videos are not in {videos}: {listed}")
     skipped.update({"video that is missing": len(absent)} if absent else {})
     infos = {}
     for name in progress([name for name in names if name not in absent], "look into the videos"):
@@ -191,12 +202,16 @@ def plan_row(
     """Return the clips that a row gives: consecutive windows within its part, for every size, duration and fps.
 
     Raises:
-        DataError: the part lies beyond the video's end.
+        DataError: the part lies beyond the video's end, or the video has gone.
     """
     last = caption.end if caption.end is not None else caption.image_at
     if info.duration and last is not None and last > info.duration + 1 / info.fps:
         raise DataError(f"caption at {last} s of {caption.video}, which lasts {info.duration:.3f} s: {caption.caption}")
-    stamp = (videos / caption.video).stat().st_size
+    try:
+        stamp = (videos / caption.video).stat().st_size
+    except OSError as error:
+        raise DataError(f"video {videos / caption.video} can't be read: {error.strerror}") from None
+    stem = Path(caption.video).stem.encode()[:STEM_BYTES].decode(errors="ignore")
     windows, cuts = _windows(caption, rules, skipped), []
     for short_side in rules.short_sides:
         if short_side > min(info.height, info.width * info.pixel_aspect):
@@ -206,12 +221,12 @@ def plan_row(
         height, width = multiple_size(*resized, rules.multiple)
         for frames, fps, start in windows:
             key = f"{caption.video} {stamp} {start:.6f} {frames} {fps} {resized} {height} {width} {rules.crf}"
-            name = f"{Path(caption.video).stem}-{start:08.3f}s-{frames}f-{height}x{width}-{_hash(key)}"
+            name = f"{stem}-{start:08.3f}s-{frames}f-{height}x{width}-{_hash(key)}"
             clip = Clip(
                 path=output / f"{name}.{'mp4' if fps else 'png'}", caption=caption.caption, frames=frames,
                 height=height, width=width, fps=fps, source=caption.video, start=start,
             )  # fmt: skip
-            cuts.append(Cut(clip, resized))
+            cuts.append(Cut(clip, resized, stamp))
     return cuts
 
 
@@ -259,4 +274,4 @@ def _write(clip: Clip, frames: Sequence[torch.Tensor], rules: ClipRules) -> None
 
 
 def _hash(key: str) -> str:
-    return xxhash.xxh3_64_hexdigest(key.encode())[:8]
+    return xxhash.xxh3_64_hexdigest(key.encode())  # of half as many digits, two of 80,000 "ID/video.mp4" would be equal

@@ -22,6 +22,8 @@ from megacogvx.parallel.launch import LaunchEnvironment, array_task, launch_envi
 
 EXAMPLE = """\
 Writes DATASET/shard-*.bin, .idx and manifest.json. Start the same command again to go on after an interruption.
+With --captions each video is looked into by one of the processes; what they found is kept in DATASET/clip-plan-*,
+which may be removed when the dataset is finished.
 
 examples:
   megacogvx encode --captions captions.jsonl --videos videos --short-sides 256 512 --frames 1 49 --fps 8 16 \\
@@ -86,7 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _encode(
     arguments: argparse.Namespace, place: LaunchEnvironment, rank: int, ranks: int, helpers: FrameHelpers = ALONE
 ) -> Counter[str]:
-    clips, encoder, job = prepare(arguments, place, helpers)
+    clips, encoder, job = prepare(arguments, place, *_rank_of(arguments, place), helpers)
     return write_dataset(arguments.output, clips, encoder, job, rank=rank, ranks=ranks, skip_bad=arguments.skip_bad)
 
 
@@ -117,6 +119,11 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _rank_of(arguments: argparse.Namespace, place: LaunchEnvironment) -> tuple[int, int]:
+    """Return which of how many processes this is, all tasks of an array together.
+
+    Raises:
+        ConfigError: `--rank` isn't below `--ranks`.
+    """
     task, tasks = array_task()
     rank = task * place.world_size + place.rank if arguments.rank is None else arguments.rank
     ranks = tasks * place.world_size if arguments.ranks is None else arguments.ranks

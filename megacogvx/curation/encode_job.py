@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from megacogvx.config import Section
 from megacogvx.data.indexed import EncoderInfo
-from megacogvx.data.indexed.layout import FloatDtype, TextDtype, TextKind
+from megacogvx.data.indexed.durable import writing
+from megacogvx.data.indexed.encoder_info import FloatDtype, TextDtype, TextKind
 from megacogvx.errors import DataError
 from megacogvx.log import get_logger
 
@@ -75,14 +76,15 @@ def agree(
         first: of processes that measure together, gives what the first of them says.
 
     Raises:
-        DataError: the folder holds a job with other settings, or a damaged one.
+        DataError: the folder holds a job with other settings, or a damaged one, or can't be written to.
     """
     path = folder / JOB_FILE
     if not first(path.is_file()):
         scale = measure() if job.scale is None else job.scale
         logger.info("latent scale %.6g%s", scale, "" if job.scale else f" from {job.measured_clips} clips")
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_if_absent(path, job.model_copy(update={"scale": scale}).model_dump_json(indent=1) + "\n")
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_if_absent(path, job.model_copy(update={"scale": scale}).model_dump_json(indent=1) + "\n")
     try:
         found = EncodeJob.model_validate_json(path.read_bytes())
     except ValidationError as error:
@@ -129,15 +131,20 @@ def latent_scale(moments: Iterable[torch.Tensor]) -> float:
 def _write_if_absent(path: Path, text: str) -> None:
     """Write a whole file, unless another process was first: a link fails where the name is taken, a rename doesn't."""
     beside = path.with_name(f".{path.name}.{uuid4().hex}")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(beside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        _name_if_free(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _name_if_free(beside: Path, path: Path) -> None:
     try:
         os.link(beside, path)
     except FileExistsError:
         pass
     except OSError:  # a file system without links: the window for two first processes is small
         os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)

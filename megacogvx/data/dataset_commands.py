@@ -16,7 +16,8 @@ import numpy as np
 from megacogvx.data.exchange.exporters import export_folder, export_tars
 from megacogvx.data.exchange.importers import ImportedSample, import_samples, read_folder, read_tar
 from megacogvx.data.exchange.megatron import read_megatron
-from megacogvx.data.indexed.layout import EncoderInfo, load_json, parse_encoder
+from megacogvx.data.indexed.encoder_info import EncoderInfo, parse_encoder
+from megacogvx.data.indexed.layout import load_json
 from megacogvx.data.indexed.manifest import MANIFEST, finish_dataset, read_manifest
 from megacogvx.data.indexed.reader import IndexedDataset
 from megacogvx.data.indexed.recover import recover_shard
@@ -39,7 +40,7 @@ def add_commands(commands: Any) -> None:
     add = _subparser(commands, "split", "cut a dataset into parts by a hash of the sample id", split)
     add("source", type=Path, metavar="FOLDER")
     add("--parts", nargs="+", required=True, metavar="FOLDER=SHARE", help="such as train=0.98 held-out=0.02")
-    add("--samples-per-shard", type=int, default=SAMPLES_PER_SHARD)
+    add("--samples-per-shard", type=_positive, default=SAMPLES_PER_SHARD)
 
     add = _subparser(commands, "filter", "copy the samples that keep to bounds, or are listed", filter_)
     add("source", type=Path, metavar="FOLDER")
@@ -52,7 +53,7 @@ def add_commands(commands: Any) -> None:
         help="side columns, or frames, height, width; <= too",
     )
     add("--ids", type=Path, help="a file of sample ids, one a line")
-    add("--samples-per-shard", type=int, default=SAMPLES_PER_SHARD)
+    add("--samples-per-shard", type=_positive, default=SAMPLES_PER_SHARD)
 
     add = _subparser(commands, "recover", "rebuild the lost index of shards from their .bin", recover)
     add("folder", type=Path, metavar="FOLDER")
@@ -74,7 +75,7 @@ def add_commands(commands: Any) -> None:
     add("--output", type=Path, required=True, help="folder of the new dataset")
     add("--encoder", type=Path, required=True, help="what made the tensors: a dataset to follow, or a JSON of its keys")
     add("--axes", choices=["thwc", "cthw", "tchw"], default="thwc", help="of the latents (default thwc)")
-    add("--shard-mb", type=int, default=2048, help="megabytes of latents in a shard (default 2048)")
+    add("--shard-mb", type=_positive, default=2048, help="megabytes of latents in a shard (default 2048)")
     add("--megatron-text", type=Path, metavar="PREFIX", help="the texts, where SOURCE is a Megatron prefix")
     add("--megatron-shapes", type=Path, metavar="JSONL", help='a line per sample: {"latents": [...], "text": [...]}')
 
@@ -82,7 +83,7 @@ def add_commands(commands: Any) -> None:
     add("source", type=Path, metavar="FOLDER")
     add("--output", type=Path, required=True, help="new folder")
     add("--format", choices=["safetensors", "webdataset"], default="safetensors")
-    add("--samples-per-tar", type=int, default=1000)
+    add("--samples-per-tar", type=_positive, default=1000)
 
 
 def merge(arguments: argparse.Namespace) -> None:
@@ -141,7 +142,7 @@ def column(arguments: argparse.Namespace) -> None:
         raise ConfigError("name one of --from-metadata and --from-csv")
     dataset = IndexedDataset(arguments.folder)
     if arguments.from_metadata:
-        facts = (dataset.sample(number).metadata.get(arguments.from_metadata) for number in range(len(dataset)))
+        facts = (dataset.metadata(number).get(arguments.from_metadata) for number in range(len(dataset)))
         values = [float(fact) if isinstance(fact, (int, float)) else math.nan for fact in facts]
     else:
         given = dict(_scores(arguments.from_csv))
@@ -172,8 +173,6 @@ def import_(arguments: argparse.Namespace) -> None:
     """Run `megacogvx data import`."""
     if (arguments.output / MANIFEST).exists():
         raise DataError(f"{arguments.output} is a dataset already; import into a new folder, then merge")
-    if arguments.shard_mb < 1:
-        raise ConfigError(f"--shard-mb {arguments.shard_mb} must be at least 1")
     names = import_samples(
         _imported(arguments), arguments.output, _encoder(arguments.encoder), axes=arguments.axes,
         shard_bytes=arguments.shard_mb << 20, name=shard_name,
@@ -254,6 +253,13 @@ def _id(line: str, path: Path) -> int:
         value = -1
     if not 0 <= value < 2**64:
         raise DataError(f"{path}: {json.dumps(line)} is not a sample id")
+    return value
+
+
+def _positive(word: str) -> int:
+    value = int(word)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
     return value
 
 

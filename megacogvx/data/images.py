@@ -8,7 +8,7 @@ import av
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from megacogvx.data.video import read_frames, written_beside
+from megacogvx.data.video import is_file, read_frames, written_beside
 from megacogvx.errors import DataError
 
 MAX_PIXELS = 1 << 26  # 67 million, about 8192 x 8192: 0.2 GB decoded
@@ -23,7 +23,7 @@ def read_image(path: Path) -> torch.Tensor:
     Raises:
         DataError: the file is missing, damaged or no image.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise DataError(f"image {path} does not exist")
     return read_frames(path, count=1)[0]
 
@@ -34,7 +34,7 @@ def check_image(path: Path, max_pixels: int = MAX_PIXELS) -> None:
     Raises:
         DataError: the file is missing, is no image, or has more than `max_pixels`.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise DataError(f"image {path} does not exist")
     try:
         with Image.open(path) as header:

@@ -18,7 +18,8 @@ import torch
 
 from megacogvx.data.corpus import Corpus
 from megacogvx.data.faults import GuardedReader
-from megacogvx.data.indexed.shard import Allocate, Record
+from megacogvx.data.indexed.record import Record
+from megacogvx.data.indexed.shard import Allocate
 from megacogvx.data.pack import WHOLE, Cut, Pack, planned_layout, read_pack
 from megacogvx.data.planner import PackPlan
 from megacogvx.errors import ConfigError, DataError, LaunchError

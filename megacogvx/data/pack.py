@@ -10,10 +10,11 @@ import torch
 from megacogvx.data.corpus import Corpus
 from megacogvx.data.faults import Fault, SampleError
 from megacogvx.data.indexed.fields import field_dtype
-from megacogvx.data.indexed.shard import Record
+from megacogvx.data.indexed.record import Record
 from megacogvx.errors import DataError
 from megacogvx.log import get_logger
-from megacogvx.pack_layout import PackLayout, Triple, build_layout
+from megacogvx.pack_layout import PackLayout, build_layout
+from megacogvx.patches import Triple
 
 logger = get_logger(__name__)
 Cut = tuple[tuple[int, int], tuple[int, int]]  # (rank, size) among the tensor and among the context ranks

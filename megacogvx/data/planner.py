@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 
 from megacogvx.data.balance import Balancer, integer_costs
-from megacogvx.data.corpus import CorpusColumns, DataConfig
+from megacogvx.data.config import DataConfig
+from megacogvx.data.corpus import CorpusColumns
 from megacogvx.data.order import SampleOrder
 from megacogvx.draws import permutation
 from megacogvx.errors import ConfigError, DataError
 from megacogvx.log import get_logger
-from megacogvx.pack_layout import Triple
+from megacogvx.patches import Triple
 
 Step = tuple[tuple[int, ...], ...]
 DRAIN_STEPS = 4  # steps in which a full buffer of protected samples is sure to be placed; see `_protected_age`

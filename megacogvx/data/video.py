@@ -94,7 +94,9 @@ def frames_at(path: Path, times: Sequence[float]) -> Iterator[torch.Tensor]:
         raise DataError(f"video {path}: no frame at {pending[-1]:.3f} s, decoding ends at {end:.3f} s{hint}")
 
 
-def read_frames(path: Path, start: float = 0.0, count: int | None = None, fps: float | None = None) -> torch.Tensor:
+def read_frames(
+    path: Path, start: float = 0.0, count: int | None = None, fps: float | None = None, fewer: bool = False
+) -> torch.Tensor:
     """Decode several frames into memory.
 
     Args:
@@ -102,12 +104,13 @@ def read_frames(path: Path, start: float = 0.0, count: int | None = None, fps: f
         start: seconds since the first frame.
         count: number of frames; None for all that follow (then `fps` must be None).
         fps: frames per second to take; None for every frame of the file (then `start` and `count` count those).
+        fewer: without `fps`, a file that ends before `count` frames gives what it has.
 
     Returns:
         uint8 tensor [T, H, W, 3], RGB.
 
     Raises:
-        DataError: as `frames_at`; also when the file holds fewer than `count` frames, or none.
+        DataError: as `frames_at`; also when there are fewer than `count` frames, or none, or their size changes.
     """
     if fps is not None:
         assert count is not None, "a number of frames per second needs a number of frames"
@@ -116,9 +119,12 @@ def read_frames(path: Path, start: float = 0.0, count: int | None = None, fps: f
     for frame, when, _ in _timed_frames(path, start):
         if when >= start - TOLERANCE_SECONDS:
             frames.append(_upright(frame))
+            if frames[-1].shape != frames[0].shape:
+                sizes = " and then ".join(f"{each.shape[0]} x {each.shape[1]}" for each in (frames[0], frames[-1]))
+                raise DataError(f"video {path} changes its size at {when:.3f} s: frames of {sizes} pixels")
         if count is not None and len(frames) == count:
             break
-    if not frames or (count is not None and len(frames) < count):
+    if not frames or (count is not None and len(frames) < count and not fewer):
         raise DataError(f"video {path} has {len(frames)} frames from {start:.3f} s on, not {count or 'one or more'}")
     return torch.stack(frames)
 
@@ -167,13 +173,22 @@ def written_beside(path: Path) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is a file that can be looked for: a name may be too long, a server may not answer."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
-    if not path.is_file():
+    if not is_file(path):
         raise DataError(f"video {path} does not exist")
     try:
         # A title or a maker's name in another encoding than UTF-8 is common, and tells nothing that is used here.
-        with av.open(str(path), options=OPEN_OPTIONS, metadata_errors="replace") as container:
+        # Absolute: FFmpeg takes what stands before a colon in "talk: first part.mp4" for a protocol.
+        with av.open(str(path.absolute()), options=OPEN_OPTIONS, metadata_errors="replace") as container:
             if not container.streams.video:
                 raise DataError(f"{path} has no video stream")
             yield container, container.streams.video[0]

@@ -26,17 +26,10 @@ from megacogvx.errors import ConfigError
 from megacogvx.log import progress
 from megacogvx.models.transformer.model import CogVideoXTransformer
 from megacogvx.models.transformer.rope import place_on_rope_grid
-from megacogvx.pack_layout import (
-    LocalPack,
-    PackLayout,
-    build_layout,
-    patchify,
-    place_sample,
-    repeated_frames,
-    unpatchify,
-)
+from megacogvx.pack_layout import LocalPack, PackLayout, build_layout, place_sample
 from megacogvx.parallel.gather import gather_rows
 from megacogvx.parallel.groups import ParallelGroups
+from megacogvx.patches import patchify, repeated_frames, unpatchify
 
 SEEDS = 1 << 64  # other seeds would stand for one of these
 

@@ -27,7 +27,6 @@ from megacogvx.inference.work import Work, list_work
 from megacogvx.log import get_logger, progress
 from megacogvx.models.text_encoder import TextEncoder
 from megacogvx.models.vae.model import CogVideoXVAE
-from megacogvx.pack_layout import repeated_frames
 from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.frame_parallel import gather_frames, shard_latents
 from megacogvx.parallel.gather import share
@@ -38,6 +37,7 @@ from megacogvx.parallel.groups import (
     initialize,
 )
 from megacogvx.parallel.launch import check_world_size, launch_environment
+from megacogvx.patches import repeated_frames
 
 EXAMPLE = """\
 example:

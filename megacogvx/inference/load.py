@@ -26,7 +26,7 @@ from megacogvx.models.transformer.config import CogVideoXConfig
 from megacogvx.models.transformer.model import CogVideoXTransformer, transformer_core
 from megacogvx.models.vae.config import VAEConfig
 from megacogvx.models.vae.model import CogVideoXVAE
-from megacogvx.models.weights import check_finite
+from megacogvx.models.weights import check_finite, check_finite_on_every_rank
 from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.groups import ParallelGroups
 from megacogvx.parallel.tensor_parallel import shard_of
@@ -154,7 +154,7 @@ def load_transformer(
         load(found.path, model, None, groups, weights=EMA if weights == EMA else MODEL)
     else:
         together(groups, lambda: _take_shards(part, model, groups))
-    check_finite(model, str(found.path))
+    check_finite_on_every_rank(model, str(found.path), groups)
     logger.info("transformer%s from %s%s", _of_step(found.step), found.path, _averaged(weights == EMA))
     return model.eval().requires_grad_(False)
 

@@ -11,15 +11,10 @@ from megacogvx.conversion.part import LIVE
 from megacogvx.errors import ConfigError
 from megacogvx.inference.answers import Answers
 from megacogvx.inference.coding import add_coding_arguments
+from megacogvx.inference.language_models import KEY_VARIABLE, Endpoint, LocalModel, check_local_model
 from megacogvx.inference.load import EMA
 from megacogvx.inference.outputs import TEXTS
-from megacogvx.inference.prompt_upsampler import (
-    KEY_VARIABLE,
-    Endpoint,
-    LocalModel,
-    PromptUpsampler,
-    check_local_model,
-)
+from megacogvx.inference.prompt_upsampler import PromptUpsampler
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

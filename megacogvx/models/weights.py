@@ -7,6 +7,7 @@ import xxhash
 from torch import nn
 
 from megacogvx.errors import DataError
+from megacogvx.parallel.groups import ParallelGroups, gather_json
 
 SHOWN = 3  # names in the message
 
@@ -15,14 +16,14 @@ def check_finite(model: nn.Module, source: str) -> None:
     """Check that no weight of `model` is NaN or infinite; waits for the device once.
 
     Args:
-        model: its parameters are read.
+        model: its parameters and buffers (such as a learned table of positions) are read.
         source: where the weights came from, for the message.
 
     Raises:
         DataError: naming the first weights that aren't finite, and how many values of each.
     """
-    named = list(model.named_parameters())
-    finite = torch.stack([parameter.detach().isfinite().all() for _, parameter in named]).tolist()
+    named = [*model.named_parameters(), *model.named_buffers()]
+    finite = torch.stack([tensor.detach().isfinite().all() for _, tensor in named]).tolist()
     bad = [entry for entry, fine in zip(named, finite, strict=True) if not fine]
     if not bad:
         return
@@ -33,6 +34,20 @@ def check_finite(model: nn.Module, source: str) -> None:
         f"weights of {source} are NaN or infinite: {', '.join(shown)}{more};{narrow} take an earlier checkpoint, or "
         "convert or download this one again"
     )
+
+
+def check_finite_on_every_rank(model: nn.Module, source: str, groups: ParallelGroups) -> None:
+    """As `check_finite`, of a model that is cut over ranks: what one of them finds is the error of all.
+
+    None is left waiting for a rank that has found its part of the weights bad.
+    """
+    problem = None
+    try:
+        check_finite(model, source)
+    except DataError as error:
+        problem = str(error)
+    for found in filter(None, gather_json(problem, groups)):
+        raise DataError(found)
 
 
 def weights_fingerprint(model: nn.Module) -> str:

@@ -8,7 +8,6 @@ a certain step: it kills the process, spoils a gradient, fills the disk. Only th
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import json
 import os
 import shutil
@@ -16,19 +15,18 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 from megacogvx.testing import spawn
-from megacogvx.testing.fault_points import FAULTS
+from megacogvx.testing.fault_points import Fault
+from megacogvx.testing.fault_rank import run_rank
 from megacogvx.testing.tiny_dataset import write_tiny_dataset
 
 SILENT_SECONDS = 120.0  # without a line, a row or a file of the run folder, a start has come to a stand
-LAST_SECONDS = 900.0  # after which faulthandler ends a rank that nobody else ends
 PEER_SECONDS = 60.0  # a collective without its peer fails by then at the latest
 STEPS = 6
 SAVE_EVERY = 2
@@ -46,21 +44,6 @@ CONFIG: dict[str, dict[str, Any]] = {
     "guard": {"stuck_seconds": None, "slow_factor": None},
     "tracking": {"tensorboard": False},
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Fault:
-    """One planted fault.
-
-    Attributes:
-        name: a function of `fault_points.FAULTS`.
-        rank: where; None on all ranks.
-        settings: its arguments.
-    """
-
-    name: str
-    rank: int | None = 0
-    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -139,7 +122,9 @@ class Training:
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.ranks, "LOCAL_WORLD_SIZE": self.ranks}
             environment: dict[str, Any] = {**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "STARTED": began}
             mine = [fault for fault in faults if fault.rank in (None, rank)]
-            processes.append(spawn.server.Process(target=_rank, args=(config, output / str(rank), environment, mine)))
+            processes.append(
+                spawn.server.Process(target=run_rank, args=(config, output / str(rank), environment, mine))
+            )
             processes[-1].start()
         if meanwhile is not None:
             meanwhile(processes)
@@ -152,7 +137,7 @@ class Training:
         plan = self.folder / "torchrun.json"
         plan.write_text(json.dumps({"config": self.config(), "faults": [vars(fault) for fault in faults]}))
         words = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(self.ranks)]
-        words += ["--max-restarts", str(restarts), "-m", "megacogvx.testing.faults", str(plan)]
+        words += ["--max-restarts", str(restarts), "-m", "megacogvx.testing.fault_rank", str(plan)]
         began = time.monotonic()
         done = subprocess.run(
             [sys.executable, "-m", *words], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
@@ -177,7 +162,8 @@ def identical(actual: Training, expected: Training, step: int = STEPS) -> list[s
     Returns:
         what differs; empty if they are identical.
     """
-    from megacogvx.checkpoint.directory import CheckpointDirectory, read_manifest, verify
+    from megacogvx.checkpoint.directory import CheckpointDirectory
+    from megacogvx.checkpoint.manifest import read_manifest, verify
     from megacogvx.checkpoint.whole import read_state
 
     ours, theirs = (CheckpointDirectory(one.run / "checkpoints").path(step) for one in (actual, expected))
@@ -260,79 +246,3 @@ def _size_of(folders: Sequence[Path]) -> int:
             for entry in os.scandir(folder):
                 total += 1 + entry.stat(follow_symlinks=False).st_size
     return total
-
-
-def _rank(config: dict[str, Any], output: Path, environment: Mapping[str, Any], faults: list[Fault]) -> None:
-    """Do what `megacogvx train` does, as one rank."""
-    os.setsid()
-    os.environ.update({name: str(value) for name, value in environment.items()})
-    spawn.write_to(output)
-    faulthandler.dump_traceback_later(LAST_SECONDS, exit=True)
-    status = 1
-    try:
-        _note_consumed(Path(config["training"]["run_folder"]), environment["RANK"], environment["STARTED"])
-        for fault in faults:
-            FAULTS[fault.name](**fault.settings)
-        status = _train(config)
-    except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
-def _train(config: dict[str, Any]) -> int:
-    from megacogvx.config import build_config
-    from megacogvx.errors import MegacogvxError
-    from megacogvx.training.config import TrainConfig
-    from megacogvx.training.train import pretrain
-
-    try:
-        pretrain(build_config(TrainConfig, config))
-    except MegacogvxError as error:
-        print(f"{type(error).__name__}: {error}")
-        return error.exit_status
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
-
-
-def _note_consumed(run: Path, rank: int, started: float) -> None:
-    """Append the sample ids of each step that this rank has done to RUN/consumed-RANK.jsonl.
-
-    It also asks that no step moves a running generator: a checkpoint holds none, since nothing draws from one.
-    """
-    import torch
-    from megatron.core.tensor_parallel import get_cuda_rng_tracker
-
-    from megacogvx.training import loop
-
-    advance, generators = loop._advance, list[torch.Tensor]()
-
-    def noted(state: Any, inputs: Any) -> None:
-        now = [torch.get_rng_state(), *get_cuda_rng_tracker().get_states().values()]
-        assert not generators or all(torch.equal(a, b) for a, b in zip(now, generators, strict=True)), "a draw"
-        generators[:] = now
-        ids = [sample for ids in inputs.sample_ids for sample in ids]
-        first = inputs.microbatches[0][0].place
-        with (run / f"consumed-{rank}.jsonl").open("a") as file:
-            file.write(json.dumps([state.step, started, first, ids]) + "\n")
-        advance(state, inputs)
-
-    loop._advance = noted
-
-
-def main() -> int:
-    """Be one rank under torchrun; the faults of the plan are for the first time that it starts the ranks."""
-    plan, rank = json.loads(Path(sys.argv[1]).read_text()), int(os.environ["RANK"])
-    _note_consumed(
-        Path(plan["config"]["training"]["run_folder"]), rank, float(os.environ["TORCHELASTIC_RESTART_COUNT"])
-    )
-    for fault in plan["faults"] if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" else []:
-        if fault["rank"] in (None, rank):
-            FAULTS[fault["name"]](**fault["settings"])
-    return _train(plan["config"])
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -46,30 +46,48 @@ class FuzzReport:
 
 
 def mutate(data: bytes, seed: int) -> bytes:
-    """Return `data` with one to three random changes: flips, overwrites, cuts, insertions, swaps, extreme numbers."""
+    """Return `data` with one to three random changes of `CHANGES`."""
     draw = np.random.default_rng(seed)
     for _ in range(int(draw.integers(1, 4))):
-        place, kind = int(draw.integers(0, max(1, len(data)))), int(draw.integers(0, 7))
-        if kind == 0:
-            flipped = bytes(byte ^ (1 << int(draw.integers(8))) for byte in data[place : place + 1])
-            data = data[:place] + flipped + data[place + 1 :]
-        elif kind == 1:
-            data = data[:place]
-        elif kind == 2:
-            data = data[:place] + draw.bytes(int(draw.integers(1, 64))) + data[place:]
-        elif kind == 3:
-            data = data[:place] + data[place + int(draw.integers(1, 64)) :]
-        elif kind == 4:
-            other = int(draw.integers(0, max(1, len(data))))
-            data = data[:place] + data[other : other + 32] + data[place + 32 :]
-        elif kind == 5:
-            extreme = [0, 1, 2**31 - 1, 2**32 - 1, 2**63 - 1, 2**64 - 1][int(draw.integers(6))]
-            width = [4, 8][int(draw.integers(2))]
-            number = (extreme % 2 ** (8 * width)).to_bytes(width, "little")
-            data = data[: place // width * width] + number + data[place // width * width + width :]
-        else:
-            data = data[:place] + draw.bytes(int(draw.integers(1, 9))) + data[place + 8 :]
+        place, kind = int(draw.integers(0, max(1, len(data)))), int(draw.integers(0, len(CHANGES)))
+        data = CHANGES[kind](data, place, draw)
     return data
+
+
+def _flip_bit(data: bytes, place: int, draw: np.random.Generator) -> bytes:
+    flipped = bytes(byte ^ (1 << int(draw.integers(8))) for byte in data[place : place + 1])
+    return data[:place] + flipped + data[place + 1 :]
+
+
+def _cut_off(data: bytes, place: int, draw: np.random.Generator) -> bytes:
+    return data[:place]
+
+
+def _insert(data: bytes, place: int, draw: np.random.Generator) -> bytes:
+    return data[:place] + draw.bytes(int(draw.integers(1, 64))) + data[place:]
+
+
+def _leave_out(data: bytes, place: int, draw: np.random.Generator) -> bytes:
+    return data[:place] + data[place + int(draw.integers(1, 64)) :]
+
+
+def _repeat_other_bytes(data: bytes, place: int, draw: np.random.Generator) -> bytes:
+    other = int(draw.integers(0, max(1, len(data))))
+    return data[:place] + data[other : other + 32] + data[place + 32 :]
+
+
+def _write_extreme_number(data: bytes, place: int, draw: np.random.Generator) -> bytes:
+    extreme = [0, 1, 2**31 - 1, 2**32 - 1, 2**63 - 1, 2**64 - 1][int(draw.integers(6))]
+    width = [4, 8][int(draw.integers(2))]
+    start = place // width * width
+    return data[:start] + (extreme % 2 ** (8 * width)).to_bytes(width, "little") + data[start + width :]
+
+
+def _overwrite(data: bytes, place: int, draw: np.random.Generator) -> bytes:
+    return data[:place] + draw.bytes(int(draw.integers(1, 9))) + data[place + 8 :]
+
+
+CHANGES = (_flip_bit, _cut_off, _insert, _leave_out, _repeat_other_bytes, _write_extreme_number, _overwrite)
 
 
 def fuzz(

@@ -22,9 +22,10 @@ from megacogvx.data.clips import Clip, read_clips, write_clips
 from megacogvx.data.exchange.importers import read_folder, read_tar
 from megacogvx.data.exchange.megatron import read_megatron
 from megacogvx.data.indexed import IndexedDataset
-from megacogvx.data.indexed.layout import EncoderInfo
+from megacogvx.data.indexed.encoder_info import EncoderInfo
+from megacogvx.data.indexed.record import Record
 from megacogvx.data.indexed.recover import recover_shard
-from megacogvx.data.indexed.shard import Record, Shard
+from megacogvx.data.indexed.shard import Shard
 from megacogvx.data.indexed.side_columns import write_side_column
 from megacogvx.data.video import read_frames, write_video
 from megacogvx.testing.fuzz import SLACK, mutate

@@ -1,7 +1,7 @@
 """Synthetic clips of moving shapes, whose captions are true by construction.
 
 What a machine without network trains on: `shape_frames` draws one clip, `write_shapes` makes videos and a caption
-file that `megacogvx clips` takes.
+file that `megacogvx clips` takes, `write_shape_clip` a clip as `megacogvx clips` leaves it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 
 from megacogvx import draws
+from megacogvx.data.clips import Clip
+from megacogvx.data.images import write_png
 from megacogvx.data.video import write_video, written_beside
 
 SHAPES = ("square", "disc", "diamond")
@@ -68,6 +70,28 @@ def write_shapes(
     with written_beside(folder / "captions.jsonl") as beside:
         beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder / "captions.jsonl"
+
+
+def write_shape_clip(
+    folder: Path, number: int, frames: int, height: int, width: int, *, scene: int | None = None, **changes: object
+) -> Clip:
+    """Write clip `number` at 8 fps, or as an image when `frames` is 1, and return its row of clips.jsonl.
+
+    Args:
+        folder: gets NUMBER.mp4 or NUMBER.png.
+        number, frames, height, width: as for `shape_frames`.
+        scene: the number that is drawn, where it is another.
+        changes: fields of the row that are to be others.
+    """
+    pixels, caption = shape_frames(number if scene is None else scene, frames, height, width)
+    fields: dict[str, object] = {"caption": caption, "frames": frames, "height": height, "width": width, "start": 0.0}
+    if frames == 1:
+        fields |= {"path": folder / f"{number}.png", "fps": None, "source": f"image {number}"}
+        write_png(folder / f"{number}.png", pixels[0])
+    else:
+        fields |= {"path": folder / f"{number}.mp4", "fps": 8.0, "source": f"video {number}"}
+        write_video(folder / f"{number}.mp4", pixels, 8)
+    return Clip.model_validate({**fields, **changes})
 
 
 def _along(step: int, way: float, aside: float) -> float:

@@ -99,13 +99,17 @@ def on_ranks(world_size: int, *layouts: Layout, slow: bool = False) -> Callable[
             _cases.setdefault((file, world_size, device), []).extend(cases)
 
         @functools.wraps(function)
-        def test(case: Case) -> None:
+        def test(case: Case, request: pytest.FixtureRequest) -> None:
             if launched and int(os.environ["WORLD_SIZE"]) != world_size:
                 pytest.skip(f"{case.id} needs {world_size} ranks, not {os.environ['WORLD_SIZE']}")
             if missing := _missing_gpus(case, world_size):
                 pytest.skip(missing)
             if launched:
-                _run_case(case)
+                try:
+                    _run_case(case)
+                except BaseException:  # with this process torchrun ends the others, which may wait for it
+                    request.session.shouldfail = f"{case.name} failed on this rank"
+                    raise
             else:
                 problem = _outcome(file, world_size, case)
                 assert not problem, problem

@@ -13,7 +13,7 @@ import torch
 
 from megacogvx.conversion.megacogvx import write_part
 from megacogvx.conversion.settings import VAESettings
-from megacogvx.data.indexed.layout import TextKind
+from megacogvx.data.indexed.encoder_info import TextKind
 from megacogvx.inference.load import load_vae
 from megacogvx.models.text_encoder import TextEncoder
 from megacogvx.models.weights import weights_fingerprint

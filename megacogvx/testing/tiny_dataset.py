@@ -9,8 +9,8 @@ import torch
 
 from megacogvx import draws
 from megacogvx.data.indexed import DatasetWriter, EncoderInfo, finish_dataset
+from megacogvx.data.indexed.encoder_info import FloatDtype, TextDtype, TextKind
 from megacogvx.data.indexed.fields import to_field
-from megacogvx.data.indexed.layout import FloatDtype, TextDtype, TextKind
 
 Size = tuple[int, int, int]
 SIZES: tuple[Size, ...] = ((1, 4, 4), (2, 4, 6), (3, 6, 4), (5, 4, 4))

@@ -115,7 +115,9 @@ def _measure(actual: torch.Tensor, expected: torch.Tensor) -> TensorError:
     assert actual.shape == expected.shape, f"shape {_shape(actual)}, expected {_shape(expected)}"
     if not actual.numel():
         return TensorError(0.0, 0.0, ())
-    a, b = actual.detach().double().cpu(), expected.detach().double().cpu()
+    # Where both lie, so that a GPU's billions of values need not come to the host for one number.
+    device = actual.device if actual.device == expected.device else torch.device("cpu")
+    a, b = (tensor.detach().to(device, torch.float64) for tensor in (actual, expected))
     difference = (a - b).abs()
     place = tuple(int(i) for i in torch.unravel_index(difference.argmax(), difference.shape)) if a.dim() else ()
     return TensorError(
@@ -126,7 +128,7 @@ def _measure(actual: torch.Tensor, expected: torch.Tensor) -> TensorError:
 
 
 def _norm(tensor: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor.detach().double().cpu()))
+    return float(torch.linalg.vector_norm(tensor.detach().double()))
 
 
 def _ratio(difference: float, reference: float) -> float:

@@ -17,8 +17,9 @@ from megacogvx.diffusion.image_condition import image_channels
 from megacogvx.diffusion.objective import loss_count
 from megacogvx.diffusion.schedule import NoiseSchedule
 from megacogvx.models.vae import gaussian
-from megacogvx.pack_layout import LocalPack, PackLayout, RowSlice, patchify
+from megacogvx.pack_layout import LocalPack, PackLayout, RowSlice
 from megacogvx.parallel.groups import ParallelGroups
+from megacogvx.patches import patchify
 from megacogvx.training.image_condition import ImageLatents
 from megacogvx.training.text_condition import TextRows
 from megacogvx_kernels.transfer import to_device

@@ -6,9 +6,9 @@ import numpy as np
 
 from megacogvx.data.corpus import Corpus
 from megacogvx.errors import ConfigError
-from megacogvx.models.transformer.checks import rope_grid_problem
+from megacogvx.models.transformer.checks import size_problem
 from megacogvx.models.transformer.config import CogVideoXConfig
-from megacogvx.pack_layout import place_sample
+from megacogvx.parallel.config import divisors
 from megacogvx.training.config import TrainConfig
 from megacogvx.training.image_condition import check_vae
 
@@ -18,7 +18,8 @@ def check_corpus(config: TrainConfig, corpus: Corpus) -> None:
 
     Raises:
         ConfigError: latent channels or text width differ, its captions are longer than the model's limit, its videos
-            larger than the rope grid, or its texts or first frames are not what this training needs.
+            don't divide into patches, are larger than the rope grid or not what the learned position table is made
+            for, or its texts or first frames are not what this training needs.
         CheckpointError: `image.vae` is no VAE's checkpoint.
     """
     encoder, model = corpus.encoder, config.model
@@ -44,10 +45,18 @@ def check_corpus(config: TrainConfig, corpus: Corpus) -> None:
 
 
 def _check_sizes(model: CogVideoXConfig, corpus: Corpus) -> None:
-    sizes = np.unique(np.stack([corpus.columns.height, corpus.columns.width]), axis=1)
-    for height, width in sizes.T.tolist():
-        if problem := rope_grid_problem(model, place_sample(0, 1, height, width, 0, model.patch)):
-            raise ConfigError(f"the dataset has videos of {height} x {width} latent cells (h, w): {problem}")
+    columns = corpus.columns
+    sizes = np.unique(np.stack([columns.frames, columns.height, columns.width]), axis=1)
+    common = int(np.gcd.reduce(sizes[1:], axis=None))
+    for frames, height, width in sizes.T.tolist():
+        held = f"the dataset has videos of {frames} x {height} x {width} latent cells (t, h, w)"
+        if height % model.patch_size or width % model.patch_size:
+            raise ConfigError(
+                f"{held}, whose height and width model.patch_size={model.patch_size} must divide; sizes that work for "
+                f"all its videos: {divisors(common)}; or filter out those of other sizes"
+            )
+        if problem := size_problem(model, frames, height, width):
+            raise ConfigError(f"{held}: {problem}")
 
 
 def _check_text(config: TrainConfig, corpus: Corpus) -> None:

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from megacogvx import draws
 from megacogvx.config import Section
-from megacogvx.data.indexed.layout import EncoderInfo
+from megacogvx.data.indexed.encoder_info import EncoderInfo
 from megacogvx.data.transforms import to_model_range
 from megacogvx.diffusion.image_condition import ImageLatentScale, noised_image, scaled_image_latents
 from megacogvx.errors import ConfigError

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megacogvx.data.clips import ClipLoader
+from megacogvx.data.clip_loader import ClipLoader
 from megacogvx.data.faults import FaultCounter
 from megacogvx.data.loader import PackLoader
 from megacogvx.data.pack import Pack
@@ -22,8 +22,9 @@ from megacogvx.pack_layout import PackLayout
 from megacogvx.parallel.data_parallel import max_over_ranks
 from megacogvx.parallel.groups import ParallelGroups
 from megacogvx.training.agreement import read_together
-from megacogvx.training.config import TrainConfig, VAETrainConfig
+from megacogvx.training.config import TrainConfig
 from megacogvx.training.loop import StepInput
+from megacogvx.training.vae_config import VAETrainConfig
 
 
 def pack_inputs(

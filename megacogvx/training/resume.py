@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from megacogvx.checkpoint.directory import CheckpointDirectory
 from megacogvx.checkpoint.distributed import load, load_newest
 from megacogvx.checkpoint.find import Checkpoint, find_checkpoint
@@ -23,12 +25,13 @@ from megacogvx.parallel.groups import ParallelGroups
 from megacogvx.parallel.optimizer import Optimizer
 from megacogvx.training.adversary import Adversary, WeightsOnly
 from megacogvx.training.agreement import agreed
-from megacogvx.training.config import TrainConfig, TrainingConfig, VAETrainConfig
+from megacogvx.training.config import TrainConfig, TrainingConfig
 from megacogvx.training.ema import WeightAverage
 from megacogvx.training.metrics import MetricsFile
 from megacogvx.training.run_lock import RunLock
 from megacogvx.training.start_from import start_from
 from megacogvx.training.state import TrainState
+from megacogvx.training.vae_config import VAETrainConfig
 
 # What, above 0, learns beside the model from a run's first step on: section and key.
 BESIDE = (("ema", "decay"), ("loss", "gan_weight"))
@@ -129,8 +132,7 @@ def load_newest_or_start(
     found = load_newest(checkpoints, ddp, optimizer, groups, go_back=go_back, beside=beside)
     if found is not None:
         path, extra = found
-        with agreed(groups, "checking the weights"):  # a rank sees its own part of them alone
-            check_finite(model, str(path))
+        _check_weights(model, path, groups)
         logger.info("resumed from %s", path)
         return TrainState.from_json(extra["state"])
     if config.training.start_from is not None:
@@ -156,8 +158,15 @@ def _start_from(
         start_from(model, start, config.parallel, groups)
     else:
         load(start.path, ddp, None, groups, beside=others)
+    _check_weights(unwrap(ddp), start.path, groups)
     optimizer.reload_weights()
     average = beside.get("ema")
     if isinstance(average, WeightAverage):
         average.restart()
     logger.info("starting with the weights of %s%s", start.path, " and its discriminator's" if others else "")
+
+
+def _check_weights(model: nn.Module, path: Path, groups: ParallelGroups) -> None:
+    """Raise on every rank if the weights of any, which sees its own part of them alone, are not numbers."""
+    with agreed(groups, "checking the weights"):
+        check_finite(model, str(path))

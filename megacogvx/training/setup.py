@@ -13,7 +13,7 @@ import torch
 from megacogvx.checkpoint.run_state import Kept
 from megacogvx.config import dump_config
 from megacogvx.conversion.settings import Conventions
-from megacogvx.data.clips import ClipLoader
+from megacogvx.data.clip_loader import ClipLoader
 from megacogvx.data.corpus import Corpus
 from megacogvx.data.loader import PackLoader
 from megacogvx.data.planner import PackPlan
@@ -36,7 +36,7 @@ from megacogvx.training import vae_step
 from megacogvx.training.adversary import Adversary
 from megacogvx.training.agreement import agreed
 from megacogvx.training.batch import BatchMaker
-from megacogvx.training.config import OptimizerConfig, TrainConfig, VAETrainConfig
+from megacogvx.training.config import OptimizerConfig, TrainConfig
 from megacogvx.training.corpus_checks import check_corpus
 from megacogvx.training.ema import WeightAverage
 from megacogvx.training.held_out import held_out_measures, plan_held_out
@@ -46,6 +46,7 @@ from megacogvx.training.loop import Run
 from megacogvx.training.resume import load_newest_or_start, lock_run, open_metrics, open_run
 from megacogvx.training.start_from import find_start
 from megacogvx.training.text_condition import text_rows
+from megacogvx.training.vae_config import VAETrainConfig
 from megacogvx.training.validation import HeldOutClips
 
 logger = get_logger(__name__)
@@ -196,7 +197,7 @@ def _followers(
 
 def _with_packs_per_step(config: TrainConfig, corpus: Corpus) -> TrainConfig:
     """Return `config` with the step's size in packs, and say what it is in samples and tokens."""
-    mean = float(corpus.columns.lengths(config.model.patch).mean())
+    mean = corpus.columns.mean_length(config.model.patch)
     data = config.data.in_packs(mean)
     tokens = data.packs_per_step * data.tokens_per_pack
     logger.info(

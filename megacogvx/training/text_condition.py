@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from megacogvx.config import Section
-from megacogvx.data.indexed.layout import EncoderInfo
+from megacogvx.data.indexed.encoder_info import EncoderInfo
 from megacogvx.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 
 from megacogvx.config import load_config
-from megacogvx.training.config import VAETrainConfig
 from megacogvx.training.train import add_arguments, train_until_stopped
+from megacogvx.training.vae_config import VAETrainConfig
 
 __all__ = ["EXAMPLE", "add_arguments", "run"]
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megacogvx import draws
-from megacogvx.data.clips import ClipBatch
+from megacogvx.data.clip_loader import ClipBatch
 from megacogvx.models.vae.config import VAEConfig
 from megacogvx.models.vae.losses import VAELoss
 from megacogvx.models.vae.model import Reconstruction

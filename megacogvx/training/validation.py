@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from megacogvx.data.clips import ClipLoader
+from megacogvx.data.clip_loader import ClipLoader
 from megacogvx.data.images import write_png
 from megacogvx.data.transforms import to_pixels
 from megacogvx.evaluation.reconstruction import psnr

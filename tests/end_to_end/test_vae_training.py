@@ -30,27 +30,19 @@ SETTINGS: dict[str, Any] = {
 
 
 def write_shape_clips(folder: Path, count: int = 6) -> None:
-    from megacogvx.data.clips import Clip, write_clips
-    from megacogvx.data.video import write_video
-    from megacogvx.testing.moving_shapes import shape_frames
+    from megacogvx.data.clips import write_clips
+    from megacogvx.testing.moving_shapes import write_shape_clip
 
-    clips = []
-    for number in range(count):
-        pixels, caption = shape_frames(number, 17, 32, 32)
-        path = folder / f"{number}.mp4"
-        write_video(path, pixels, 8)
-        place = {"source": f"video {number}", "start": 0.0, "fps": 8.0}
-        clips.append(Clip(path=path, caption=caption, frames=17, height=32, width=32, **place))
-    write_clips(folder / "clips.jsonl", clips)
+    write_clips(folder / "clips.jsonl", [write_shape_clip(folder, number, 17, 32, 32) for number in range(count)])
 
 
 def train_vae(folder: Path, name: str, **changes: dict[str, Any]) -> Path:
     """Do what the verb does in each process, with the sections of `changes` on top of `SETTINGS`."""
     from megacogvx.config import build_config
     from megacogvx.parallel.groups import shutdown
-    from megacogvx.training.config import VAETrainConfig
     from megacogvx.training.loop import train
     from megacogvx.training.setup import build_vae_run
+    from megacogvx.training.vae_config import VAETrainConfig
 
     shutdown(stay_connected=True)
     values = {section: {**SETTINGS.get(section, {}), **changes.get(section, {})} for section in SETTINGS | changes}

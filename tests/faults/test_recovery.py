@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megacogvx.testing.faults import STEPS, Fault, Training, identical, samples_lost_and_repeated
+from megacogvx.testing.fault_points import Fault
+from megacogvx.testing.faults import STEPS, Training, identical, samples_lost_and_repeated
 
 pytestmark = pytest.mark.timeout(280)
 

@@ -144,6 +144,15 @@ def test_time_and_a_lost_card_end_a_run_in_order(run_all, monkeypatch, tmp_path)
     assert len(_results(tmp_path / "lost")["rows"]) == 2
 
 
+def test_a_copy_of_the_repository_is_told_its_commit(run_all, monkeypatch, tmp_path):
+    """Without .git it can't know it."""
+    monkeypatch.setattr(run_all.kept, "_said", lambda *command: "unknown")
+    monkeypatch.setattr(run_all, "plan", lambda *arguments: [_case(run_all, "one", lambda: {"one": {"ms": 1.0}})])
+    for arguments, expected in ((["--commit", "abc1234"], "abc1234"), ([], "abc1234"), (["--commit", "d"], "d")):
+        assert _run(run_all, monkeypatch, "--dry-run", "--out", tmp_path, *arguments) == 0
+        assert _results(tmp_path)["commit"] == expected
+
+
 def test_results_of_other_sources_or_cards_are_left_alone(run_all, tmp_path):
     fresh = {**run_all.kept.circumstances("abc"), "date": "2030-01-02"}
     run_all.kept.save({**fresh, "rows": {"a": {}}}, tmp_path)
@@ -285,7 +294,7 @@ def test_a_program_that_does_not_answer_leaves_no_process_behind(run_all, monkey
     assert not _runs(pid)
     assert run_all.bench_clips._output(["sh", "-c", "echo one; echo two"]) == "two"
     with pytest.raises(RuntimeError, match=r"^off$"):
-        run_all.bench_clips._output(["sh", "-c", "echo more >&2; echo off >&2; exit 1"])
+        run_all.bench_clips._output(["sh", "-c", "echo more >&2; echo off >&2; echo >&2; exit 1"])
 
 
 @pytest.mark.gpu

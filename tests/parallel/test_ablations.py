@@ -14,7 +14,8 @@ RING2 = {**CP2, "ring_size": 2}
 
 
 def _check(groups, **changes):
-    from megacogvx.testing.one_process import Setting, assert_equals_one_process
+    from megacogvx.testing.any_layout import assert_equals_one_process
+    from megacogvx.testing.one_process import Setting
 
     assert_equals_one_process(groups, Setting(variant="5b", changes=changes))
 

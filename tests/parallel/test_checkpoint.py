@@ -286,8 +286,8 @@ def _let_one_rank_fail(groups, path, wrapped, optimizer):
 
 @on_ranks(2, {})
 def test_every_rank_names_what_is_wrong(groups, folder):
-    from megacogvx.checkpoint.directory import MANIFEST
     from megacogvx.checkpoint.distributed import load, save
+    from megacogvx.checkpoint.manifest import MANIFEST
     from megacogvx.errors import CheckpointError
     from megacogvx.parallel.groups import barrier
 
@@ -347,7 +347,7 @@ def test_another_model_is_refused_by_name(groups, folder):
 
 @on_ranks(2, {})
 def test_a_write_that_fails_on_one_rank_fails_on_all_and_leaves_the_old(groups, folder):
-    from megacogvx.checkpoint import directory as folders
+    from megacogvx.checkpoint import manifest
     from megacogvx.checkpoint.distributed import load, save
     from megacogvx.errors import CheckpointError
     from megacogvx.parallel.groups import barrier
@@ -355,18 +355,18 @@ def test_a_write_that_fails_on_one_rank_fails_on_all_and_leaves_the_old(groups, 
     directory = folder_of(folder)
     model = fill(MiniModel(groups))
     save(directory, 1, model, None, {"good": True}, groups)
-    seal = folders.seal
+    seal = manifest.seal
     if groups.rank == 1:
 
         def seal_fails(path, name):
             raise OSError(28, "No space left on device")
 
-        folders.seal = seal_fails
+        manifest.seal = seal_fails
     try:
         with pytest.raises(CheckpointError, match="No space left"):
             save(directory, 2, model, None, {}, groups)
     finally:
-        folders.seal = seal
+        manifest.seal = seal
     barrier(groups)
     assert directory.steps() == [1]
     assert load(directory.latest(), model, None, groups) == {"good": True}

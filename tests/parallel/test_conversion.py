@@ -1,7 +1,10 @@
 """Checkpoints of other formats and layouts: converted ones load on any, saved on any they convert, bit for bit."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megacogvx.checkpoint.directory import CheckpointDirectory
 from megacogvx.checkpoint.distributed import load, save
@@ -9,7 +12,7 @@ from megacogvx.checkpoint.find import find_checkpoint
 from megacogvx.conversion.convert import convert, open_parts
 from megacogvx.conversion.part import ReadOptions
 from megacogvx.conversion.settings import dump_settings
-from megacogvx.errors import CheckpointError
+from megacogvx.errors import CheckpointError, DataError
 from megacogvx.inference.load import load_transformer
 from megacogvx.models.transformer.model import CogVideoXTransformer, transformer_core
 from megacogvx.parallel.config import ParallelConfig
@@ -70,11 +73,27 @@ def test_foreign_weights_load_for_generation_as_they_lie(groups, folder):
     barrier(groups)
     shard = folder / "diffusers" / "transformer"
     if groups.is_first:
+        spoil_the_last_heads(shard)
+    barrier(groups)
+    with pytest.raises(DataError, match=r"infinite: blocks\.0\.attention\.qkv\.weight \(1 of .*convert or"):
+        load_transformer(folder / "diffusers", groups, torch.float32)
+    barrier(groups)
+    if groups.is_first:
         (file,) = shard.glob("*-00002-of-*.safetensors")
         file.write_bytes(file.read_bytes()[:-4])
     barrier(groups)
     with pytest.raises(CheckpointError, match="is cut short"):
         load_transformer(folder / "diffusers", groups, torch.float32)
+
+
+def spoil_the_last_heads(folder):
+    """Put a NaN into weights of a diffusers folder that the last tensor rank holds."""
+    name = "transformer_blocks.0.attn1.to_q.weight"
+    index = json.loads((folder / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    file = folder / index["weight_map"][name]
+    tensors = load_file(file)
+    tensors[name][-1, 0] = torch.nan
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def check_shards(model, part, groups):

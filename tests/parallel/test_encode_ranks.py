@@ -9,30 +9,17 @@ CP2 = {"context_parallel_size": 2}
 
 def _clips(folder):
     """Write a video of 13 frames, one of 9, an image, and a text encoder, once a rank; return the list."""
-    from megacogvx.data.clips import Clip
-    from megacogvx.data.images import write_png
-    from megacogvx.data.video import write_video
-    from megacogvx.testing.moving_shapes import shape_frames
+    from megacogvx.testing.moving_shapes import write_shape_clip
     from megacogvx.testing.tiny_text_encoder import build_tiny_text_encoder
 
-    clips = []
-    for number, count in enumerate((13, 1, 9)):
-        frames, caption = shape_frames(number, count, 16, 24)
-        path = folder / f"{number}.{'png' if count == 1 else 'mp4'}"
-        if count == 1:
-            write_png(path, frames[0])
-        else:
-            write_video(path, frames, 8)
-        clips.append(
-            Clip(path=path, caption=caption, frames=count, height=16, width=24, fps=None if count == 1 else 8,
-                 source="shapes", start=float(number))
-        )  # fmt: skip
+    sizes = enumerate((13, 1, 9))
+    clips = [write_shape_clip(folder, number, count, 16, 24, start=float(number)) for number, count in sizes]
     build_tiny_text_encoder(folder / "t5", [clip.caption for clip in clips], width=16, vocabulary=48)
     return clips
 
 
 def _encoder(folder, helpers):
-    from megacogvx.curation.encode_shards import ClipEncoder
+    from megacogvx.curation.clip_encoder import ClipEncoder
     from megacogvx.models.text_encoder import TextEncoder
     from megacogvx.models.vae.config import VAEConfig
     from megacogvx.models.vae.initialize import initialize_weights
@@ -49,6 +36,7 @@ def test_the_records_are_those_of_one_rank(groups, folder):
     import pytest
     import torch
 
+    from megacogvx.curation.clip_list import ClipList
     from megacogvx.curation.encode_shards import write_dataset
     from megacogvx.data.indexed import IndexedDataset
     from megacogvx.data.transforms import to_model_range
@@ -59,7 +47,7 @@ def test_the_records_are_those_of_one_rank(groups, folder):
 
     mine = folder / f"rank{groups.rank}"
     mine.mkdir(parents=True)
-    clips = _clips(mine)
+    clips = ClipList.of(_clips(mine))
     alone, together = _encoder(mine, ALONE), _encoder(mine, FrameHelpers(groups.context_group))
     seen = []
     for model in (alone.vae, together.vae):

@@ -25,7 +25,8 @@ def _damage(folder, sample_id):
 @pytest.mark.slow
 @on_ranks(2, {}, CP2)
 def test_what_one_rank_cannot_read_is_zeros_on_all(groups, folder):
-    from megacogvx.data.corpus import Corpus, DataConfig
+    from megacogvx.data.config import DataConfig
+    from megacogvx.data.corpus import Corpus
     from megacogvx.data.faults import FaultCounter
     from megacogvx.data.loader import PackLoader
     from megacogvx.data.planner import PackPlan

@@ -78,7 +78,7 @@ def check_gan_step(groups, frames, clips=2, **changes):
 
     Return what the GAN term was scaled by.
     """
-    from megacogvx.data.clips import ClipBatch
+    from megacogvx.data.clip_loader import ClipBatch
     from megacogvx.models.vae import VAELoss, VAELossConfig
     from megacogvx.parallel.data_parallel import forward_backward, sum_over_tokens
     from megacogvx.training.adversary import Adversary

@@ -39,7 +39,8 @@ def test_initial_weights_do_not_depend_on_the_split(groups):
 def load_and_step(path, groups):
     """Load on this layout; return the weights loaded, and loss and norm of the next step."""
     from megacogvx.checkpoint.distributed import load
-    from megacogvx.testing.one_process import Setting, forward_and_backward, wrapped_with_optimizer
+    from megacogvx.testing.any_layout import forward_and_backward, wrapped_with_optimizer
+    from megacogvx.testing.one_process import Setting
 
     wrapped, optimizer = wrapped_with_optimizer(groups, Setting())
     with torch.no_grad():
@@ -64,13 +65,8 @@ def switch(layout):
 def test_checkpoints_change_the_number_of_stages(groups, folder):
     from megacogvx.checkpoint.directory import CheckpointDirectory
     from megacogvx.checkpoint.distributed import save
-    from megacogvx.testing.one_process import (
-        Reference,
-        Setting,
-        forward_and_backward,
-        shards,
-        wrapped_with_optimizer,
-    )
+    from megacogvx.testing.any_layout import forward_and_backward, shards, wrapped_with_optimizer
+    from megacogvx.testing.one_process import Reference, Setting
 
     reference = Reference(groups, Setting(), steps=3)
     wrapped, optimizer = wrapped_with_optimizer(groups, Setting())

@@ -18,12 +18,14 @@ from megacogvx.testing.spawn import on_ranks
 TP2, CP2, PP2 = ({f"{axis}_parallel_size": 2} for axis in ("tensor", "context", "pipeline"))
 RING2 = {**CP2, "ring_size": 2}
 PP3 = {"pipeline_parallel_size": 3}
-CP4 = {"context_parallel_size": 4}
+TP4, CP4 = {"tensor_parallel_size": 4}, {"context_parallel_size": 4}
+PRODUCTS = ({**TP2, **CP2}, {**TP2, **PP2}, {**CP2, **PP2})
 POLICIES = ("none", "selective", "keep_attention", "full", "block:1")
 
 
 def check(groups, bounds=None, **setting):
-    from megacogvx.testing.one_process import Setting, assert_equals_one_process
+    from megacogvx.testing.any_layout import assert_equals_one_process
+    from megacogvx.testing.one_process import Setting
 
     assert_equals_one_process(groups, Setting(**setting), bounds)
 
@@ -56,7 +58,7 @@ def test_sine_positions_and_the_motion_offset_equal_one_process(groups):
 @on_ranks(2, TP2, RING2)
 def test_half_precision_equals_one_process_in_fp32(groups):
     """fp16 is the published precision of 2B; its loss is scaled. Bounds: about three times what was measured."""
-    from megacogvx.testing.one_process import Bounds
+    from megacogvx.testing.any_layout import Bounds
 
     fp16 = Bounds(rows=2e-3, gradients=4e-3, weights=3e-4, updates=0.1, loss=1e-3)
     check(groups, variant="2b", dtype=torch.float16, bounds=fp16)
@@ -69,7 +71,7 @@ def test_three_uneven_stages_equal_one(groups):
     check(groups, variant="1_5_i2v", changes={"num_layers": 4})
 
 
-@on_ranks(4, {**TP2, **CP2}, {**TP2, **PP2}, {**CP2, **PP2}, {**CP4, "ring_size": 2}, {**TP2, **RING2}, PP2)
+@on_ranks(4, TP2, CP2, PP2, TP4, CP4, *PRODUCTS, {**CP4, "ring_size": 2}, {**TP2, **RING2})
 def test_four_ranks_equal_one(groups):
     check(groups, variant="5b_i2v", overlap=groups.context[1] > 1)
 
@@ -92,7 +94,8 @@ def test_six_heads_over_rings_of_four_equal_one(groups):
 @on_ranks(2, TP2, RING2, PP2)
 def test_recompute_changes_no_bit(groups):
     """Also with pipeline stages, which keep the packs under way and recompute those of their own layers."""
-    from megacogvx.testing.one_process import Setting, forward_and_backward, whole_gradients, wrapped_with_optimizer
+    from megacogvx.testing.any_layout import forward_and_backward, whole_gradients, wrapped_with_optimizer
+    from megacogvx.testing.one_process import Setting
 
     results = {}
     for policy in POLICIES:

@@ -19,7 +19,8 @@ def _prepared(groups, folder):
     from megacogvx.checkpoint.directory import CheckpointDirectory
     from megacogvx.checkpoint.distributed import save
     from megacogvx.config import dump_config
-    from megacogvx.data.corpus import Corpus, DataConfig
+    from megacogvx.data.config import DataConfig
+    from megacogvx.data.corpus import Corpus
     from megacogvx.data.loader import PackLoader
     from megacogvx.data.planner import PackPlan
     from megacogvx.models.transformer.config import CogVideoXConfig

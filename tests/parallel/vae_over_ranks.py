@@ -155,7 +155,7 @@ def check_step(groups, frames, clips=2, net=False):
 
     With the random `net` in the loss, rounding of 1e-7 in the pixels flips ReLUs, which moves some gradients by 1e-4.
     """
-    from megacogvx.data.clips import ClipBatch
+    from megacogvx.data.clip_loader import ClipBatch
     from megacogvx.parallel.data_parallel import forward_backward, sum_over_tokens
 
     step, video = 3, make_video(frames, clips)

@@ -67,6 +67,44 @@ def test_the_longest_clip_that_fits_is_found_near_the_prediction(limit, predicte
     assert all(frames % 8 == 1 for frames in asked)
 
 
+class _Event:
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        pass
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        return 500.0
+
+
+def test_a_side_that_cannot_be_run_is_named_and_the_other_measured(models, monkeypatch, capsys):
+    """Clocks and counters are a GPU's; here they are played."""
+
+    def fails(*arguments):
+        raise RuntimeError("output tensors with less than INT_MAX elements only\nmore")
+
+    monkeypatch.setattr(torch.cuda, "Event", _Event)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**30)
+    case = Case("encode", "whole", (9, 16, 16))
+    bench_vae_gpu.compare(case, *models, rounds=1)
+    assert "1.00x as fast, 1.00x the memory, relative error" in capsys.readouterr().out
+    monkeypatch.setattr(Theirs, "__call__", fails)
+    bench_vae_gpu.compare(case, *models, rounds=1)
+    _, theirs, ours = capsys.readouterr().out.splitlines()
+    assert theirs.split(maxsplit=1) == [
+        "diffusers",
+        "RuntimeError: output tensors with less than INT_MAX elements only",
+    ]
+    assert ours.split()[:5] == ["megacogvx", "0.500", "s", "18.0", "frames/s"]
+    monkeypatch.setattr(bench_vae_gpu, "longest", fails)
+    assert bench_vae_gpu.said_of_longest(models[0], case).startswith("RuntimeError: output tensors")
+
+
 @pytest.mark.gpu
 def test_the_gpu_s_figures_exist():
     ours = our_model(CONFIG, torch.bfloat16, "cuda")

@@ -84,7 +84,7 @@ def test_two_devices_and_a_waiting_host_are_found(gpu):
         there = torch.zeros(3, device=GPU)
         with pytest.raises(DataDependentOutputException):
             bool(there.isfinite().all())
-        with pytest.raises(RuntimeError, match="at least two devices"):
+        with pytest.raises(RuntimeError, match=r"two (different )?devices"):
             there + torch.zeros(3)
     with pytest.raises(RuntimeError):
         float(torch.zeros(3, device=META).sum())

@@ -5,6 +5,7 @@ the gradient of every parameter are compared in fp32.
 """
 
 import dataclasses
+import inspect
 
 import pytest
 import torch
@@ -20,9 +21,10 @@ from megacogvx.models.transformer import (
     place_on_rope_grid,
     transformer_core,
 )
-from megacogvx.pack_layout import build_layout, patchify, place_sample
+from megacogvx.pack_layout import build_layout, place_sample
 from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.groups import initialize, shutdown
+from megacogvx.patches import patchify
 from megacogvx.testing.published_names import to_our_names
 from megacogvx.testing.tolerance import assert_all_close, assert_close
 
@@ -43,7 +45,7 @@ class Variant:
     sizes: tuple[tuple[int, int, int, int], ...]
 
 
-SIZES = ((3, 8, 12, TEXT), (1, 4, 6, 3), (2, 6, 16, 5), (1, 8, 12, TEXT))
+SIZES = ((3, 8, 12, TEXT), (1, 4, 6, 3), (2, 6, 16, 5), (1, 8, 8, TEXT))  # wide, wider and square
 FULL_TEXT = tuple((t, h, w, TEXT) for t, h, w, _ in SIZES)  # additive positions know one text length in diffusers
 ROTARY = {"use_rotary_positional_embeddings": True}
 VARIANTS = {
@@ -56,14 +58,15 @@ VARIANTS = {
     ),
     "1_5": Variant(
         {"in_channels": 4, **ROTARY, "patch_size_t": 2, "sample_width": 16},
-        ((4, 8, 12, TEXT), (1, 4, 6, 3), (5, 6, 16, 5)),
+        ((4, 8, 12, TEXT), (1, 6, 6, 3), (5, 6, 16, 5)),
     ),
     "patch_of_four_frames": Variant(
         {"in_channels": 4, **ROTARY, "patch_size_t": 4, "sample_width": 16},
-        ((4, 8, 12, TEXT), (1, 4, 6, 3), (6, 6, 16, 5), (7, 4, 6, 2)),
+        ((4, 8, 12, TEXT), (1, 4, 6, 3), (6, 6, 16, 5), (7, 6, 6, 2)),
     ),
     "1_5_i2v": Variant(
-        {"in_channels": 8, **ROTARY, "patch_size_t": 2, "ofs_embed_dim": 32}, ((4, 8, 12, TEXT), (1, 4, 6, 3))
+        {"in_channels": 8, **ROTARY, "patch_size_t": 2, "ofs_embed_dim": 32},
+        ((4, 8, 12, TEXT), (3, 6, 6, 5), (1, 4, 6, 3)),
     ),
 }
 
@@ -118,6 +121,13 @@ def test_presets_have_the_published_number_of_parameters_and_eps(preset, groups)
         "cogvideox1_5_5b_i2v": 5_571_594_880,
     }
     assert counted == published[preset] == sum(parameter.numel() for parameter in theirs.parameters())
+    default = {name: entry.default for name, entry in inspect.signature(CogVideoXTransformer3DModel).parameters.items()}
+    same = ("patch_size", "max_text_seq_length", "spatial_interpolation_scale", "temporal_interpolation_scale",
+            "temporal_compression_ratio", "attention_head_dim", "out_channels", "time_embed_dim")  # fmt: skip
+    assert {name: getattr(config, name) for name in same} == {name: default[name] for name in same}
+    native = config.sample_frames, config.sample_height, config.sample_width
+    first = default["sample_frames"], default["sample_height"], default["sample_width"]
+    assert (native, config.patch_size_t) == (((81, 300, 300), 2) if "1_5" in preset else (first, 1))
     mine, reference = ours.blocks["0"], theirs.transformer_blocks[0]
     assert mine.attention_norm.eps == mine.mlp_norm.eps == reference.norm1.norm.eps
     assert mine.attention.q_norm.eps == config.qk_norm_eps == reference.attn1.norm_q.eps

@@ -27,7 +27,7 @@ READING_ENVIRONMENT = (
     "megacogvx/parallel/launch.py",
     "megacogvx/testing/",
     "megacogvx/cli.py",
-    "megacogvx/inference/prompt_upsampler.py",
+    "megacogvx/inference/language_models.py",
 )
 UNPICKLING = ("megacogvx/checkpoint/reading.py",)  # with an unpickler that admits a checkpoint's own classes
 DRAWING = ("megacogvx/draws.py", "megacogvx/testing/")

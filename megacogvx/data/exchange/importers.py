@@ -20,8 +20,9 @@ import safetensors.torch
 import torch
 import xxhash
 
+from megacogvx.data.indexed.encoder_info import EncoderInfo
 from megacogvx.data.indexed.fields import field_dtype, to_field
-from megacogvx.data.indexed.layout import MAX_ID, MAX_METADATA_BYTES, EncoderInfo, load_json
+from megacogvx.data.indexed.layout import MAX_ID, MAX_METADATA_BYTES, load_json
 from megacogvx.data.indexed.writer import DatasetWriter
 from megacogvx.errors import DataError
 
@@ -105,11 +106,11 @@ def import_samples(
         name: number -> shard name.
 
     Raises:
-        DataError: a sample doesn't fit `encoder`, or occurs twice.
+        DataError: a sample doesn't fit `encoder`, or occurs twice, or another import began `folder`.
     """
     names: list[str] = []
     seen: set[int] = set()
-    writer, held = None, 0
+    writer, held, ids = None, 0, list[int]()
     for sample in samples:
         sample_id = xxhash.xxh3_64_intdigest(sample.key.encode("utf-8", "surrogateescape")) % MAX_ID
         if sample_id in seen:
@@ -117,19 +118,26 @@ def import_samples(
         seen.add(sample_id)
         latents, text = _moments(sample, axes, encoder), _text(sample, encoder)
         if writer is None:
-            writer, held = DatasetWriter(folder, encoder, name(len(names))), 0
+            writer, held, ids = DatasetWriter(folder, encoder, name(len(names))), 0, []
             names.append(writer.name)
+        ids.append(sample_id)
         if not writer.finished:  # an earlier, interrupted import wrote it
             metadata = {**sample.metadata, "key": sample.key}
             image = sample.first_frame if encoder.first_frame else None
             writer.add_item(latents=latents, text=text, sample_id=sample_id, metadata=metadata, first_frame=image)
         held += latents.numel() * latents.element_size()
         if held >= shard_bytes:
-            writer.finalize()
+            _finish(writer, ids)
             writer = None
     if writer is not None:
-        writer.finalize()
+        _finish(writer, ids)
     return names
+
+
+def _finish(writer: DatasetWriter, ids: list[int]) -> None:
+    if writer.finished:
+        writer.check_finished(ids)
+    writer.finalize()
 
 
 def _member_name(member: tarfile.TarInfo, size: int, path: Path) -> tuple[str, str]:

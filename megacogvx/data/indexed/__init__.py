@@ -4,10 +4,10 @@
 shards, `reader.py` maps them, `verify.py` reads everything once and lists what is wrong.
 """
 
-from megacogvx.data.indexed.layout import EncoderInfo
+from megacogvx.data.indexed.encoder_info import EncoderInfo
 from megacogvx.data.indexed.manifest import Manifest, finish_dataset, read_manifest
 from megacogvx.data.indexed.reader import IndexedDataset
-from megacogvx.data.indexed.shard import Record
+from megacogvx.data.indexed.record import Record
 from megacogvx.data.indexed.writer import DatasetWriter
 
 __all__ = ["DatasetWriter", "EncoderInfo", "IndexedDataset", "Manifest", "Record", "finish_dataset", "read_manifest"]

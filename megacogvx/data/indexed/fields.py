@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megacogvx.data.indexed.layout import FIELD_DTYPES
+from megacogvx.data.indexed.encoder_info import FIELD_DTYPES
 
 
 def field_dtype(name: str) -> torch.dtype:

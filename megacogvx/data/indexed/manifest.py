@@ -1,4 +1,4 @@
-"""manifest.json: which shards make a dataset, and the atomic writing of small files.
+"""manifest.json: which shards make a dataset.
 
     {"format": "megacogvx-dataset", "version": 1, "generation": 3, "encoder": {...}, "checksum": "<xxh3 of the rest>",
      "shards": [{"name": ..., "uuid": ..., "samples": ..., "bin_bytes": ..., "idx_bytes": ..., "idx_checksum": ...}]}
@@ -8,23 +8,17 @@ A shard becomes part of the dataset with the manifest's next generation; appendi
 
 from __future__ import annotations
 
-import mmap
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import Field, ValidationError
 
 from megacogvx.config import Section
-from megacogvx.data.indexed.layout import (
-    MAX_SHARD_BYTES,
-    EncoderInfo,
-    ShardIndex,
-    canonical_json,
-    digest,
-    load_json,
-)
+from megacogvx.data.indexed.durable import write_atomically
+from megacogvx.data.indexed.encoder_info import EncoderInfo
+from megacogvx.data.indexed.layout import MAX_SHARD_BYTES, ShardIndex, canonical_json, digest, load_json
 from megacogvx.data.indexed.parse import parse_index
 from megacogvx.data.indexed.remote import Folder
 from megacogvx.errors import DataError
@@ -32,6 +26,7 @@ from megacogvx.errors import DataError
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 2**30
 SHARD_NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"  # no dots and separators: a name can't leave the folder
+MAPPED_BYTES = 1 << 20  # a dataset of 50,000 small shards would come near the kernel's limit of mappings
 HEX_64 = r"^[0-9a-f]{16}$"
 
 
@@ -109,17 +104,18 @@ def finish_dataset(folder: Path, shards: Sequence[str] | None = None) -> Manifes
     missing = [name for name in names if not (folder / f"{name}.idx").is_file()]
     if missing:
         raise DataError(f"{folder} lacks the shards {', '.join(missing)}; write them first")
-    indexes = {name: read_index(folder, name) for name in names}
-    first = indexes[names[0]].encoder
-    for name, index in indexes.items():
-        differing = differing_keys(first, index.encoder)
+    encoders, entries = [], []
+    for name in names:  # one index at a time: those of 50 million samples are 3.5 GB
+        index = read_index(folder, name)
+        entries.append(_entry(name, index))
+        encoders.append(index.encoder)
+        differing = differing_keys(encoders[0], index.encoder)
         if differing:
             raise DataError(f"shard {name} of {folder} comes from another encoder than {names[0]}: {differing}")
-    entries = tuple(_entry(name, index) for name, index in indexes.items())
     old = read_manifest(folder) if (folder / MANIFEST).is_file() else None
-    if old is not None and (old.shards, old.encoder) == (entries, first):
+    if old is not None and (old.shards, old.encoder) == (tuple(entries), encoders[0]):
         return old
-    manifest = Manifest(generation=old.generation + 1 if old else 1, encoder=first, shards=entries)
+    manifest = Manifest(generation=old.generation + 1 if old else 1, encoder=encoders[0], shards=tuple(entries))
     values: dict[str, Any] = {**manifest.model_dump(mode="json"), "checksum": f"{manifest.checksum:016x}"}
     write_atomically(folder / MANIFEST, canonical_json(values))
     return manifest
@@ -134,7 +130,7 @@ def read_index(
         folder: of the dataset.
         name: of the shard.
         check_columns, check_rows: see `parse_index`.
-        mapped: map the file, so that processes share its pages; otherwise it is read into memory.
+        mapped: map a large file, so that processes share its pages; otherwise it is read into memory.
 
     Raises:
         DataError: one of the files is missing, has another size than the index says, or is damaged.
@@ -145,7 +141,7 @@ def read_index(
         index = parse_index(data, str(path), check_columns, check_rows)
         bin_bytes = (folder / f"{name}.bin").stat().st_size
     except OSError as error:
-        raise DataError(f"shard {name} of {folder}: {error.strerror}: {error.filename}") from None
+        raise DataError(f"shard {name} of {folder}: {error.strerror}: {error.filename or path}") from None
     if bin_bytes != index.bin_bytes:
         raise DataError(
             f"{folder / name}.bin has {bin_bytes} bytes, its index says {index.bin_bytes}: truncated, or not its own"
@@ -159,32 +155,15 @@ def differing_keys(first: EncoderInfo, second: EncoderInfo) -> str:
     return ", ".join(f"{key}={a!r} and {b!r}" for (key, a), b in pairs if a != b)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write beside, sync, rename, sync the folder: readers see the old file or the whole new one."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _mapped(path: Path) -> memoryview:
-    """Return a file's bytes as a view of its mapping, read-only; an empty file can't be mapped."""
-    with path.open("rb") as file:
-        if not os.fstat(file.fileno()).st_size:
-            return memoryview(b"")
-        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    """Return a file's bytes, read-only: a large one as a view of its mapping, which keeps no file open."""
+    size = path.stat().st_size
+    if size < MAPPED_BYTES:
+        return memoryview(path.read_bytes())
+    try:
+        return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy().data.toreadonly()
+    except RuntimeError as error:
+        raise DataError(f"{path} can't be mapped: {error}") from None
 
 
 def _entry(name: str, index: ShardIndex) -> ShardEntry:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megacogvx.data.indexed.encoder_info import parse_encoder
 from megacogvx.data.indexed.layout import (
     ALIGNMENT,
     BIN_HEADER,
@@ -24,7 +25,6 @@ from megacogvx.data.indexed.layout import (
     columns_of,
     digest,
     load_json,
-    parse_encoder,
     unseal,
 )
 from megacogvx.errors import DataError

@@ -8,22 +8,26 @@ range requests (`remote.py`), its indexes once, when it is opened.
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from megacogvx.data.indexed.layout import EncoderInfo
+from megacogvx.data.indexed.encoder_info import EncoderInfo
 from megacogvx.data.indexed.manifest import MANIFEST, Manifest, ShardEntry, differing_keys, read_manifest
+from megacogvx.data.indexed.record import Record
 from megacogvx.data.indexed.remote import Folder, folder_at
-from megacogvx.data.indexed.shard import Allocate, Record, Shard, Verify
+from megacogvx.data.indexed.shard import Allocate, Shard, Verify
 from megacogvx.data.indexed.side_columns import read_side_column
 from megacogvx.data.indexed.source import Access
 from megacogvx.errors import DataError
 
-OPENED_AT_ONCE = 16  # indexes that are fetched side by side from an object store
+OPENED_AT_ONCE = 16  # indexes that are read side by side, from an object store or where there are many
+OPEN_SHARDS = 256  # .bin files that are open at a time: a process may often open 1,024, and map 65,530
 
 
 class IndexedDataset:
@@ -54,6 +58,8 @@ class IndexedDataset:
                     f"{self.folder}: {MANIFEST} and shard {shard.name} name different encoders: {differing}"
                 )
         self._starts = np.cumsum([0, *(len(shard.index) for shard in self.shards)]).tolist()
+        self._used: dict[str, Shard] = {}  # the shards whose .bin may be open, the longest unused first
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -96,8 +102,17 @@ class IndexedDataset:
         Raises:
             DataError: the sample is damaged; names its shard and id.
         """
-        shard, row = self.locate(number)
+        shard, row = self._open(number)
         return shard.record(row, frames, first_frame)
+
+    def metadata(self, number: int) -> dict[str, Any]:
+        """Return the metadata of sample `number`, without reading its tensors.
+
+        Raises:
+            DataError: they are damaged; names the shard and the sample.
+        """
+        shard, row = self._open(number)
+        return shard.metadata(row)
 
     def has_first_frame(self) -> np.ndarray:
         """Return which samples hold their first frame: bool `[n]`."""
@@ -119,7 +134,7 @@ class IndexedDataset:
         Raises:
             DataError: the sample is damaged; names its shard and id.
         """
-        shard, row = self.locate(number)
+        shard, row = self._open(number)
         return shard.record_in(allocate, row, frames, first_frame)
 
     def read_into(self, number: int, out: np.ndarray, frames: range | None = None) -> int:
@@ -138,7 +153,7 @@ class IndexedDataset:
         Raises:
             DataError: the sample is damaged; names its shard and id. `out` may hold a part of it then.
         """
-        shard, row = self.locate(number)
+        shard, row = self._open(number)
         return shard.copy(row, frames, out)
 
     def side_column(self, name: str) -> np.ndarray:
@@ -156,11 +171,22 @@ class IndexedDataset:
         place = bisect_right(self._starts, number) - 1
         return self.shards[place], number - self._starts[place]
 
+    def _open(self, number: int) -> tuple[Shard, int]:
+        """Return `locate(number)`, and close the shard that is longest unused where too many would be open."""
+        shard, row = self.locate(number)
+        if len(self.shards) > OPEN_SHARDS:
+            with self._lock:
+                self._used.pop(shard.name, None)
+                self._used[shard.name] = shard
+                if len(self._used) > OPEN_SHARDS:
+                    self._used.pop(next(iter(self._used))).close()
+        return shard, row
+
     def _open_shards(self, access: Access) -> list[Shard]:
         def open_shard(entry: ShardEntry) -> Shard:
             return Shard(self.folder, entry.name, self.verify, entry, access)
 
-        if isinstance(self.folder, Path):
+        if isinstance(self.folder, Path) and len(self.manifest.shards) <= OPEN_SHARDS:
             return [open_shard(entry) for entry in self.manifest.shards]
         with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
             return list(pool.map(open_shard, self.manifest.shards))

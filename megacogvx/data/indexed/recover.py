@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from megacogvx.data.indexed.durable import write_atomically
+from megacogvx.data.indexed.encoder_info import EncoderInfo
 from megacogvx.data.indexed.layout import (
     ALIGNMENT,
     BIN_HEADER,
@@ -21,7 +23,6 @@ from megacogvx.data.indexed.layout import (
     MAX_METADATA_BYTES,
     RECORD_HEADER,
     RECORD_MAGIC,
-    EncoderInfo,
     aligned,
     check_version,
     columns_of,
@@ -31,7 +32,6 @@ from megacogvx.data.indexed.layout import (
     unseal,
     write_index,
 )
-from megacogvx.data.indexed.manifest import write_atomically
 from megacogvx.data.indexed.parse import parse_index
 from megacogvx.errors import DataError
 

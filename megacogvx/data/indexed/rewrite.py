@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from megacogvx.data.indexed.manifest import MANIFEST, Manifest, differing_keys, finish_dataset, sync_folder
+from megacogvx.data.indexed.durable import sync_folder
+from megacogvx.data.indexed.layout import BIN_HEADER, IDX_HEADER
+from megacogvx.data.indexed.manifest import MANIFEST, Manifest, differing_keys, finish_dataset
 from megacogvx.data.indexed.reader import IndexedDataset
 from megacogvx.data.indexed.remote import Folder
 from megacogvx.data.indexed.side_columns import side_columns, write_side_column
@@ -20,6 +22,7 @@ from megacogvx.errors import DataError
 from megacogvx.log import progress
 
 SAMPLES_PER_SHARD = 4096
+HEADER_BYTES = max(BIN_HEADER.size, IDX_HEADER.size)
 
 
 def merge_datasets(sources: Sequence[Path], folder: Path) -> Manifest:
@@ -68,7 +71,7 @@ def copy_samples(
     """Write samples `numbers` of `dataset` (int64, in this order), with their side columns, as a dataset of their own.
 
     Raises:
-        DataError: there is none, one is damaged, or `folder` is a dataset already.
+        DataError: there is none, one is damaged, `folder` is a dataset already, or another command began it.
     """
     _refuse_existing(folder)
     if not len(numbers):
@@ -77,7 +80,11 @@ def copy_samples(
     for start in progress(range(0, len(numbers), samples_per_shard), f"write {folder.name}"):
         with DatasetWriter(folder, dataset.encoder, len(names)) as writer:
             names.append(writer.name)
-            for number in [] if writer.finished else numbers[start : start + samples_per_shard].tolist():
+            part = numbers[start : start + samples_per_shard]
+            if writer.finished:  # by an earlier, interrupted start
+                writer.check_finished(dataset.sample_id[part].tolist())
+                continue
+            for number in part.tolist():
                 record = dataset.sample(number, first_frame=True)
                 writer.add_item(
                     latents=record.latents, text=record.text, sample_id=record.sample_id, metadata=record.metadata,
@@ -110,7 +117,7 @@ def split_shares(sample_ids: np.ndarray, shares: Sequence[float]) -> list[np.nda
 def _place(source: Path, target: Path) -> None:
     """Link or copy a file under a new name; shards never change, so that sharing them is safe."""
     if target.exists():
-        if target.stat().st_size == source.stat().st_size:
+        if _is_copy(source, target):
             return
         raise DataError(f"{target} is there already and is another file; merge into a new folder")
     try:
@@ -121,6 +128,14 @@ def _place(source: Path, target: Path) -> None:
         with beside.open("rb") as file:
             os.fsync(file.fileno())
         beside.replace(target)
+
+
+def _is_copy(source: Path, target: Path) -> bool:
+    """Whether both are the same shard's file: sizes may be equal by chance, the headers hold the shard's uuid."""
+    if target.stat().st_size != source.stat().st_size:
+        return False
+    with source.open("rb") as one, target.open("rb") as other:
+        return one.read(HEADER_BYTES) == other.read(HEADER_BYTES)
 
 
 def _refuse_existing(folder: Path) -> None:

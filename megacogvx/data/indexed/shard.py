@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -14,26 +13,20 @@ import torch
 
 from megacogvx.data.indexed.copying import RecordCopier
 from megacogvx.data.indexed.fields import field_dtype
+from megacogvx.data.indexed.headers import check_bin_header, check_record_header, damaged
 from megacogvx.data.indexed.layout import (
-    BIN_HEADER,
-    BIN_MAGIC,
     IMAGE_CHANNELS,
     IMAGE_COLUMNS,
-    IMAGE_HEADER,
-    IMAGE_MAGIC,
-    IMAGE_RECORD_MAGIC,
     RECORD_HEADER,
-    RECORD_MAGIC,
     ShardIndex,
     aligned,
-    check_version,
     digest,
     load_json,
-    unseal,
 )
 from megacogvx.data.indexed.manifest import MANIFEST, ShardEntry, read_index
 from megacogvx.data.indexed.parse import check_index_rows
-from megacogvx.data.indexed.remote import Folder, RemotePath
+from megacogvx.data.indexed.record import Record, bytes_of, check_values
+from megacogvx.data.indexed.remote import Folder
 from megacogvx.data.indexed.source import Access, MappedSource, Source, open_source
 from megacogvx.errors import DataError
 
@@ -43,30 +36,6 @@ READ_COLUMNS = (
     "record", "frames", "height", "width", "text_offset", "text_length", "metadata_offset", "metadata_length",
     "sample_id",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Record:
-    """One sample as stored.
-
-    Attributes:
-        latents: posterior moments `[T, h, w, 2C]`, or the frames that were asked for; of `encoder.latent_dtype`.
-        text: text embedding `[L, E]`, or token ids `[L]`; of `encoder.text_dtype`.
-        sample_id: 64-bit key.
-        metadata_json: the metadata as stored; `metadata` parses them.
-        first_frame: pixels uint8 `[H, W, 3]`; None if the sample has none, or they weren't asked for.
-    """
-
-    latents: torch.Tensor
-    text: torch.Tensor
-    sample_id: int
-    metadata_json: bytes
-    first_frame: torch.Tensor | None = None
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """The metadata; parsed at each access, since a training run never looks."""
-        return load_json(self.metadata_json, f"metadata of sample {self.sample_id}")
 
 
 class Shard:
@@ -93,7 +62,7 @@ class Shard:
             raise DataError(
                 f"{folder / name}.idx isn't the one that {MANIFEST} lists; run finish_dataset if it was rewritten"
             )
-        self._check_header()
+        check_bin_header(self.path, self.index)
         self.access = access
         self._columns = [self.index.columns[name].data for name in READ_COLUMNS]
         self._frames = self._columns[READ_COLUMNS.index("frames")]
@@ -102,6 +71,7 @@ class Shard:
         self._channels, self._text_shape = 2 * encoder.latent_channels, encoder.text_shape
         self._cell_bytes, self._token_bytes = encoder.frame_cell_bytes, encoder.text_token_bytes
         self._mapped: dict[torch.dtype, torch.Tensor] = {}  # the whole file as values of a dtype, made once
+        self._rows_checked = False
         self._seen = np.zeros(len(self.index) if verify == "once" else 0, bool)
 
     @cached_property
@@ -111,13 +81,22 @@ class Shard:
         Raises:
             DataError: a row of the index is impossible, or the file can't be opened.
         """
-        check_index_rows(self.index, str(self.path.with_suffix(".idx") if isinstance(self.path, Path) else self.path))
+        if not self._rows_checked:
+            path = self.path.with_suffix(".idx") if isinstance(self.path, Path) else self.path
+            check_index_rows(self.index, str(path))
+            self._rows_checked = True
         return open_source(self.path, self.index.bin_bytes, self.access)
 
     @cached_property
     def copier(self) -> RecordCopier:
         """What copies records into the caller's memory."""
         return RecordCopier(self.index, self.source, lambda row, what: DataError(self._damaged(row, what)))
+
+    def close(self) -> None:
+        """Let go of the .bin, unless tensors view it still; the next read opens it again."""
+        for name in ("source", "copier"):
+            self.__dict__.pop(name, None)
+        self._mapped = {}
 
     def copy(self, row: int, frames: range | None, out: np.ndarray) -> int:
         """Copy record `row`, see `IndexedDataset.read_into`."""
@@ -166,10 +145,30 @@ class Shard:
         text = self._tensor(source, text_at, (length, *self._text_shape), self._dtypes[1])
         note = source.view(note_at, note_length).tobytes()
         if check:
-            self._check(row, frames, latents, text, note, source.view(hashes_at, 8 * count))
+            check_values(
+                self.index, row, self.where(row), frames, latents, text, note, source.view(hashes_at, 8 * count)
+            )
             if self.verify == "once":
                 self._seen[row] |= len(frames) == count and (first_frame or not self.index.encoder.first_frame)
         return Record(latents, text, sample_id, note, self._first_frame(row, check) if first_frame else None)
+
+    def metadata(self, row: int) -> dict[str, Any]:
+        """Return the metadata of record `row`; of the .bin nothing else is read.
+
+        Raises:
+            DataError: they are damaged; names the sample.
+        """
+        columns, check = self.index.columns, self._checks(row)
+        start, length = int(columns["metadata_offset"][row]), int(columns["metadata_length"][row])
+        try:
+            if check:
+                self.source.check_size()
+            note = self.source.view(start, length).tobytes()
+            if check and digest(note) != int(columns["metadata_hash"][row]):
+                raise DataError(self._damaged(row, "the metadata"))
+            return load_json(note, f"metadata of sample {int(columns['sample_id'][row])}")
+        except DataError as error:
+            raise self._named(row, error) from error
 
     def _first_frame(self, row: int, check: bool) -> torch.Tensor | None:
         """Return the pixels uint8 `[H, W, 3]` of a record, if it has any."""
@@ -179,7 +178,7 @@ class Shard:
         if not start:
             return None
         image = self._tensor(self.source, start, (height, width, IMAGE_CHANNELS), torch.uint8)
-        if check and digest(_view(image)) != stored:
+        if check and digest(bytes_of(image)) != stored:
             raise DataError(self._damaged(row, "the first frame"))
         return image
 
@@ -216,68 +215,8 @@ class Shard:
         Raises:
             DataError: it is damaged or says something else.
         """
-        columns = self.index.columns
-        start, where = int(columns["record"][row]), self.where(row)
         self.source.check_size()
-        header = self.source.view(start, RECORD_HEADER.size).tobytes()
-        has_image = self.index.encoder.first_frame and columns["image_offset"][row] > 0
-        magic = IMAGE_RECORD_MAGIC if has_image else RECORD_MAGIC
-        _, frames, height, width, channels, *rest, note_hash, number = unseal(RECORD_HEADER, header, magic, where)
-        names = ("frames", "height", "width", "text_length", "sample_id", "text_offset", "text_hash", "metadata_length")
-        expected = [int(columns[name][row]) for name in names]
-        expected_channels = 2 * self.index.encoder.latent_channels
-        good = note_hash in (0, int(columns["metadata_hash"][row]) % 2**32) and channels == expected_channels
-        # Its number is above the row where records before it were lost, and the index was rebuilt.
-        if not good or [frames, height, width, *rest] != expected or number < row:
-            raise DataError(f"{where}: the record's header disagrees with the index")
-        end = aligned(int(columns["metadata_offset"][row]) + int(columns["metadata_length"][row])) + 8 * frames
-        if int.from_bytes(self.source.view(end, 8).tobytes(), "little") != int(columns["latent_hash"][row]):
-            raise DataError(self._damaged(row, "the checksum behind the latents' checksums"))
-        if has_image:
-            self._check_image_header(row, where)
-
-    def _check_image_header(self, row: int, where: str) -> None:
-        start = int(self.index.columns["image_offset"][row])
-        header = self.source.view(start - IMAGE_HEADER.size, IMAGE_HEADER.size).tobytes()
-        _, *found = unseal(IMAGE_HEADER, header, IMAGE_MAGIC, f"{where}: first frame")
-        height, width, pixels, number = (
-            int(self.index.columns[name][row]) for name in ("image_height", "image_width", "image_hash", "sample_id")
-        )
-        if found != [height, width, IMAGE_CHANNELS, number, pixels]:
-            raise DataError(f"{where}: the header of its first frame disagrees with the index")
-
-    def _check_header(self) -> None:
-        if isinstance(self.path, RemotePath):
-            header = self.path.read_range(0, BIN_HEADER.size)
-        else:
-            with self.path.open("rb") as file:
-                header = file.read(BIN_HEADER.size)
-        _, major, minor, _, uuid, *fields = unseal(BIN_HEADER, header, BIN_MAGIC, str(self.path))
-        check_version(major, minor, str(self.path))
-        if uuid != self.index.uuid:
-            raise DataError(
-                f"{self.path} has uuid {uuid.hex()}, the .idx beside it {self.index.uuid.hex()}: they are of two shards"
-            )
-        if tuple(fields) != self.index.encoder.bin_header_values:
-            raise DataError(
-                f"{self.path} holds (channels, text width, dtype codes) {fields}, its index says otherwise: "
-                f"{list(self.index.encoder.bin_header_values)}"
-            )
-
-    def _check(
-        self, row: int, frames: range, latents: torch.Tensor, text: torch.Tensor, note: bytes, hashes: np.ndarray
-    ) -> None:
-        columns = self.index.columns
-        if digest(hashes.data) != int(columns["latent_hash"][row]):
-            raise DataError(self._damaged(row, "the list of the latents' checksums"))
-        stored = hashes.data.cast("Q")
-        for values, frame in zip(latents, frames, strict=True):
-            if digest(_view(values)) != stored[frame]:
-                raise DataError(self._damaged(row, f"latent frame {frame}"))
-        if digest(_view(text)) != int(columns["text_hash"][row]):
-            raise DataError(self._damaged(row, "the text"))
-        if digest(note) != int(columns["metadata_hash"][row]):
-            raise DataError(self._damaged(row, "the metadata"))
+        check_record_header(self.source, self.index, row, self.where(row))
 
     def _tensor(self, source: Source, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Return values of the .bin: a view of the mapping, or of what was read."""
@@ -287,9 +226,11 @@ class Shard:
         size = dtype.itemsize
         if not isinstance(source, MappedSource):
             return torch.from_numpy(source.view(start, length * size)).view(dtype).view(shape)
-        if dtype not in self._mapped:
-            self._mapped[dtype] = torch.from_numpy(source.data[: len(source.data) // size * size]).view(dtype)
-        return self._mapped[dtype][start // size : start // size + length].view(shape)
+        values = self._mapped.get(dtype)
+        if values is None:
+            values = torch.from_numpy(source.data[: len(source.data) // size * size]).view(dtype)
+            self._mapped[dtype] = values
+        return values[start // size : start // size + length].view(shape)
 
     def _checks(self, row: int) -> bool:
         return self.verify == "always" or (self.verify == "once" and not self._seen[row])
@@ -304,13 +245,9 @@ class Shard:
         return f"{self.path}: sample {int(self.index.columns['sample_id'][row])} (record {row})"
 
     def _damaged(self, row: int, what: str) -> str:
-        return f"{self.where(row)}: {what} is damaged (its checksum differs); restore the file from a copy"
+        return damaged(self.where(row), what)
 
 
 def _at(memory: torch.Tensor, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Return values that lie `start` bytes into `memory`, uint8 and contiguous."""
     return memory[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
-
-
-def _view(values: torch.Tensor) -> np.ndarray:
-    return values.reshape(-1).view(torch.uint8).numpy()

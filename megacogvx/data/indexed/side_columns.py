@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megacogvx.data.indexed.durable import write_atomically
 from megacogvx.data.indexed.layout import MAJOR, MINOR, check_version, digest, sealed, unseal
-from megacogvx.data.indexed.manifest import write_atomically
 from megacogvx.data.indexed.remote import Folder
 from megacogvx.errors import DataError
 

@@ -184,7 +184,14 @@ def merged(spans: Sequence[Span], gap: int) -> list[Span]:
 
 
 def open_source(path: Folder, size: int, access: Access) -> Source:
-    """Return the source of the `.bin` at `path`, of `size` bytes; URLs are read by ranges whatever `access` says."""
+    """Return the source of the `.bin` at `path`, of `size` bytes; URLs are read by ranges whatever `access` says.
+
+    Raises:
+        DataError: the file is gone, shorter, or there is no room for a mapping.
+    """
     if isinstance(path, RemotePath):
         return RemoteSource(path)
-    return MappedSource(path, size) if access == "mmap" else FileSource(path)
+    try:
+        return MappedSource(path, size) if access == "mmap" else FileSource(path)
+    except (OSError, ValueError) as error:  # ValueError: the file is shorter than `size`
+        raise DataError(f"{path} can't be mapped: {error}") from None

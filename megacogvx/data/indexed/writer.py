@@ -8,9 +8,9 @@ restarted job skips the shards that are finished. Many processes write one datas
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import uuid
+from collections.abc import Collection
 from pathlib import Path
 from re import fullmatch
 from types import TracebackType
@@ -20,33 +20,29 @@ import numpy as np
 import torch
 import xxhash
 
-from megacogvx.data.indexed.fields import field_dtype
+from megacogvx.data.indexed.durable import sync_folder, try_lock, write_atomically, writing
+from megacogvx.data.indexed.encoder_info import EncoderInfo
 from megacogvx.data.indexed.layout import (
     BIN_HEADER,
     BIN_MAGIC,
     COLUMNS,
-    IMAGE_CHANNELS,
     IMAGE_COLUMNS,
     IMAGE_HEADER,
     IMAGE_MAGIC,
     IMAGE_RECORD_MAGIC,
     MAJOR,
-    MAX_ID,
-    MAX_METADATA_BYTES,
-    MAX_SIDE,
     MINOR,
     RECORD_HEADER,
     RECORD_MAGIC,
-    EncoderInfo,
     aligned,
-    canonical_json,
     columns_of,
     digest,
     sealed,
     sealed_hashes,
     write_index,
 )
-from megacogvx.data.indexed.manifest import SHARD_NAME, differing_keys, read_index, sync_folder, write_atomically
+from megacogvx.data.indexed.manifest import SHARD_NAME, differing_keys, read_index
+from megacogvx.data.indexed.sample_rules import check_sample, encode_metadata
 from megacogvx.errors import DataError
 
 
@@ -69,7 +65,7 @@ class DatasetWriter:
 
         Raises:
             DataError: the name isn't allowed, another process is writing this shard, or a finished one of this name is
-                damaged or of another encoder.
+                damaged or of another encoder, or nothing can be written there.
         """
         self.folder, self.encoder = Path(folder), encoder
         self.name = shard_name(shard) if isinstance(shard, int) else shard
@@ -80,11 +76,13 @@ class DatasetWriter:
         self._ids: set[int] = set()
         self._texts: dict[bytes, int] = {}  # 128-bit hash of a stored text -> its offset
         self._file: BinaryIO | None = None
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / f"{self.name}.idx").exists():
             self._adopt_finished()
         else:
-            self._open()
+            with writing(self.folder):
+                self._open()
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -116,8 +114,10 @@ class DatasetWriter:
             DataError: a shape, dtype or value doesn't fit the dataset, the id is taken, or the disk is full.
         """
         assert self._file is not None, f"shard {self.name} is finished or dropped"
-        self._check(latents, text, sample_id, first_frame)
-        note = self._encode_metadata(metadata, sample_id)
+        check_sample(self.encoder, latents, text, sample_id, first_frame)
+        if sample_id in self._ids:
+            raise DataError(f"sample {sample_id} is in shard {self.name} already; ids are unique in a dataset")
+        note = encode_metadata(metadata, sample_id)
         latent_data, text_data = _bytes_of(latents), _bytes_of(text)
         start = self._file.tell()
         text_key, text_hash = xxhash.xxh3_128_digest(text_data), digest(text_data)
@@ -187,6 +187,18 @@ class DatasetWriter:
                 self._file.close()
             self._file = None
 
+    def check_finished(self, sample_ids: Collection[int]) -> None:
+        """Check that a shard that was found finished is the one that would be written now.
+
+        Raises:
+            DataError: it holds other samples: another command wrote it.
+        """
+        if self._ids != set(sample_ids):
+            raise DataError(
+                f"shard {self.name} of {self.folder} is there already and holds {len(self)} samples, others than the "
+                f"{len(sample_ids)} that belong there: another command began this folder; remove it, or name a new one"
+            )
+
     @property
     def _temporary(self) -> Path:
         return self.folder / f"{self.name}.bin.tmp"
@@ -204,7 +216,7 @@ class DatasetWriter:
 
     def _open(self) -> None:
         file = self._temporary.open("ab")  # not "wb": another writer's file must survive until we hold the lock
-        if not _lock(file) or not self._is_temporary(file):
+        if not try_lock(file) or not self._is_temporary(file):
             file.close()
             raise DataError(f"another process is writing shard {self.name} of {self.folder}; give each its own")
         file.truncate(0)
@@ -217,46 +229,6 @@ class DatasetWriter:
         """Whether the open file still is the temporary one; not if another writer committed it since we opened it."""
         return self._temporary.exists() and os.path.samestat(os.fstat(file.fileno()), self._temporary.stat())
 
-    def _check(
-        self, latents: torch.Tensor, text: torch.Tensor, sample_id: int, first_frame: torch.Tensor | None
-    ) -> None:
-        encoder, channels, limit = self.encoder, 2 * self.encoder.latent_channels, self.encoder.text_length
-        where = f"sample {sample_id}"
-        if not 0 <= sample_id <= MAX_ID:
-            raise DataError(f"{where}: the id must lie in 0 to 2^64 - 2")
-        if sample_id in self._ids:
-            raise DataError(f"{where} is in shard {self.name} already; ids are unique in a dataset")
-        shape = tuple(latents.shape)
-        if (
-            latents.dtype != field_dtype(encoder.latent_dtype)
-            or len(shape) != 4
-            or shape[3] != channels
-            or not all(shape)
-        ):
-            wanted = f"{encoder.latent_dtype} [T, h, w, {channels}]"
-            raise DataError(f"{where}: latents must be {wanted}, not {latents.dtype} {list(shape)}")
-        if max(shape[:3]) > MAX_SIDE:
-            raise DataError(f"{where}: latents of {list(shape)} exceed {MAX_SIDE} along T, h or w")
-        good = text.dtype == field_dtype(encoder.text_dtype) and text.ndim > 0
-        if not good or tuple(text.shape[1:]) != encoder.text_shape:
-            wanted = f"{encoder.text_dtype} [{', '.join(map(str, ('L', *encoder.text_shape)))}]"
-            raise DataError(f"{where}: text must be {wanted}, not {text.dtype} {list(text.shape)}")
-        fits = len(text) == limit if encoder.pads_text else len(text) <= limit
-        if not fits:
-            rule = "exactly" if encoder.pads_text else "at most"
-            raise DataError(f"{where}: {len(text)} text tokens; {encoder.text_kind} texts have {rule} {limit}")
-        if first_frame is not None:
-            _check_image(first_frame, encoder, where)
-
-    def _encode_metadata(self, metadata: dict[str, Any], sample_id: int) -> bytes:
-        try:
-            note = canonical_json(metadata)
-        except (TypeError, ValueError) as error:
-            raise DataError(f"sample {sample_id}: the metadata can't be written as JSON: {error}") from None
-        if len(note) > MAX_METADATA_BYTES:
-            raise DataError(f"sample {sample_id}: {len(note)} bytes of metadata, the limit is {MAX_METADATA_BYTES}")
-        return note
-
     def _failed(self, error: OSError) -> DataError:
         written = self._temporary.stat().st_size if self._temporary.exists() else 0
         return DataError(
@@ -265,31 +237,9 @@ class DatasetWriter:
         )
 
 
-def _check_image(image: torch.Tensor, encoder: EncoderInfo, where: str) -> None:
-    if not encoder.first_frame:
-        raise DataError(f"{where}: a dataset of encoder.first_frame=false takes no first frame; leave it out")
-    good = image.dtype == torch.uint8 and image.ndim == 3 and image.shape[2] == IMAGE_CHANNELS and image.numel() > 0
-    if not good or max(image.shape[:2]) > MAX_SIDE:
-        raise DataError(
-            f"{where}: the first frame must be uint8 [H, W, 3] of at most {MAX_SIDE} pixels a side, not {image.dtype} "
-            f"{list(image.shape)}"
-        )
-
-
 def _image_header(image: torch.Tensor, pixels: memoryview, sample_id: int) -> bytes:
     height, width, channels = image.shape
     return sealed(IMAGE_HEADER, IMAGE_MAGIC, height, width, channels, sample_id, digest(pixels))
-
-
-def _lock(file: BinaryIO) -> bool:
-    """Lock the file until it is closed; False if another process holds it, True where a file system has no locks."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return True
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -25,7 +25,7 @@ def check_pack(config: CogVideoXConfig, layout: PackLayout) -> None:
                 f"model.max_text_seq_length={config.max_text_seq_length}; shorten the caption, or raise the setting to "
                 f"{sample.text_length} for a model that is trained anew"
             )
-        if problem := rope_grid_problem(config, sample):
+        if problem := _position_problem(config, sample):
             raise DataError(f"sample {sample.sample_id}: {problem}")
 
 
@@ -67,16 +67,25 @@ def table_problem(config: CogVideoXConfig, sample: PackSample) -> str:
         return ""
     if sample.grid[0] <= frames and sample.grid[1:] == (height, width):
         return ""
+    if sample.grid[1:] == (height, width):
+        way_out = (
+            f"shorten the video to at most {frames * config.patch_size_t} latent frames, or raise "
+            f"model.sample_frames={config.sample_frames} (training.start_from resizes the table)"
+        )
+    else:
+        way_out = f"resize the video to {config.sample_height} x {config.sample_width} latent cells"
     return (
-        f"{sample.grid} tokens (t, h, w), but the learned position table of this model is made "
-        f"for at most {frames} x {height} x {width}; resize the video to {config.sample_height} x "
-        f"{config.sample_width} latent cells, or use a model without model.use_learned_positional_embeddings"
+        f"{sample.grid} tokens (t, h, w), but the learned position table of this model is made for at most {frames} x "
+        f"{height} x {width}; {way_out}, or use a model without model.use_learned_positional_embeddings"
     )
 
 
 def size_problem(config: CogVideoXConfig, frames: int, height: int, width: int) -> str:
     """Return why latents of this size, in latent cells, can't be positioned, and what would work, or ""."""
-    sample = place_sample(0, frames, height, width, 0, config.patch)
+    return _position_problem(config, place_sample(0, frames, height, width, 0, config.patch))
+
+
+def _position_problem(config: CogVideoXConfig, sample: PackSample) -> str:
     return rope_grid_problem(config, sample) or table_problem(config, sample)
 
 

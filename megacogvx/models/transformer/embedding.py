@@ -12,11 +12,10 @@ import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 from torch import nn
 
-from megacogvx.errors import DataError
-from megacogvx.models.transformer.checks import table_problem
 from megacogvx.models.transformer.config import CogVideoXConfig
-from megacogvx.pack_layout import PADDING_ID, LocalPack, PackLayout, PackSample, RowSlice, Triple
+from megacogvx.pack_layout import PADDING_ID, LocalPack, PackLayout, RowSlice
 from megacogvx.parallel.sequence_parallel import sum_gradient_over_tensor_ranks
+from megacogvx.patches import Triple
 
 OFS = 2.0  # the motion offset that the 1.5 image-to-video weights were made with
 
@@ -51,10 +50,7 @@ class PackEmbedding(nn.Module):
         Args:
             video_VP: rows of patches of this rank's video tokens, in the order of `local.video_index`.
             text_LE: text embeddings of its text tokens (zeros for the padding), in the order of `local.text_index`.
-            layout, local: the pack and this rank's share.
-
-        Raises:
-            DataError: a sample doesn't fit the learned position table.
+            layout, local: the pack, whose samples fit the learned position table (`check_pack`), and this rank's share.
         """
         video_VD = self.video_proj(video_VP)
         text_LD = self.text_proj(text_LE)
@@ -84,19 +80,9 @@ class PackEmbedding(nn.Module):
             if sample.sample_id == PADDING_ID:
                 parts.append(self.positions.new_zeros(rows.stop - rows.start, self.config.hidden_size))
                 continue
-            self._check_fits_table(sample)
             first = 0 if is_text else self.config.max_text_seq_length
             parts.append(self.positions[first + rows.start : first + rows.stop])
         return torch.cat(parts)
-
-    def _check_fits_table(self, sample: PackSample) -> None:
-        if problem := table_problem(self.config, sample):
-            raise DataError(f"sample {sample.sample_id}: {problem}")
-        if sample.text_length > self.config.max_text_seq_length:
-            raise DataError(
-                f"sample {sample.sample_id} has {sample.text_length} text tokens, but the learned position table has "
-                f"model.max_text_seq_length={self.config.max_text_seq_length}; encode shorter captions"
-            )
 
 
 class TimeEmbedding(nn.Module):

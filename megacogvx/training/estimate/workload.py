@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megacogvx.data.corpus import Corpus, DataConfig
+from megacogvx.data.config import DataConfig
+from megacogvx.data.corpus import Corpus
 from megacogvx.data.indexed.manifest import MANIFEST
 from megacogvx.data.indexed.remote import folder_at
 from megacogvx.data.pack import planned_layout
@@ -93,8 +94,8 @@ def parse_clip(text: str) -> tuple[int, int, int]:
 
 def _planned(data: DataConfig, model: CogVideoXConfig, seed: int) -> Workload:
     corpus = Corpus(data)
-    lengths = corpus.columns.lengths(model.patch)
-    plan = PackPlan(corpus.columns, data.in_packs(float(lengths.mean())), seed, model.patch, cost_coefficients(model))
+    mean = corpus.columns.mean_length(model.patch)
+    plan = PackPlan(corpus.columns, data.in_packs(mean), seed, model.patch, cost_coefficients(model))
     layouts = [planned_layout(corpus, indices, model.patch, data.tokens_per_pack) for indices in plan.step(0)]
     return Workload(
         tuple(layouts), len(layouts), "the packs of step 0 of the dataset", data.samples_per_step,

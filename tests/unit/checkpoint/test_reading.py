@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemWriter, filesystem, metadata, planner, save
 
-from megacogvx.checkpoint.directory import CheckpointDirectory, files_of, seal
+from megacogvx.checkpoint.directory import CheckpointDirectory
+from megacogvx.checkpoint.manifest import files_of, seal
 from megacogvx.checkpoint.reading import METADATA, SafeReader, read_common, read_metadata
 from megacogvx.checkpoint.whole import load_whole
 from megacogvx.errors import CheckpointError

@@ -3,7 +3,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
-from megacogvx.checkpoint.directory import CheckpointDirectory, files_of, seal
+from megacogvx.checkpoint.directory import CheckpointDirectory
+from megacogvx.checkpoint.manifest import files_of, seal
 from megacogvx.checkpoint.whole import load_whole, read_state
 from megacogvx.errors import CheckpointError
 

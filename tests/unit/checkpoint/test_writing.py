@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megacogvx.checkpoint.directory import checksum
+from megacogvx.checkpoint.manifest import checksum
 from megacogvx.checkpoint.writing import TensorWrite
 from megacogvx.errors import CheckpointError
 

@@ -38,6 +38,7 @@ def test_json_lines_and_csv_say_the_same(tmp_path: Path) -> None:
         ('{"video": "/a.mp4", "end": 1, "caption": "c"}', "leads out of the folder"),
         ('{"video": "a.mp4", "end": "soon", "caption": "c"}', "end: Input should be a valid number"),
         ('{"video": "a.mp4", "end": NaN, "caption": "c"}', "end: Input should be"),
+        ('{"video": "a.mp4", "end": Infinity, "caption": "c"}', "end: Input should be a finite number"),
         ("[1, 2]", "a row must be an object"),
         ("{", "Expecting property name"),
     ],
@@ -124,3 +125,10 @@ def test_the_examples_captions_are_right() -> None:
     parts = sorted((row.video, row.start, row.end) for row in rows if row.end is not None)
     for (video, _, end), (next_video, start, _) in pairwise(parts):
         assert video != next_video or end <= start, "parts of one video don't overlap"
+
+
+def test_rows_may_end_with_a_carriage_return_and_captions_hold_line_ends(tmp_path: Path) -> None:
+    for ends in ("\n", "\r\n", "\r"):
+        path = tmp_path / "captions.csv"
+        path.write_text(ends.join(["image,caption", 'a.png,"two\nlines"', "b.png,one"]) + ends, newline="")
+        assert [(row.video, row.caption) for row in read_captions(path)] == [("a.png", "two\nlines"), ("b.png", "one")]

@@ -1,13 +1,15 @@
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
 from megacogvx.curation import clip
+from megacogvx.curation.captions import Caption
 from megacogvx.data.clips import read_clip, read_clips
-from megacogvx.data.video import read_frames, write_video
+from megacogvx.data.video import VideoInfo, read_frames, write_video
 from megacogvx.errors import ConfigError, DataError
 from megacogvx.testing.moving_shapes import shape_frames
 
@@ -131,3 +133,46 @@ def test_videos_are_not_enlarged(videos: Path) -> None:
 def test_options_out_of_range_are_refused(videos: Path, options: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         run(videos, *options)
+
+
+def test_videos_of_one_name_in_many_folders_never_share_a_clip(tmp_path: Path) -> None:
+    """Of these two the first 32 bits of the hash are equal, as of two of 80,000 in general."""
+    paths = []
+    for name in ("001575/video.mp4", "008171/video.mp4"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(bytes(1000))
+        row, info = Caption(video=name, caption="x", image_at=0.0), VideoInfo(16, 16, 8.0, 1.0, 1.0)
+        (cut,) = clip.plan_row(row, info, tmp_path, tmp_path, clip.ClipRules((16,), (1,), (8.0,), 16, 0), Counter())
+        paths.append(cut.clip.path)
+    assert paths[0] != paths[1]
+
+
+def test_names_may_be_as_long_as_a_file_system_takes_and_hold_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stem = "視" * 83  # 249 bytes
+    names = [f"{stem}.mp4", "talk: first part\n.mp4", "x" * 300 + ".mp4", "gone.mp4"]
+    frames = shape_frames(0, 9, 32, 32)[0]
+    for name in names[:2]:
+        write_video(tmp_path / "written.mp4", frames, 8)
+        (tmp_path / "written.mp4").rename(tmp_path / name)
+    write_rows(tmp_path, [{"video": name, "image_at": 0.5, "caption": "x"} for name in names])
+    monkeypatch.chdir(tmp_path)  # a relative path that begins with a word and a colon is no address
+    parser = argparse.ArgumentParser()
+    clip.add_arguments(parser)
+    fixed = ["--captions", "captions.jsonl", "--output", "clips", "--short-sides", "32", "--skip-bad"]
+    clip.run(parser.parse_args(fixed))
+    assert [row.source for row in read_clips(tmp_path / "clips")] == names[:2]
+
+
+def test_a_video_that_goes_while_it_is_looked_at_is_left_out(videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = clip.probe
+
+    def probing(path: Path) -> VideoInfo:
+        info = plain(path)
+        if path.name == "b.mp4":
+            path.unlink()
+        return info
+
+    monkeypatch.setattr(clip, "probe", probing)
+    assert {row.source for row in read_clips(run(videos, "--skip-bad"))} == {"a.mp4"}

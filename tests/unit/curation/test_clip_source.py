@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megacogvx.curation import clip, encode, encode_shards
+from megacogvx.curation import clip, clip_encoder, encode, encode_shards
 from megacogvx.curation.clip_source import listed
-from megacogvx.data.clips import read_clip, read_clips
+from megacogvx.data.clips import Clip, read_clip, read_clips
 from megacogvx.data.images import write_png
 from megacogvx.data.indexed import IndexedDataset
 from megacogvx.data.transforms import to_model_range
@@ -48,6 +48,10 @@ def write_rows(folder: Path, rows: list[dict[str, object]]) -> None:
         table.writerows(rows)
 
 
+def row(each: Clip) -> dict[str, object]:
+    return each.model_dump(include=set(Clip.model_fields))
+
+
 def arguments(videos: Path, *options: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     encode.add_arguments(parser)
@@ -74,7 +78,8 @@ def test_the_pixels_are_those_of_the_clips_that_would_be_cut(videos: Path) -> No
     ))  # fmt: skip
     written = read_clips(output)
     clips, read = listed(arguments(videos))
-    assert clips == written and len(clips) == 5  # a frame of the part, 9 at 8 a second, twice 9 at 16; the picture
+    assert [row(each) for each in clips] == [row(each) for each in written]
+    assert len(clips) == 5  # a frame of the part, 9 at 8 a second, twice 9 at 16; the picture
     assert {(each.frames, each.fps) for each in clips} == {(9, 8.0), (9, 16.0), (1, None)}
     for each in clips:
         pixels, kept = read(each), read_clip(each)
@@ -99,10 +104,17 @@ def test_a_list_becomes_a_dataset_without_files_between(
         assert (record.metadata["caption"], record.metadata["source"]) == (each.caption, each.source)
     (asked.output / "shard-00000.idx").unlink()
     encoded = []
-    moments = encode_shards.ClipEncoder.moments
-    monkeypatch.setattr(encode_shards.ClipEncoder, "moments", lambda self, c: encoded.append(c) or moments(self, c))
+    moments = clip_encoder.ClipEncoder.moments
+    monkeypatch.setattr(clip_encoder.ClipEncoder, "moments", lambda self, c: encoded.append(c) or moments(self, c))
     encode.run(asked)
     assert encoded == clips[:3], "a restart encodes what is missing"
+    with (videos / "a.mp4").open("ab") as file:
+        file.write(b"another version")
+    with pytest.raises(DataError, match=r"a\.mp4 has \d+ bytes, it had \d+ when its clips were planned"):
+        read(clips[0])
+    (videos / "a.mp4").unlink()
+    with pytest.raises(DataError, match=r"a\.mp4 can't be read: No such file"):
+        read(clips[0])
 
 
 def test_bad_rows_stop_the_job_or_are_counted(

@@ -7,13 +7,13 @@ import torch
 
 from megacogvx import draws
 from megacogvx.curation import encode, encode_shards
-from megacogvx.curation.encode_shards import ClipEncoder, distinct, sample_id, write_dataset
+from megacogvx.curation.clip_encoder import ClipEncoder
+from megacogvx.curation.clip_list import ClipList, sample_id
+from megacogvx.curation.encode_shards import write_dataset
 from megacogvx.data.clips import Clip, read_clip, read_clips, write_clips
-from megacogvx.data.images import write_png
 from megacogvx.data.indexed import IndexedDataset
-from megacogvx.data.indexed.layout import TextKind
+from megacogvx.data.indexed.encoder_info import TextKind
 from megacogvx.data.transforms import to_model_range
-from megacogvx.data.video import write_video
 from megacogvx.errors import ConfigError, DataError
 from megacogvx.models.text_encoder import TextEncoder
 from megacogvx.models.vae import gaussian
@@ -22,7 +22,7 @@ from megacogvx.models.vae.initialize import initialize_weights
 from megacogvx.models.vae.model import CogVideoXVAE
 from megacogvx.models.vae.tiling import WHOLE, Coding
 from megacogvx.models.weights import weights_fingerprint
-from megacogvx.testing.moving_shapes import shape_frames
+from megacogvx.testing.moving_shapes import write_shape_clip
 from megacogvx.testing.tiny_text_encoder import build_tiny_text_encoder
 
 HEIGHT, WIDTH, LENGTH = 16, 24, 64
@@ -34,16 +34,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("encode")
     clips = []
     for number in range(6):
-        frames, caption = shape_frames(number % 2, 1 if number == 5 else 9, HEIGHT, WIDTH)
-        name = path / f"{number}.{'png' if number == 5 else 'mp4'}"
-        if number == 5:
-            write_png(name, frames[0])
-        else:
-            write_video(name, frames, 8)
-        clips.append(
-            Clip(path=name, caption=caption, frames=len(frames), height=HEIGHT, width=WIDTH,
-                 fps=None if number == 5 else 8, source="shapes", start=float(number))
-        )  # fmt: skip
+        frames, place = 1 if number == 5 else 9, {"source": "shapes", "start": float(number)}
+        clips.append(write_shape_clip(path, number, frames, HEIGHT, WIDTH, scene=number % 2, **place))
     write_clips(path / "clips.jsonl", clips)
     build_tiny_text_encoder(path / "t5", [clip.caption for clip in clips], width=16, vocabulary=64)
     return path
@@ -62,7 +54,7 @@ def encoder_of(folder: Path, vae: CogVideoXVAE, text_kind: TextKind = "padded") 
 
 
 def write(folder: Path, target: Path, encoder: ClipEncoder, *, clips_per_shard: int = 2, **options: object) -> object:
-    clips = read_clips(folder)
+    clips = ClipList.from_file(folder)
     job = encoder.job(clips, clips_per_shard, scaling_factor=None, measured=3)
     return write_dataset(target, clips, encoder, job, **options)  # type: ignore[arg-type]
 
@@ -201,8 +193,9 @@ def test_first_frames_ids_and_8_bit_latents_where_asked(folder: Path, vae: CogVi
 
 
 def test_bad_clips_stop_the_job_or_are_counted(folder: Path, vae: CogVideoXVAE, tmp_path: Path) -> None:
-    clips = read_clips(folder)
-    clips[2] = clips[2].model_copy(update={"path": folder / "absent.mp4"})
+    listed = read_clips(folder)
+    listed[2] = listed[2].model_copy(update={"path": folder / "absent.mp4"})
+    clips = ClipList.of(listed)
     encoder = encoder_of(folder, vae)
     job = encoder.job(clips, 4, scaling_factor=0.5, measured=4)
     with pytest.raises(DataError, match=r"absent\.mp4 does not exist"):
@@ -235,12 +228,6 @@ def test_tasks_of_a_slurm_array_share_the_shards(
         encode.run(parser.parse_args(fixed))
         assert sorted(path.stem for path in tmp_path.glob("*.idx")) == [f"shard-{number:05d}" for number in shards]
     assert len(IndexedDataset(tmp_path)) == 6
-
-
-def test_a_clip_listed_twice_is_one_record(folder: Path) -> None:
-    clips = read_clips(folder)
-    other = clips[0].model_copy(update={"caption": "another caption of the same clip"})
-    assert distinct([clips[0], other, clips[1], clips[0]]) == [clips[0], other, clips[1]]
 
 
 def test_the_verb(folder: Path, vae: CogVideoXVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,3 +264,36 @@ def test_neighbouring_processes_encode_as_one(
     encode.run(parser.parse_args([*fixed, *options]))
     assert asked == [2, "shutdown"]
     assert [path.stem for path in tmp_path.glob("*.idx")] == ["shard-00001"]
+
+
+def test_what_cannot_be_stored_is_left_out_and_never_stored(
+    folder: Path, vae: CogVideoXVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A caption of more than a record's metadata may have, and a clip of which the VAE makes NaN."""
+    listed = read_clips(folder)
+    listed[1] = listed[1].model_copy(update={"caption": "long " * 2**18})
+    clips, encoder = ClipList.of(listed), encoder_of(folder, vae)
+    plain, calls = ClipEncoder._encoded, []
+
+    def breaking(self: ClipEncoder, video_BCTHW: torch.Tensor) -> torch.Tensor:
+        calls.append(video_BCTHW)
+        return plain(self, video_BCTHW) * (float("nan") if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(ClipEncoder, "_encoded", breaking)
+    job = encoder.job(clips, 4, scaling_factor=0.5, measured=4)
+    with pytest.raises(DataError, match=r"1\.mp4: sample \d+: 1310\d+ bytes of metadata, the limit is 1048576"):
+        write_dataset(tmp_path, clips, encoder, job)
+    calls.clear()
+    skipped = write_dataset(tmp_path, clips, encoder, job, skip_bad=True)
+    assert list(skipped.values()) == [2]
+    dataset = IndexedDataset(tmp_path)
+    assert dataset.sample_id.tolist() == [sample_id(listed[place]) for place in (0, 2, 4, 5)]
+    assert all(bool(dataset.sample(number).latents.isfinite().all()) for number in range(4))
+    calls[:] = calls[:2]
+    with pytest.raises(DataError, match=r"3\.mp4: the VAE makes NaN or infinity of it in torch\.float32"):
+        encoder.moments(listed[3])
+    monkeypatch.setattr(
+        encoder.text_encoder, "encode", lambda captions: (torch.full((1, 4, 16), torch.inf), torch.tensor([4]))
+    )
+    with pytest.raises(DataError, match="the text encoder makes NaN or infinity of 'new'"):
+        encoder.texts(["new"])

@@ -66,3 +66,13 @@ def test_a_scale_that_cannot_be_measured_is_a_data_error() -> None:
         latent_scale([])
     with pytest.raises(DataError, match="nan"):
         latent_scale([torch.full((1, 2, 2, 4), float("nan"))])
+
+
+def test_a_full_disk_is_a_data_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("megacogvx.curation.encode_job.os.fsync", fails)
+    with pytest.raises(DataError, match=r"cannot write to .*: No space left on device; make room"):
+        agree(tmp_path, JOB, lambda: 1.0)
+    assert not list(tmp_path.iterdir())

@@ -271,3 +271,37 @@ def test_import_megatron(tmp_path, encoder, write):
         record = dataset.sample(number)
         assert torch.equal(record.latents, latents[number]) and torch.equal(record.text, texts[number].bfloat16())
         assert record.metadata["n"] == number
+
+
+def test_what_another_command_began_is_not_taken_over(source, tmp_path, capsys):
+    """A filter that was interrupted left shards of its samples; one with other bounds must not keep them."""
+    target = tmp_path / "filtered"
+    assert data("filter", source, "--where", "flow>=5", "--output", target, "--samples-per-shard", 5) == 0
+    for name in ("manifest.json", "shard-00001.idx", "shard-00002.idx"):
+        (target / name).unlink()
+    assert data("filter", source, "--where", "flow>=7", "--output", target, "--samples-per-shard", 5) != 0
+    assert "shard-00000" in (told := capsys.readouterr().err) and "another command began this folder" in told
+    assert data("filter", source, "--where", "flow>=5", "--output", target, "--samples-per-shard", 5) == 0
+    assert IndexedDataset(target).sample_id.tolist() == [1000 + number for number in range(5, 20)]
+
+
+def test_a_merge_goes_on_with_its_own_shards_alone(tmp_path, capsys):
+    """Shards of clips of one size are equally long: their headers tell them apart."""
+    for number, name in enumerate("abc"):
+        write_tiny_dataset(tmp_path / name, 4, shards=1, first_id=100 * (number + 1), sizes=((1, 2, 2),))
+    assert data("merge", tmp_path / "a", tmp_path / "c", "--output", tmp_path / "merged") == 0
+    (tmp_path / "merged" / "manifest.json").unlink()
+    for name in ("idx", "bin"):
+        sizes = {(tmp_path / each / f"shard-00000.{name}").stat().st_size for each in "ab"}
+        assert len(sizes) == 1
+    assert data("merge", tmp_path / "b", tmp_path / "c", "--output", tmp_path / "merged") != 0
+    assert "shard-00000.bin is there already and is another file" in capsys.readouterr().err
+    assert data("merge", tmp_path / "a", tmp_path / "c", "--output", tmp_path / "merged") == 0
+
+
+@pytest.mark.parametrize("option", ["split --parts x=1 --samples-per-shard", "export --output x --samples-per-tar"])
+def test_sizes_of_files_are_positive(source, option, capsys):
+    verb, *options = option.split()
+    with pytest.raises(SystemExit):
+        data(verb, source, *options, 0)
+    assert "0 must be at least 1" in capsys.readouterr().err

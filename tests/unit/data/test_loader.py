@@ -11,7 +11,8 @@ from itertools import islice
 import pytest
 import torch
 
-from megacogvx.data.corpus import Corpus, DataConfig
+from megacogvx.data.config import DataConfig
+from megacogvx.data.corpus import Corpus
 from megacogvx.data.faults import Fault
 from megacogvx.data.indexed import IndexedDataset
 from megacogvx.data.loader import PackLoader
@@ -209,7 +210,8 @@ def test_tensors_outlive_the_loader(folder):
 BUSY = """
 import sys, time, torch
 from megacogvx.data import loader
-from megacogvx.data.corpus import Corpus, DataConfig
+from megacogvx.data.corpus import Corpus
+from megacogvx.data.config import DataConfig
 from megacogvx.data.planner import PackPlan
 
 def load_step(*_):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from megacogvx.data.corpus import Corpus, DataConfig
+from megacogvx.data.config import DataConfig
+from megacogvx.data.corpus import Corpus
 from megacogvx.data.pack import read_pack
 from megacogvx.errors import DataError
 from megacogvx.testing.tiny_dataset import SIZES, tiny_item, write_tiny_dataset

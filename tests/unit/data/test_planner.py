@@ -9,7 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megacogvx.data.corpus import CorpusColumns, DataConfig, Group
+from megacogvx.data.config import DataConfig
+from megacogvx.data.corpus import CorpusColumns, Group
 from megacogvx.data.planner import PackPlan
 from megacogvx.errors import ConfigError, DataError
 from megacogvx.testing import length_distribution as distribution

@@ -196,3 +196,14 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
 
 def test_clip_times() -> None:
     assert clip_times(1.0, 3, 8) == [1.0, 1.125, 1.25]
+
+
+def test_a_video_that_changes_its_size_is_a_data_error(tmp_path: Path) -> None:
+    parts = []
+    for number, (height, width) in enumerate(((48, 64), (64, 96))):
+        write_video(tmp_path / f"{number}.mp4", numbered_frames(4)[:, :1, :1].repeat(1, height, width, 1), fps=8)
+        parts.append(remuxed(tmp_path / f"{number}.mp4", tmp_path / f"{number}.ts").read_bytes())
+    (tmp_path / "both.ts").write_bytes(b"".join(parts))
+    assert len(read_frames(tmp_path / "both.ts", count=3)) == 3
+    with pytest.raises(DataError, match=r"changes its size at .* frames of 48 x 64 and then 64 x 96 pixels"):
+        read_frames(tmp_path / "both.ts")

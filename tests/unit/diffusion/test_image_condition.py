@@ -3,7 +3,7 @@ import torch
 
 from megacogvx import draws
 from megacogvx.diffusion.image_condition import image_channels, noised_image, scaled_image_latents
-from megacogvx.pack_layout import patchify
+from megacogvx.patches import patchify
 
 IMAGE = draws.normal((4, 4, 6), 0, "image")
 

@@ -6,7 +6,8 @@ import torch
 from megacogvx.diffusion.config import DiffusionConfig
 from megacogvx.diffusion.objective import loss_count, sample_weights, v_loss
 from megacogvx.diffusion.schedule import NoiseSchedule
-from megacogvx.pack_layout import PackLayout, build_layout, patchify, place_sample
+from megacogvx.pack_layout import PackLayout, build_layout, place_sample
+from megacogvx.patches import patchify
 
 TIMESTEPS = torch.tensor([30, 999, 540, 0])
 
@@ -40,17 +41,20 @@ def test_mean_over_tokens_equals_mean_over_elements():
     torch.testing.assert_close(sums.total / count, ((a - b) ** 2).mean())
 
 
-def test_repeated_frames_carry_no_loss():
-    layout, target = pack(patch=(2, 2, 2))
+@pytest.mark.parametrize("q", [2, 4])
+def test_repeated_frames_carry_no_loss(q):
+    layout, target = pack(patch=(q, 2, 2))
     a, b = (rows(x, layout.patch) for x in ([torch.randn_like(x) for x in target], target))
     first = layout.local()
     before = v_loss(a, b, TIMESTEPS, layout, first).total
-    poisoned = a.clone().reshape(len(a), 4, 2, 2, 2)
-    poisoned[first.repeated == 1, :, 0] += 100.0  # the copy of the first latent frame
-    assert (first.repeated == 1).any()
-    torch.testing.assert_close(v_loss(poisoned.reshape(a.shape), b, TIMESTEPS, layout, first).total, before)
-    poisoned[:, :, 1] += 100.0  # a real frame
-    assert v_loss(poisoned.reshape(a.shape), b, TIMESTEPS, layout, first).total > before + 1000
+    assert {-frames % q for frames in (3, 1, 5)} <= set(first.repeated.tolist())
+    for frame in range(q):
+        copies = first.repeated > frame  # rows whose frame of this number is a copy of the first latent frame
+        poisoned = a.clone().reshape(len(a), 4, q, 2, 2)
+        poisoned[copies, :, frame] += 100.0
+        torch.testing.assert_close(v_loss(poisoned.reshape(a.shape), b, TIMESTEPS, layout, first).total, before)
+        poisoned[~copies, :, frame] += 100.0  # a real frame
+        assert v_loss(poisoned.reshape(a.shape), b, TIMESTEPS, layout, first).total > before + 1000
 
 
 @pytest.mark.parametrize("loss_mean", ["sample", "token"])

@@ -12,7 +12,8 @@ from megacogvx.diffusion.schedule import NoiseSchedule
 from megacogvx.errors import ConfigError
 from megacogvx.inference.denoise import Denoiser, SamplingSettings, local_text
 from megacogvx.models.transformer.config import CogVideoXConfig
-from megacogvx.pack_layout import build_layout, patchify, place_sample
+from megacogvx.pack_layout import build_layout, place_sample
+from megacogvx.patches import patchify
 from megacogvx.testing.tolerance import assert_close
 
 SCHEDULE = NoiseSchedule(DiffusionConfig())

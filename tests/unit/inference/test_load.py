@@ -5,7 +5,8 @@ import os
 
 import pytest
 
-from megacogvx.checkpoint.directory import CheckpointDirectory, files_of, seal
+from megacogvx.checkpoint.directory import CheckpointDirectory
+from megacogvx.checkpoint.manifest import files_of, seal
 from megacogvx.config import dump_config
 from megacogvx.diffusion.config import DiffusionConfig
 from megacogvx.errors import CheckpointError, ConfigError

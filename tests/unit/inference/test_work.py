@@ -12,9 +12,10 @@ from megacogvx.errors import EndpointError
 from megacogvx.inference import options, work
 from megacogvx.inference.denoise import SamplingSettings
 from megacogvx.inference.outputs import Outputs
-from megacogvx.inference.plan import Plan, VideoSize
+from megacogvx.inference.plan import Plan
 from megacogvx.inference.prompt_upsampler import PromptUpsampler
 from megacogvx.inference.requests import Job
+from megacogvx.inference.video_size import VideoSize
 from megacogvx.models.vae.tiling import WHOLE
 
 ALONE = SimpleNamespace(is_first=True, tensor=(0, 1), context=(0, 1), data=(0, 1))

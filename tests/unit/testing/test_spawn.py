@@ -4,6 +4,8 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
 from megacogvx.testing import spawn
 
 FILE = """
@@ -36,6 +38,23 @@ def test_ranks_on_gpus_are_not_forked_from_a_process_that_may_have_started_cuda(
     for device in ("cuda", "cpu"):
         spawn._start("file", device, [], 0, 2, 1, Path())
     assert started == ["spawn", "forkserver"]
+
+
+def test_under_torchrun_a_failure_ends_the_pytest_of_its_rank_and_other_sizes_are_skipped(monkeypatch):
+    """Whose end makes torchrun end the others; they may wait in an exchange for a rank that has gone on."""
+
+    def fails(case):
+        raise AssertionError("wrong here alone")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(spawn, "_run_case", fails)
+    test, session = spawn.on_ranks(2)(fails), SimpleNamespace(shouldfail=False)
+    with pytest.raises(AssertionError, match="wrong here alone"):
+        test(spawn.Case(fails, {}, "cpu"), SimpleNamespace(session=session))
+    assert session.shouldfail == "fails[dp] failed on this rank"
+    square = spawn.Case(fails, {"tensor_parallel_size": 2, "context_parallel_size": 2}, "cpu")
+    with pytest.raises(pytest.skip.Exception, match="tp2-cp2 needs 4 ranks, not 2"):
+        spawn.on_ranks(4)(fails)(square, SimpleNamespace(session=session))
 
 
 def test_a_failure_takes_only_its_own_test_with_it(tmp_path):

@@ -63,11 +63,28 @@ def test_a_first_frame_of_another_size_than_its_video_is_named(tmp_path, monkeyp
 def test_every_size_is_held_to_the_rope_grid_not_the_largest_of_each_side(tmp_path):
     """Landscape and portrait clips: each fits the native size or its transpose, their largest sides together don't."""
     sizes = ((1, 4, 6), (1, 6, 4))
-    with pytest.raises(ConfigError, match=r"videos of 6 x 4 latent cells.*model\.portrait=true"):
+    with pytest.raises(ConfigError, match=r"videos of 1 x 6 x 4 latent cells.*model\.portrait=true"):
         check(tmp_path, sizes=sizes)
     check(tmp_path / "both", {"portrait": True}, sizes=sizes)
-    with pytest.raises(ConfigError, match="videos of 6 x 6 latent cells"):
+    with pytest.raises(ConfigError, match="videos of 1 x 6 x 6 latent cells"):
         check(tmp_path / "square", {"portrait": True}, sizes=(*sizes, (1, 6, 6)))
+
+
+def test_videos_that_the_learned_table_is_not_made_for_are_named(tmp_path):
+    """Of another height or width than its own, or longer; shorter ones take its front."""
+    learned = {"use_learned_positional_embeddings": True, "sample_frames": 9}
+    check(tmp_path / "fits", learned, sizes=((1, 4, 6), (3, 4, 6)))
+    with pytest.raises(ConfigError, match=r"of 1 x 4 x 4 latent .* \(1, 2, 2\) tokens .* most 3 x 2 x 3; resize"):
+        check(tmp_path / "narrow", learned, sizes=((3, 4, 6), (1, 4, 4)))
+    with pytest.raises(ConfigError, match=r"videos of 4 x 4 x 6 latent .* at most 3 x 2 x 3"):
+        check(tmp_path / "long", learned, sizes=((3, 4, 6), (4, 4, 6)))
+
+
+def test_videos_that_do_not_divide_into_patches_are_named(tmp_path):
+    larger = {"patch_size": 4, "sample_height": 16, "sample_width": 16}
+    with pytest.raises(ConfigError, match=r"1 x 4 x 6 latent .* model\.patch_size=4 must .*: 1, 2; or filter"):
+        check(tmp_path, larger, sizes=((3, 4, 4), (1, 4, 6)))
+    check(tmp_path / "fits", larger, sizes=((3, 4, 4), (1, 12, 16)))
 
 
 def test_the_decoder_of_validation_videos_is_looked_at_before_the_start(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megacogvx import draws
-from megacogvx.data.indexed.layout import EncoderInfo
+from megacogvx.data.indexed.encoder_info import EncoderInfo
 from megacogvx.data.pack import Pack
 from megacogvx.diffusion.config import DiffusionConfig
 from megacogvx.diffusion.schedule import NoiseSchedule

@@ -6,14 +6,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megacogvx.checkpoint.directory import CheckpointDirectory, files_of, seal
+from megacogvx.checkpoint.directory import CheckpointDirectory
+from megacogvx.checkpoint.manifest import files_of, seal
 from megacogvx.config import build_config, dump_config
 from megacogvx.errors import AgreedError, CheckpointError
 from megacogvx.models.vae.config import VAEConfig
 from megacogvx.training import agreement, resume
-from megacogvx.training.config import TrainConfig, VAETrainConfig
+from megacogvx.training.config import TrainConfig
 from megacogvx.training.resume import load_newest_or_start, open_metrics, open_run
 from megacogvx.training.state import TrainState
+from megacogvx.training.vae_config import VAETrainConfig
 
 
 def _run_of(folder, **vae):
@@ -104,6 +106,21 @@ def test_weights_that_are_bad_on_another_rank_end_this_one_too(other_fails, monk
     config = SimpleNamespace(checkpoint=SimpleNamespace(on_damaged="stop"))
     with pytest.raises(AgreedError, match="checking the weights failed: rank 1: DataError: 3 values are NaN"):
         load_newest_or_start(config, torch.nn.Linear(1, 1), None, None, other_fails, {})
+
+
+def test_weights_to_start_from_that_are_not_numbers_are_named(monkeypatch, tmp_path):
+    """They are another run's; the first step's loss would be NaN and its samples suspected."""
+    monkeypatch.setattr(agreement, "any_rank", lambda mine, groups: mine)
+    monkeypatch.setattr(agreement, "gather_json", lambda mine, groups: [mine])
+    monkeypatch.setattr(resume, "together", lambda groups, act: act())
+    monkeypatch.setattr(resume, "load_newest", lambda *_, **__: None)
+    monkeypatch.setattr(resume, "find_checkpoint", lambda path: SimpleNamespace(path=path, resolved={}))
+    monkeypatch.setattr(resume, "load", lambda path, model, *_, **__: model.bias.data.fill_(torch.nan))
+    config = SimpleNamespace(
+        checkpoint=SimpleNamespace(on_damaged="stop"), training=SimpleNamespace(start_from=tmp_path / "stage1")
+    )
+    with pytest.raises(AgreedError, match=r"weights of .*stage1 are NaN or infinite: bias \(1 of 1 values\); take an"):
+        load_newest_or_start(config, torch.nn.Linear(1, 1), None, None, SimpleNamespace(is_first=False), {})
 
 
 def test_a_history_that_the_first_rank_cannot_open_ends_all(other_fails, tmp_path):

@@ -9,9 +9,10 @@ from megacogvx.checkpoint.distributed import save
 from megacogvx.config import dump_config, load_config
 from megacogvx.errors import CheckpointError
 from megacogvx.models.transformer import CogVideoXConfig, CogVideoXTransformer, initialize_weights, transformer_core
-from megacogvx.pack_layout import build_layout, patchify, place_sample, unpatchify
+from megacogvx.pack_layout import build_layout, place_sample
 from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.groups import initialize, shutdown
+from megacogvx.patches import patchify, unpatchify
 from megacogvx.testing.tolerance import assert_close
 from megacogvx.training.config import TrainConfig
 from megacogvx.training.start_from import find_start, resize_positions, start_from, unfit

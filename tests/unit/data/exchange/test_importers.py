@@ -73,3 +73,16 @@ def test_a_view_larger_than_its_file(tmp_path):
     torch.save({"latents": torch.zeros(1).expand(10**6), "text": torch.zeros(1, 8)}, tmp_path / "a.pt")
     with pytest.raises(DataError, match="more than the file's"):
         list(read_folder(tmp_path))
+
+
+def test_shards_of_another_import_are_not_taken_over(tmp_path):
+    def imported(keys):
+        text, latents = torch.zeros(4, 8), torch.zeros(1, 2, 2, 4)
+        samples = (ImportedSample(key, latents, text, {}) for key in keys)
+        return import_samples(samples, tmp_path, tiny_encoder(), shard_bytes=60, name=shard_name)
+
+    assert len(imported("abcd")) == 4
+    (tmp_path / "shard-00003.idx").unlink()
+    assert len(imported("abcd")) == 4, "an interrupted one goes on"
+    with pytest.raises(DataError, match=r"shard-00001 .* others than the 1 that belong there"):
+        imported("aXcd")

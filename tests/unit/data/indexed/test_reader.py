@@ -1,14 +1,16 @@
 """Reading: what was written comes back without a copy, and no damage goes unnoticed."""
 
 import gc
+import os
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megacogvx.data.indexed import IndexedDataset
+from megacogvx.data.indexed import IndexedDataset, manifest, reader
 from megacogvx.errors import DataError
 from megacogvx.testing.tiny_dataset import SIZES, tiny_encoder, tiny_item, write_tiny_dataset
 
@@ -167,3 +169,46 @@ def test_missing_file(folder, name):
     (folder / name).unlink()
     with pytest.raises(DataError, match=name.split(".")[0]):
         IndexedDataset(folder)
+
+
+def test_many_shards_neither_hold_files_open_nor_stay_mapped(tmp_path, monkeypatch):
+    """A process may open 1,024 files and map 65,530, a corpus of 50 million clips has 50,000 shards."""
+    monkeypatch.setattr(reader, "OPEN_SHARDS", 3)
+    write_tiny_dataset(tmp_path, 24, shards=12)
+    opened = len(os.listdir("/dev/fd"))
+    dataset = IndexedDataset(tmp_path)
+    assert len(os.listdir("/dev/fd")) == opened
+    kept = [dataset.sample(number) for number in range(24)]
+    assert [number for number, shard in enumerate(dataset.shards) if "source" in vars(shard)] == [9, 10, 11]
+    assert torch.equal(kept[0].latents, dataset.sample(0).latents) and "source" in vars(dataset.shards[0])
+    del kept
+    gc.collect()
+    assert len(os.listdir("/dev/fd")) <= opened + 3
+
+
+def test_a_large_index_is_mapped_and_holds_no_file_open(folder, monkeypatch):
+    plain = IndexedDataset(folder)
+    monkeypatch.setattr(manifest, "MAPPED_BYTES", 1)
+    opened = len(os.listdir("/dev/fd"))
+    mapped = IndexedDataset(folder)
+    assert len(os.listdir("/dev/fd")) == opened
+    assert np.array_equal(mapped.sample_id, plain.sample_id)
+    assert torch.equal(mapped.sample(3).latents, plain.sample(3).latents)
+    last = mapped.shards[-1]
+    last.path.unlink()
+    with pytest.raises(DataError, match=rf"{last.name}\.bin: sample \d+ .*can't be mapped: .*No such file"):
+        mapped.sample(11)
+
+
+@pytest.mark.parametrize("access", ["mmap", "pread"])
+def test_metadata_alone_need_no_tensors(folder, access):
+    plain = IndexedDataset(folder)
+    rows = range(len(plain.shards[0].index))
+    expected = [plain.sample(row).metadata for row in rows]
+    for row in rows:
+        flip(folder / "shard-00000.bin", spans(plain, row)["latent frame 0"])
+    dataset = IndexedDataset(folder, access=access)
+    assert [dataset.metadata(row) for row in rows] == expected
+    flip(folder / "shard-00000.bin", spans(dataset, 0)["the metadata"] + 5)
+    with pytest.raises(DataError, match=rf"shard-00000\.bin: sample {plain.sample_id[0]} .*: the metadata is damaged"):
+        IndexedDataset(folder, access=access).metadata(0)

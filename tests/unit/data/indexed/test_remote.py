@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from megacogvx.data.corpus import Corpus, DataConfig
+from megacogvx.data.config import DataConfig
+from megacogvx.data.corpus import Corpus
 from megacogvx.data.indexed import IndexedDataset, remote
 from megacogvx.data.indexed.remote import RemotePath, folder_at
 from megacogvx.data.indexed.side_columns import write_side_column

@@ -16,7 +16,8 @@ from megacogvx.parallel.groups import initialize, shutdown
 from megacogvx.testing.tolerance import assert_all_close, assert_close
 
 SMALL = {"preset": "tiny", "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4}
-ABLATIONS = {
+ABLATIONS: dict[str, dict] = {
+    "published": {},
     "shared_adaln": {"block": "shared_adaln"},
     "mmdit": {"block": "mmdit"},
     "2d_1d": {"attention": "2d_1d"},

@@ -8,7 +8,8 @@ import torch
 from megacogvx.errors import DataError
 from megacogvx.models.transformer import CogVideoXConfig
 from megacogvx.models.transformer.checks import check_pack, check_rows, rope_grid_problem
-from megacogvx.pack_layout import PADDING_ID, PackLayout, PackSample, build_layout, grid_of, place_sample
+from megacogvx.pack_layout import PADDING_ID, PackLayout, PackSample, build_layout, place_sample
+from megacogvx.patches import grid_of
 
 CONFIG = CogVideoXConfig(preset="tiny", in_channels=4, max_text_seq_length=5, sample_height=8, sample_width=12)
 
@@ -67,6 +68,22 @@ def test_the_released_1_5_reads_300_cells_and_no_more():
     config = CogVideoXConfig(preset="cogvideox1_5_5b")
     assert not rope_grid_problem(config, place_sample(0, 2, 300, 300, 226, config.patch))
     assert "150 x 150" in rope_grid_problem(config, place_sample(0, 2, 302, 300, 226, config.patch))
+
+
+@pytest.mark.parametrize(
+    ("size", "found", "way_out"),
+    [
+        ((1, 8, 10, 1), r"\(1, 4, 5\)", "resize the video to 8 x 12 latent cells"),
+        ((1, 6, 12, 1), r"\(1, 3, 6\)", "resize the video to 8 x 12 latent cells"),
+        ((4, 8, 12, 1), r"\(4, 4, 6\)", r"at most 3 latent frames, or raise model\.sample_frames=9"),
+    ],
+)
+def test_a_sample_that_the_learned_table_is_not_made_for(size, found, way_out):
+    """Said of the whole pack on every rank: the table itself is read by the ranks that hold the sample alone."""
+    config = CONFIG.model_copy(update={"use_learned_positional_embeddings": True, "sample_frames": 9})
+    check_pack(config, pack((3, 8, 12, 5), (1, 8, 12, 0)))
+    with pytest.raises(DataError, match=rf"sample 41: {found} tokens .* at most 3 x 4 x 6; .*{way_out}.*, or use"):
+        check_pack(config, pack((1, 8, 12, 1), size))
 
 
 @pytest.mark.parametrize("changes", [{"rope_grid": "crop"}, {"use_rotary_positional_embeddings": False}])

@@ -11,7 +11,7 @@ from megacogvx.models.transformer import CogVideoXConfig, CogVideoXTransformer, 
 from megacogvx.pack_layout import build_layout, place_sample
 from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.groups import initialize, shutdown
-from megacogvx.testing.tolerance import assert_close
+from megacogvx.testing.tolerance import assert_close, relative_error
 
 CONFIG = CogVideoXConfig(preset="tiny", num_layers=2, num_attention_heads=2, attention_head_dim=16, in_channels=4)
 SINCOS = CONFIG.model_copy(update={"use_rotary_positional_embeddings": False})
@@ -44,14 +44,14 @@ def _sample(place):
     return sample, video, draws.normal((sample.text_length, CONFIG.text_embed_dim), 1, "text", place)
 
 
-def _run(model, places, multiple=64, padding_text=0.0, change=None, dtype=torch.float32):
+def _run(model, places, multiple=64, padding_text=0.0, change=None, dtype=torch.float32, steps=TIMESTEPS):
     """Return the rows of each sample of a pack of `places`; `change(place, video, text)` may edit its inputs."""
     samples, videos, texts = zip(*(_sample(place) for place in places), strict=True)
     if change is not None:
         videos, texts = zip(*(change(*entry) for entry in zip(places, videos, texts, strict=True)), strict=True)
     layout = build_layout(samples, CONFIG.patch, multiple=multiple)
     padding = torch.full((layout.samples[-1].length, CONFIG.text_embed_dim), padding_text)
-    timesteps = torch.tensor([*(TIMESTEPS[place] for place in places), 0])
+    timesteps = torch.tensor([*(steps[place] for place in places), 0])
     rows = model(torch.cat(videos).to(dtype), torch.cat([*texts, padding]).to(dtype), timesteps, layout)
     return rows.split([sample.video_length for sample in samples])
 
@@ -63,6 +63,14 @@ def test_a_pack_equals_its_samples_one_by_one(config, groups):
     for place, rows in enumerate(together):
         (alone,) = _run(model, (place,), multiple=1)
         assert_close(rows, alone, 1e-6, f"sample {place}")
+
+
+def test_rotating_in_the_weights_dtype_differs_by_rounding_alone(groups):
+    narrow = CONFIG.model_copy(update={"rope_precision": "weights"})
+    for dtype, least, most in ((torch.float32, 0.0, 1e-6), (torch.bfloat16, 1e-5, 3e-2)):
+        wide, own = (_run(_model(groups, config, dtype), (0, 1, 2), dtype=dtype) for config in (CONFIG, narrow))
+        for a, b in zip(own, wide, strict=True):
+            assert least <= relative_error(a, b) <= most
 
 
 def test_the_place_in_the_pack_does_not_matter(groups):
@@ -88,13 +96,23 @@ def test_a_rank_without_video_has_gradients_of_zeros(groups):
         assert leaf.grad is not None and not leaf.grad.any(), name
 
 
-def test_one_sample_leaves_the_others_bit_identical(groups):
-    model = _model(groups)
+@pytest.mark.parametrize("config", [CONFIG, SINCOS], ids=["rotary", "sincos"])
+@pytest.mark.parametrize("place", range(3))
+def test_one_sample_leaves_the_others_bit_identical(place, config, groups):
+    """Its video, its text and its timestep, each alone."""
+    model = _model(groups, config)
     before = _run(model, (0, 1, 2))
-    after = _run(model, (0, 1, 2), change=lambda p, v, t: (v + 1, t - 1) if p == 1 else (v, t))
-    assert torch.equal(before[0], after[0])
-    assert torch.equal(before[2], after[2])
-    assert not torch.allclose(before[1], after[1], atol=1e-2)
+    steps = [step if other != place else 700 for other, step in enumerate(TIMESTEPS)]
+    for change in (
+        {"change": lambda p, v, t: (v + float(p == place), t)},
+        {"change": lambda p, v, t: (v, t - float(p == place))},
+        {"steps": steps},
+    ):
+        for other, (rows, again) in enumerate(zip(before, _run(model, (0, 1, 2), **change), strict=True)):
+            if other != place:
+                assert torch.equal(rows, again), f"sample {other}"
+            else:
+                assert not torch.allclose(rows, again, atol=1e-2)
 
 
 def test_padding_influences_nothing(groups):
