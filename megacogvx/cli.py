@@ -19,14 +19,14 @@ VERBS = {
     "clips": ("megacogvx.curation.clip", "cut captioned videos into short clips and images"),
     "train-vae": ("megacogvx.training.train_vae", "train a 3D causal VAE on clips"),
     "encode": ("megacogvx.curation.encode", "encode clips and captions into an indexed dataset"),
-    "data": ("megacogvx.data.commands", "look into an indexed dataset, or verify it"),
+    "data": ("megacogvx.data.commands", "look into, verify, merge, split, filter, recover, import or export datasets"),
     "train": ("megacogvx.training.train", "pretrain a transformer on an indexed dataset"),
     "estimate": ("megacogvx.training.estimate.command", "say what a training costs on so many GPUs, without one"),
     "doctor": ("megacogvx.parallel.doctor", "look whether these machines are fit to train"),
     "convert": ("megacogvx.conversion.convert", "convert a checkpoint between our, diffusers' and SAT's format"),
     "inspect": ("megacogvx.conversion.inspect", "show what a checkpoint of any format holds, or how two differ"),
     "evaluate": ("megacogvx.evaluation.evaluate", "measure how well a VAE keeps videos and images"),
-    "generate": ("megacogvx.inference.generate", "generate a video from a prompt"),
+    "generate": ("megacogvx.inference.generate", "generate videos from prompts, images or videos"),
     "report": ("megacogvx.evaluation.report", "draw runs and samples as one HTML page"),
 }
 USER_ERROR_STATUS = 2

@@ -18,7 +18,11 @@ from megacogvx.errors import ConfigError
 
 
 class Section(BaseModel):
-    """A frozen group of settings; an unknown key is an error, and no value is converted silently but int to float."""
+    """A frozen group of settings; an unknown key is an error.
+
+    A value of another type is one, too, unless nothing is lost: text that is a number becomes one, since YAML takes
+    1e-4 for text.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, arbitrary_types_allowed=False)
 

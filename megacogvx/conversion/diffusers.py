@@ -127,6 +127,8 @@ def not_carried(settings: TransformerSettings) -> list[str]:
     for key, fixed in (("qk_norm_eps", 1e-6), ("rope_theta", 10000.0)):
         if getattr(model, key) != fixed:
             lost.append(f"model.{key}={getattr(model, key):g}: fixed at {fixed:g} there, so results will differ")
+    if model.use_rotary_positional_embeddings and model.rope_precision != "fp32":
+        lost.append(f"model.rope_precision={model.rope_precision}: it rotates in fp32, so results differ by rounding")
     if model.use_rotary_positional_embeddings and (model.rope_grid == "slice") != (model.patch_size_t > 1):
         lost.append(
             f"model.rope_grid={model.rope_grid}: its pipelines use the other grid with this patch_size_t; equal at "

@@ -166,7 +166,7 @@ def _model(config: dict[str, Any], kept: Any, folder: Path) -> CogVideoXConfig:
     is_rotary = values["use_rotary_positional_embeddings"]
     values["rope_grid"] = "crop" if is_rotary and values["patch_size_t"] == 1 else "slice"
     if isinstance(kept, Mapping):
-        own = ("final_norm_eps", "rope_grid", "qk_norm_eps", "rope_theta")
+        own = ("final_norm_eps", "rope_grid", "qk_norm_eps", "rope_theta", "rope_precision")
         values |= {key: kept[key] for key in own if key in kept}
     try:
         return build_config(CogVideoXConfig, values, source=str(file))

@@ -116,7 +116,8 @@ def published_settings(variant: str) -> TransformerSettings:
         variant: a key of `VARIANTS`.
 
     SAT's configs: eps 1e-6 in the final norm, rotary positions counted from the corner, zeros for dropped texts, 224
-    text tokens for 1.5 (226 before), and loss on the repeated first frame.
+    text tokens for 1.5 (226 before), and loss on the repeated first frame. One thing is as in diffusers: q and k are
+    rotated in fp32, which is more exact and has a kernel; `model.rope_precision=weights` rotates as SAT does.
     """
     preset = VARIANTS[variant]
     snr_shift, scale, image_scale, sampler = _PUBLISHED[preset]

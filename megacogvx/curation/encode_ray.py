@@ -41,6 +41,17 @@ class ShardWriter:
         return {"shard": number, "skipped": json.dumps(skipped)}
 
 
+class Planner:
+    """An actor: looks into its share of the videos that a caption file names, see `clip_plan.py`."""
+
+    def __init__(self, arguments: argparse.Namespace, ranks: int) -> None:
+        self.arguments, self.ranks = arguments, ranks
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Plan share `row["rank"]`; returns it with the number of all clips."""
+        return {**row, "clips": len(listed(self.arguments, int(row["rank"]), self.ranks)[0])}
+
+
 def encode_with_ray(arguments: argparse.Namespace) -> Counter[str]:
     """Write all shards; returns how many clips were left out, by reason.
 
@@ -56,6 +67,13 @@ def encode_with_ray(arguments: argparse.Namespace) -> Counter[str]:
         import ray.data
     except ImportError:
         raise ConfigError("--ray needs Ray: pip install 'megacogvx[ray]'") from None
+    if arguments.captions is not None:  # the driver alone would open every video
+        ray.data.from_items([{"rank": rank} for rank in range(arguments.ray)], override_num_blocks=arguments.ray).map(
+            Planner,
+            fn_constructor_args=(arguments, arguments.ray),
+            compute=ray.data.ActorPoolStrategy(size=arguments.ray),
+            num_gpus=0,
+        ).take_all()
     shards = -(-len(listed(arguments)[0]) // arguments.clips_per_shard)
     actors = min(arguments.ray, shards)
     on_gpu = arguments.device == "cuda" or (arguments.device == "auto" and torch.cuda.is_available())

@@ -24,7 +24,8 @@ from megacogvx.curation.clip_source import listed
 from megacogvx.curation.encode_job import JOB_FILE, EncodeJob, agree, latent_scale
 from megacogvx.data.clips import Clip
 from megacogvx.data.indexed import DatasetWriter, finish_dataset
-from megacogvx.data.indexed.writer import encode_metadata, shard_name
+from megacogvx.data.indexed.sample_rules import encode_metadata
+from megacogvx.data.indexed.writer import shard_name
 from megacogvx.errors import ConfigError, DataError
 from megacogvx.inference.coding import coding_of
 from megacogvx.inference.load import load_vae

@@ -7,26 +7,23 @@ perceptual distance is LPIPS where its weights are given, else that of a small r
 from __future__ import annotations
 
 import argparse
-import csv
-import io
-import json
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from megacogvx.config import build_config
 from megacogvx.data.clips import LIST_NAME, read_clips
 from megacogvx.data.images import read_image
 from megacogvx.data.transforms import to_model_range
-from megacogvx.data.video import read_frames, written_beside
+from megacogvx.data.video import read_frames
 from megacogvx.errors import ConfigError, DataError
 from megacogvx.evaluation.reconstruction import flickering, psnr, ssim
+from megacogvx.evaluation.scores import Scores, averages, table, write
 from megacogvx.inference.coding import add_coding_arguments, coding_of
 from megacogvx.inference.load import load_vae
 from megacogvx.log import get_logger, progress
@@ -43,34 +40,6 @@ Writes OUT/reconstruction.json and reconstruction.csv. The VAE is a run folder, 
 """
 
 logger = get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What was measured of one video or image.
-
-    Attributes:
-        file: its name.
-        frames, height, width: what was compared, frames and pixels.
-        psnr: dB; infinite for an equal reconstruction.
-        ssim: at most 1.
-        perceptual: distance between features, 0 for an equal reconstruction.
-        flickering, flickering_reconstruction: of source and reconstruction, in grey levels; None for an image.
-    """
-
-    file: str
-    frames: int
-    height: int
-    width: int
-    psnr: float
-    ssim: float
-    perceptual: float
-    flickering: float | None
-    flickering_reconstruction: float | None
-
-    def row(self, perceptual_name: str) -> dict[str, str | int | float | None]:
-        """Return the scores as they are written; `perceptual` under the name of its net."""
-        return {perceptual_name if name == "perceptual" else name: value for name, value in vars(self).items()}
 
 
 class Evaluator:
@@ -128,6 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", type=Path, help="folder for reconstruction.json and .csv (default: the table alone)")
     add("--frames", type=int, help="of each video, from its first one on; shorter ones are left out (default: all)")
     add("--pad", action="store_true", help="pad sizes that the VAE can't take, and cut the result back")
+    add("--skip-bad", action="store_true", help="leave out and count files that can't be read or measured")
     add("--lpips-backbone", type=Path, help="torchvision's VGG-16 weights; with --lpips-heads, LPIPS is measured")
     add("--lpips-heads", type=Path, help="the lpips package's weights/v0.1/vgg.pth")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
@@ -150,22 +120,43 @@ def run(arguments: argparse.Namespace) -> None:
     files = find_files(arguments.videos)
     vae = load_vae(arguments.vae, device, torch.bfloat16 if arguments.dtype == "bf16" else torch.float32)
     evaluator = Evaluator(vae, loss, coding, arguments.pad)
-    scores = []
-    for file in progress(files, "evaluate"):
-        frames_THW3 = read_pixels(file, arguments.frames)
-        if frames_THW3 is None:
-            logger.warning("left out: %s has fewer than --frames %d frames", file.name, arguments.frames)
-        else:
-            scores.append(evaluator.measure(file.name, frames_THW3))
-            if math.isnan(scores[-1].psnr):
-                logger.warning("the VAE makes NaN of %s, and so of the means", file.name)
+    scores = measure_files(evaluator, files, arguments.frames, arguments.skip_bad)
     if not scores:
-        raise DataError(f"no file of {arguments.videos} has --frames {arguments.frames} frames; ask for fewer")
+        raise DataError(f"none of {len(files)} files of {arguments.videos} could be measured: see the lines above")
     means = averages(scores)
     Console(width=150).print(table(f"{arguments.vae}, {coding}", scores, means, evaluator.perceptual_name))
     if arguments.output is not None:
         facts = {"vae": str(arguments.vae), "coding": str(coding), "padded": arguments.pad, "dtype": arguments.dtype}
         write(arguments.output, facts, scores, means, evaluator.perceptual_name)
+
+
+def measure_files(evaluator: Evaluator, files: Sequence[Path], frames: int | None, skip_bad: bool) -> list[Scores]:
+    """Return the scores of those files that have enough `frames`.
+
+    Raises:
+        DataError: a file can't be read or doesn't suit the VAE, and `skip_bad` is off.
+    """
+    scores: list[Scores] = []
+    left_out: Counter[str] = Counter()
+    for file in progress(files, "evaluate"):
+        try:
+            frames_THW3 = read_pixels(file, frames)
+            if frames_THW3 is None:
+                left_out["file of fewer than --frames"] += 1
+                logger.warning("left out: %s has fewer than --frames %d frames", file.name, frames)
+                continue
+            scores.append(evaluator.measure(file.name, frames_THW3))
+        except DataError as error:
+            if not skip_bad:
+                raise
+            left_out["file that can't be read or measured"] += 1
+            logger.warning("left out: %s", error)
+            continue
+        if math.isnan(scores[-1].psnr):
+            logger.warning("the VAE makes NaN of %s, and so of the means", file.name)
+    for reason, count in sorted(left_out.items()):
+        logger.warning("left out: %d x %s", count, reason)
+    return scores
 
 
 def perceptual_config(backbone: Path | None, heads: Path | None) -> VAELossConfig:
@@ -208,62 +199,6 @@ def read_pixels(file: Path, frames: int | None) -> torch.Tensor | None:
         return read_image(file)[None]
     frames_THW3 = read_frames(file, count=frames, fewer=True)
     return None if frames is not None and len(frames_THW3) < frames else frames_THW3
-
-
-def averages(scores: Sequence[Scores]) -> Scores:
-    """Return the means over files, flickering over videos alone; frames and size are 0 where files differ."""
-
-    def same(name: str) -> int:
-        values = {getattr(score, name) for score in scores}
-        return int(values.pop()) if len(values) == 1 else 0
-
-    def mean(name: str) -> float | None:
-        values = [getattr(score, name) for score in scores if getattr(score, name) is not None]
-        return fmean(values) if values else None
-
-    return Scores(
-        f"mean of {len(scores)}", same("frames"), same("height"), same("width"),
-        psnr=fmean(score.psnr for score in scores),
-        ssim=fmean(score.ssim for score in scores),
-        perceptual=fmean(score.perceptual for score in scores),
-        flickering=mean("flickering"),
-        flickering_reconstruction=mean("flickering_reconstruction"),
-    )  # fmt: skip
-
-
-def table(title: str, scores: Sequence[Scores], means: Scores, perceptual_name: str) -> Table:
-    """Return what is printed."""
-    result = Table(title=title, title_justify="left", caption="flickering: mean |next frame - frame| in grey levels")
-    for name in ("file", "T x H x W", "PSNR dB", "SSIM", perceptual_name, "flickering", "of the source"):
-        result.add_column(name, justify="left" if name == "file" else "right", overflow="fold")
-    for score in (*scores, means):
-        if score is means:
-            result.add_section()
-        size = f"{score.frames or '-'} x {score.height or '-'} x {score.width or '-'}"
-        shown = (score.flickering_reconstruction, score.flickering)
-        result.add_row(
-            score.file, size, f"{score.psnr:.2f}", f"{score.ssim:.4f}", f"{score.perceptual:.4f}",
-            *("-" if value is None else f"{value:.3f}" for value in shown),
-        )  # fmt: skip
-    return result
-
-
-def write(
-    folder: Path, facts: dict[str, str | bool], scores: Sequence[Scores], means: Scores, perceptual_name: str
-) -> None:
-    """Write reconstruction.json (infinite PSNRs and NaN as null, since JSON can't say them) and reconstruction.csv."""
-    rows = [score.row(perceptual_name) for score in (*scores, means)]
-    finite = [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()} for row in rows]
-    content = {**facts, "perceptual": perceptual_name, "mean": finite[-1], "files": finite[:-1]}
-    with written_beside(folder / "reconstruction.json") as beside:
-        beside.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    with written_beside(folder / "reconstruction.csv") as beside:
-        beside.write_text(text.getvalue())
-    logger.info("wrote %s and .csv", folder / "reconstruction.json")
 
 
 def _device(name: str) -> torch.device:

@@ -1,7 +1,7 @@
 """SIGTERM and SIGUSR1 end a run in order: the step is finished, one checkpoint written, and the program ends with 75.
 
 75 is the EX_TEMPFAIL of sysexits.h: not finished, start again to go on. Slurm sends SIGUSR1 before the time limit
-(`--signal=USR1@120`) and SIGTERM on preemption; Kubernetes and torchrun send SIGTERM.
+(`--signal=USR1@600`) and SIGTERM on preemption; Kubernetes and torchrun send SIGTERM.
 """
 
 from __future__ import annotations

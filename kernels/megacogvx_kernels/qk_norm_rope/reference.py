@@ -29,8 +29,8 @@ def qk_norm_rope(
         tokens_S = token_offset + torch.arange(qkv_SN3K.shape[0], device=qkv_SN3K.device)
         angles_SK = rotary_angles(tokens_S, sample_table_M5, rope_grid_M6.to(q_SNK.dtype), axes, theta)
         cos_S1K, sin_S1K = angles_SK.cos()[:, None], angles_SK.sin()[:, None]
-        q_SNK = q_SNK * cos_S1K + _quarter_turn(q_SNK) * sin_S1K
-        k_SNK = k_SNK * cos_S1K + _quarter_turn(k_SNK) * sin_S1K
+        q_SNK = q_SNK * cos_S1K + quarter_turn(q_SNK) * sin_S1K
+        k_SNK = k_SNK * cos_S1K + quarter_turn(k_SNK) * sin_S1K
     return q_SNK.to(qkv_SN3K.dtype), k_SNK.to(qkv_SN3K.dtype)
 
 
@@ -71,7 +71,7 @@ def _norm(x_SNK: torch.Tensor, weight_K: torch.Tensor, bias_K: torch.Tensor, eps
     return F.layer_norm(x_SNK.to(precision), weight_K.shape, weight_K.to(precision), bias_K.to(precision), eps)
 
 
-def _quarter_turn(x_SNK: torch.Tensor) -> torch.Tensor:
+def quarter_turn(x_SNK: torch.Tensor) -> torch.Tensor:
     """(a, b) -> (-b, a) for each pair of neighbouring channels."""
     pairs = x_SNK.unflatten(-1, (-1, 2))
     return torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1).flatten(-2)

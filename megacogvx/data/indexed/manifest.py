@@ -104,17 +104,18 @@ def finish_dataset(folder: Path, shards: Sequence[str] | None = None) -> Manifes
     missing = [name for name in names if not (folder / f"{name}.idx").is_file()]
     if missing:
         raise DataError(f"{folder} lacks the shards {', '.join(missing)}; write them first")
-    indexes = {name: read_index(folder, name) for name in names}
-    first = indexes[names[0]].encoder
-    for name, index in indexes.items():
-        differing = differing_keys(first, index.encoder)
+    encoders, entries = [], []
+    for name in names:  # one index at a time: those of 50 million samples are 3.5 GB
+        index = read_index(folder, name)
+        entries.append(_entry(name, index))
+        encoders.append(index.encoder)
+        differing = differing_keys(encoders[0], index.encoder)
         if differing:
             raise DataError(f"shard {name} of {folder} comes from another encoder than {names[0]}: {differing}")
-    entries = tuple(_entry(name, index) for name, index in indexes.items())
     old = read_manifest(folder) if (folder / MANIFEST).is_file() else None
-    if old is not None and (old.shards, old.encoder) == (entries, first):
+    if old is not None and (old.shards, old.encoder) == (tuple(entries), encoders[0]):
         return old
-    manifest = Manifest(generation=old.generation + 1 if old else 1, encoder=first, shards=entries)
+    manifest = Manifest(generation=old.generation + 1 if old else 1, encoder=encoders[0], shards=tuple(entries))
     values: dict[str, Any] = {**manifest.model_dump(mode="json"), "checksum": f"{manifest.checksum:016x}"}
     write_atomically(folder / MANIFEST, canonical_json(values))
     return manifest

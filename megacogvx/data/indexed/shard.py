@@ -25,7 +25,7 @@ from megacogvx.data.indexed.layout import (
 )
 from megacogvx.data.indexed.manifest import MANIFEST, ShardEntry, read_index
 from megacogvx.data.indexed.parse import check_index_rows
-from megacogvx.data.indexed.record import Record
+from megacogvx.data.indexed.record import Record, bytes_of, check_values
 from megacogvx.data.indexed.remote import Folder
 from megacogvx.data.indexed.source import Access, MappedSource, Source, open_source
 from megacogvx.errors import DataError
@@ -145,7 +145,9 @@ class Shard:
         text = self._tensor(source, text_at, (length, *self._text_shape), self._dtypes[1])
         note = source.view(note_at, note_length).tobytes()
         if check:
-            self._check(row, frames, latents, text, note, source.view(hashes_at, 8 * count))
+            check_values(
+                self.index, row, self.where(row), frames, latents, text, note, source.view(hashes_at, 8 * count)
+            )
             if self.verify == "once":
                 self._seen[row] |= len(frames) == count and (first_frame or not self.index.encoder.first_frame)
         return Record(latents, text, sample_id, note, self._first_frame(row, check) if first_frame else None)
@@ -176,7 +178,7 @@ class Shard:
         if not start:
             return None
         image = self._tensor(self.source, start, (height, width, IMAGE_CHANNELS), torch.uint8)
-        if check and digest(_view(image)) != stored:
+        if check and digest(bytes_of(image)) != stored:
             raise DataError(self._damaged(row, "the first frame"))
         return image
 
@@ -216,21 +218,6 @@ class Shard:
         self.source.check_size()
         check_record_header(self.source, self.index, row, self.where(row))
 
-    def _check(
-        self, row: int, frames: range, latents: torch.Tensor, text: torch.Tensor, note: bytes, hashes: np.ndarray
-    ) -> None:
-        columns = self.index.columns
-        if digest(hashes.data) != int(columns["latent_hash"][row]):
-            raise DataError(self._damaged(row, "the list of the latents' checksums"))
-        stored = hashes.data.cast("Q")
-        for values, frame in zip(latents, frames, strict=True):
-            if digest(_view(values)) != stored[frame]:
-                raise DataError(self._damaged(row, f"latent frame {frame}"))
-        if digest(_view(text)) != int(columns["text_hash"][row]):
-            raise DataError(self._damaged(row, "the text"))
-        if digest(note) != int(columns["metadata_hash"][row]):
-            raise DataError(self._damaged(row, "the metadata"))
-
     def _tensor(self, source: Source, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Return values of the .bin: a view of the mapping, or of what was read."""
         length = math.prod(shape)
@@ -264,7 +251,3 @@ class Shard:
 def _at(memory: torch.Tensor, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Return values that lie `start` bytes into `memory`, uint8 and contiguous."""
     return memory[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
-
-
-def _view(values: torch.Tensor) -> np.ndarray:
-    return values.reshape(-1).view(torch.uint8).numpy()

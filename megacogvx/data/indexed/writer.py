@@ -22,25 +22,19 @@ import xxhash
 
 from megacogvx.data.indexed.durable import sync_folder, try_lock, write_atomically, writing
 from megacogvx.data.indexed.encoder_info import EncoderInfo
-from megacogvx.data.indexed.fields import field_dtype
 from megacogvx.data.indexed.layout import (
     BIN_HEADER,
     BIN_MAGIC,
     COLUMNS,
-    IMAGE_CHANNELS,
     IMAGE_COLUMNS,
     IMAGE_HEADER,
     IMAGE_MAGIC,
     IMAGE_RECORD_MAGIC,
     MAJOR,
-    MAX_ID,
-    MAX_METADATA_BYTES,
-    MAX_SIDE,
     MINOR,
     RECORD_HEADER,
     RECORD_MAGIC,
     aligned,
-    canonical_json,
     columns_of,
     digest,
     sealed,
@@ -48,6 +42,7 @@ from megacogvx.data.indexed.layout import (
     write_index,
 )
 from megacogvx.data.indexed.manifest import SHARD_NAME, differing_keys, read_index
+from megacogvx.data.indexed.sample_rules import check_sample, encode_metadata
 from megacogvx.errors import DataError
 
 
@@ -119,7 +114,9 @@ class DatasetWriter:
             DataError: a shape, dtype or value doesn't fit the dataset, the id is taken, or the disk is full.
         """
         assert self._file is not None, f"shard {self.name} is finished or dropped"
-        self._check(latents, text, sample_id, first_frame)
+        check_sample(self.encoder, latents, text, sample_id, first_frame)
+        if sample_id in self._ids:
+            raise DataError(f"sample {sample_id} is in shard {self.name} already; ids are unique in a dataset")
         note = encode_metadata(metadata, sample_id)
         latent_data, text_data = _bytes_of(latents), _bytes_of(text)
         start = self._file.tell()
@@ -232,68 +229,11 @@ class DatasetWriter:
         """Whether the open file still is the temporary one; not if another writer committed it since we opened it."""
         return self._temporary.exists() and os.path.samestat(os.fstat(file.fileno()), self._temporary.stat())
 
-    def _check(
-        self, latents: torch.Tensor, text: torch.Tensor, sample_id: int, first_frame: torch.Tensor | None
-    ) -> None:
-        encoder, channels, limit = self.encoder, 2 * self.encoder.latent_channels, self.encoder.text_length
-        where = f"sample {sample_id}"
-        if not 0 <= sample_id <= MAX_ID:
-            raise DataError(f"{where}: the id must lie in 0 to 2^64 - 2")
-        if sample_id in self._ids:
-            raise DataError(f"{where} is in shard {self.name} already; ids are unique in a dataset")
-        shape = tuple(latents.shape)
-        if (
-            latents.dtype != field_dtype(encoder.latent_dtype)
-            or len(shape) != 4
-            or shape[3] != channels
-            or not all(shape)
-        ):
-            wanted = f"{encoder.latent_dtype} [T, h, w, {channels}]"
-            raise DataError(f"{where}: latents must be {wanted}, not {latents.dtype} {list(shape)}")
-        if max(shape[:3]) > MAX_SIDE:
-            raise DataError(f"{where}: latents of {list(shape)} exceed {MAX_SIDE} along T, h or w")
-        good = text.dtype == field_dtype(encoder.text_dtype) and text.ndim > 0
-        if not good or tuple(text.shape[1:]) != encoder.text_shape:
-            wanted = f"{encoder.text_dtype} [{', '.join(map(str, ('L', *encoder.text_shape)))}]"
-            raise DataError(f"{where}: text must be {wanted}, not {text.dtype} {list(text.shape)}")
-        fits = len(text) == limit if encoder.pads_text else len(text) <= limit
-        if not fits:
-            rule = "exactly" if encoder.pads_text else "at most"
-            raise DataError(f"{where}: {len(text)} text tokens; {encoder.text_kind} texts have {rule} {limit}")
-        if first_frame is not None:
-            _check_image(first_frame, encoder, where)
-
     def _failed(self, error: OSError) -> DataError:
         written = self._temporary.stat().st_size if self._temporary.exists() else 0
         return DataError(
             f"cannot write shard {self.name} of {self.folder} ({written} bytes so far): {error.strerror}; free some "
             "space and start again: finished shards are kept"
-        )
-
-
-def encode_metadata(metadata: dict[str, Any], sample_id: int) -> bytes:
-    """Return the metadata of a record as they are stored.
-
-    Raises:
-        DataError: they can't be written as JSON, or have more than 1 MiB.
-    """
-    try:
-        note = canonical_json(metadata)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"sample {sample_id}: the metadata can't be written as JSON: {error}") from None
-    if len(note) > MAX_METADATA_BYTES:
-        raise DataError(f"sample {sample_id}: {len(note)} bytes of metadata, the limit is {MAX_METADATA_BYTES}")
-    return note
-
-
-def _check_image(image: torch.Tensor, encoder: EncoderInfo, where: str) -> None:
-    if not encoder.first_frame:
-        raise DataError(f"{where}: a dataset of encoder.first_frame=false takes no first frame; leave it out")
-    good = image.dtype == torch.uint8 and image.ndim == 3 and image.shape[2] == IMAGE_CHANNELS and image.numel() > 0
-    if not good or max(image.shape[:2]) > MAX_SIDE:
-        raise DataError(
-            f"{where}: the first frame must be uint8 [H, W, 3] of at most {MAX_SIDE} pixels a side, not {image.dtype} "
-            f"{list(image.shape)}"
         )
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from megacogvx.log import get_logger
 from megacogvx.models.transformer.config import CogVideoXConfig
+from megacogvx.models.transformer.rope import rotate_in_own_dtype
 from megacogvx.pack_layout import LocalPack, PackLayout
 from megacogvx.parallel.context_parallel import heads_to_tokens, tokens_to_heads
 from megacogvx.parallel.groups import ParallelGroups
@@ -99,7 +100,8 @@ class JointAttention(nn.Module):
     def _norm_and_rotate(
         self, qkv_SN3K: torch.Tensor, layout: PackLayout, local: LocalPack
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return qk_norm_rope(
+        rotate, narrow = self.config.use_rotary_positional_embeddings, self.config.rope_precision == "weights"
+        q_SNK, k_SNK = qk_norm_rope(
             qkv_SN3K,
             self.q_norm.weight,
             self.q_norm.bias,
@@ -111,8 +113,11 @@ class JointAttention(nn.Module):
             eps=self.config.qk_norm_eps,
             axes=self.config.rope_axes,
             theta=self.config.rope_theta,
-            rotate=self.config.use_rotary_positional_embeddings,
+            rotate=rotate and not narrow,
         )
+        if rotate and narrow:
+            return rotate_in_own_dtype((q_SNK, k_SNK), layout, local.context_tokens.start, self.config)
+        return q_SNK, k_SNK
 
 
 @lru_cache

@@ -55,8 +55,10 @@ class CogVideoXConfig(PresetSection):
         portrait: "slice": the native size turned (its height for the width) is allowed as well, for models that are
             trained on landscape and portrait clips. Positions are computed, so the weights are the same; only what is
             taken for too large changes.
-        rope_theta: base of the rotary frequencies. Angles and rotation are fp32 whatever the weights are, as in
-            diffusers; the released training code rotates in the weights' dtype.
+        rope_theta: base of the rotary frequencies.
+        rope_precision: "fp32": q and k are rotated in fp32 whatever the weights are, as in diffusers (the presets);
+            "weights": in the weights' dtype, by cosines and sines that are rounded to it, as in the released training
+            code; without the fused kernel.
         norm_eps, qk_norm_eps, final_norm_eps: of the LayerNorms in the blocks, over q and k, in the head, where
             diffusers has 1e-5 (the presets) and the released training code 1e-6 (what is converted from it).
         block: "expert_adaln": the published one; for the ablations of the paper "shared_adaln": text and video take
@@ -89,6 +91,7 @@ class CogVideoXConfig(PresetSection):
     rope_grid: Literal["slice", "crop"] = "slice"
     portrait: bool = False
     rope_theta: float = Field(10000.0, gt=0)
+    rope_precision: Literal["fp32", "weights"] = "fp32"
     norm_eps: float = Field(1e-5, gt=0)
     qk_norm_eps: float = Field(1e-6, gt=0)
     final_norm_eps: float = Field(1e-5, gt=0)

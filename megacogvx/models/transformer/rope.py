@@ -1,7 +1,7 @@
 """Where a sample sits on the rotary grid: origin and step of its positions, per sample of a pack.
 
-The rotation itself is the op `qk_norm_rope`. Both conventions are a first position and a step along each axis
-(paper section 3.1), so a pack may mix resolutions:
+The rotation itself is the op `qk_norm_rope`, but for models that rotate in the weights' dtype. Both conventions are a
+first position and a step along each axis (paper section 3.1), so a pack may mix resolutions:
 
 - "slice": positions count 0, 1, 2 ... from the corner of one large grid; a model says by its native size how far.
 - "crop": a video of another shape is scaled into the native grid and centred (the 1.0 inference pipelines).
@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
+
 from megacogvx.models.transformer.config import CogVideoXConfig
 from megacogvx.pack_layout import PADDING_ID, PackLayout, PackSample
 from megacogvx.patches import Triple
+from megacogvx_kernels.qk_norm_rope.reference import quarter_turn, rotary_angles
 
 Point = tuple[float, float, float]
 SLICE: tuple[Point, Point] = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -37,6 +40,28 @@ def rope_origin_and_step(grid: Triple, config: CogVideoXConfig) -> tuple[Point, 
     (top, left), (bottom, right) = crop_region(grid[1:], (native_height, native_width))
     height_step, width_step = _step(top, bottom, grid[1]), _step(left, right, grid[2])
     return (0.0, float(top), float(left)), (1.0, height_step, width_step)
+
+
+def rotate_in_own_dtype(
+    qk: tuple[torch.Tensor, torch.Tensor], layout: PackLayout, first_token: int, config: CogVideoXConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate normed q and k in their own dtype (`rope_precision: weights`).
+
+    Source: the released training code, whose tables of cosines and sines become of the model's dtype with it.
+
+    Args:
+        qk: `[S, N, K]` each, consecutive tokens of a pack.
+        layout: the pack.
+        first_token: place in the pack of the first of the S tokens.
+        config: section `model`.
+    """
+    device, dtype = qk[0].device, qk[0].dtype
+    tokens_S = first_token + torch.arange(len(qk[0]), device=device)
+    table, grid = layout.sample_table(device), layout.rope_grid(device)
+    angles_S1K = rotary_angles(tokens_S, table, grid, config.rope_axes, config.rope_theta)[:, None]
+    cos_S1K, sin_S1K = angles_S1K.cos().to(dtype), angles_S1K.sin().to(dtype)
+    q_SNK, k_SNK = (x_SNK * cos_S1K + quarter_turn(x_SNK) * sin_S1K for x_SNK in qk)
+    return q_SNK, k_SNK
 
 
 def crop_region(grid: tuple[int, int], native: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:

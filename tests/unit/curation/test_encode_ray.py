@@ -1,6 +1,7 @@
 """Dispatch of `encode --ray` to a stand-in for Ray: what it is asked for, and that the dataset is the same."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megacogvx.curation import encode, encode_ray, encode_shards
+from megacogvx.curation import clip, clip_plan, encode, encode_ray, encode_shards
 from megacogvx.data.clips import Clip, write_clips
 from megacogvx.data.indexed import IndexedDataset
 from megacogvx.data.video import write_video
@@ -97,3 +98,20 @@ def test_without_ray_it_says_what_to_install(parse: Any, tmp_path: Path, monkeyp
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"megacogvx\[ray\]"):
         encode.run(parse("--output", str(tmp_path / "ray"), "--ray", "2"))
+
+
+def test_actors_look_into_the_videos_of_a_list_together(
+    parse: Any, asked: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"video": f"{number}.mp4", "image_at": 0.5, "caption": f"shade {number}"} for number in (0, 2)]
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    opened, plain = [], clip.probe
+    monkeypatch.setattr(clip, "probe", lambda path: opened.append(path.name) or plain(path))
+    monkeypatch.setattr(clip_plan, "PART", 1)
+    arguments = parse("--output", str(tmp_path / "ray"), "--ray", "2", "--short-sides", "16")
+    arguments.clips, arguments.captions = None, tmp_path / "captions.jsonl"
+    encode_ray.encode_with_ray(arguments)
+    ranks, shards = [{"rank": 0}, {"rank": 1}], [{"shard": 0}, {"shard": 1}]
+    assert asked == [(ranks, 2), (2, 0), (shards, 2), (2, 0)]
+    assert opened == ["2.mp4", "0.mp4"], "the last row came first, and took its own share first"
+    assert len(IndexedDataset(tmp_path / "ray")) == 2

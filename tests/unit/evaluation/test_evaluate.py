@@ -18,8 +18,9 @@ from megacogvx.data.images import read_image, write_png
 from megacogvx.data.transforms import to_model_range
 from megacogvx.data.video import read_frames, write_video
 from megacogvx.errors import ConfigError, DataError
-from megacogvx.evaluation.evaluate import Evaluator, averages, find_files, perceptual_config, read_pixels
+from megacogvx.evaluation.evaluate import Evaluator, find_files, perceptual_config, read_pixels
 from megacogvx.evaluation.reconstruction import flickering, psnr, ssim
+from megacogvx.evaluation.scores import averages
 from megacogvx.inference.load import load_vae
 from megacogvx.models.vae import CHUNKED, VAEConfig, VAELoss, VAELossConfig
 from megacogvx.testing.drawn_checkpoint import drawn_part
@@ -195,3 +196,14 @@ def test_of_a_long_video_only_what_is_measured_is_decoded(videos, monkeypatch):
     monkeypatch.setattr(video, "_upright", lambda frame: decoded.append(frame) or torch.zeros(16, 20, 3))
     assert len(read_pixels(videos / "b.mp4", 2)) == len(decoded) == 2
     assert read_pixels(videos / "c.MP4", 5) is None
+
+
+def test_a_damaged_file_ends_an_evaluation_or_is_counted(checkpoints, videos, tmp_path, caplog):
+    (videos / "b.mp4").write_bytes((videos / "b.mp4").read_bytes()[:600])
+    asked = ["evaluate", "--vae", str(checkpoints["diffusers"]), "--videos", str(videos), "--pad"]
+    asked += ["--output", str(tmp_path / "out")]
+    assert main(asked) != 0 and not (tmp_path / "out").exists()
+    assert main([*asked, "--skip-bad"]) == 0
+    content = json.loads((tmp_path / "out" / "reconstruction.json").read_text())
+    assert [row["file"] for row in content["files"]] == ["a.png", "c.MP4"]
+    assert "left out: 1 x file that can't be read or measured" in caplog.text

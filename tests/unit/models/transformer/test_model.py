@@ -11,7 +11,7 @@ from megacogvx.models.transformer import CogVideoXConfig, CogVideoXTransformer, 
 from megacogvx.pack_layout import build_layout, place_sample
 from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.groups import initialize, shutdown
-from megacogvx.testing.tolerance import assert_close
+from megacogvx.testing.tolerance import assert_close, relative_error
 
 CONFIG = CogVideoXConfig(preset="tiny", num_layers=2, num_attention_heads=2, attention_head_dim=16, in_channels=4)
 SINCOS = CONFIG.model_copy(update={"use_rotary_positional_embeddings": False})
@@ -63,6 +63,14 @@ def test_a_pack_equals_its_samples_one_by_one(config, groups):
     for place, rows in enumerate(together):
         (alone,) = _run(model, (place,), multiple=1)
         assert_close(rows, alone, 1e-6, f"sample {place}")
+
+
+def test_rotating_in_the_weights_dtype_differs_by_rounding_alone(groups):
+    narrow = CONFIG.model_copy(update={"rope_precision": "weights"})
+    for dtype, least, most in ((torch.float32, 0.0, 1e-6), (torch.bfloat16, 1e-5, 3e-2)):
+        wide, own = (_run(_model(groups, config, dtype), (0, 1, 2), dtype=dtype) for config in (CONFIG, narrow))
+        for a, b in zip(own, wide, strict=True):
+            assert least <= relative_error(a, b) <= most
 
 
 def test_the_place_in_the_pack_does_not_matter(groups):

@@ -1,7 +1,9 @@
 import pytest
+import torch
 
+from megacogvx import draws
 from megacogvx.models.transformer.config import CogVideoXConfig
-from megacogvx.models.transformer.rope import crop_region, place_on_rope_grid, rope_origin_and_step
+from megacogvx.models.transformer.rope import crop_region, place_on_rope_grid, rope_origin_and_step, rotate_in_own_dtype
 from megacogvx.pack_layout import build_layout, place_sample
 
 SLICE = CogVideoXConfig(preset="cogvideox_5b")
@@ -57,3 +59,24 @@ def test_a_pack_is_placed_sample_by_sample():
     assert placed.samples[1].origin == (0.0, 2.0, 0.0)
     assert placed.samples[2] == layout.samples[2]  # the padding
     assert placed.boundaries == layout.boundaries
+
+
+def test_rotation_in_the_weights_dtype_is_the_released_training_codes():
+    """Its tables of fp32 cosines and sines are cast with the model; text isn't rotated."""
+    config = CogVideoXConfig(preset="tiny", attention_head_dim=16, rope_precision="weights")
+    grid, text, first = (3, 4, 5), 3, 2
+    layout = build_layout([place_sample(0, 3, 8, 10, text, config.patch)], config.patch)
+    axes = [
+        torch.arange(cells).float()[:, None] / 10000 ** (torch.arange(0, width, 2).float() / width)
+        for cells, width in zip(grid, (4, 6, 6), strict=True)
+    ]
+    shape = (*grid, -1)
+    angles = torch.cat(
+        [axes[0][:, None, None].expand(shape), axes[1][:, None].expand(shape), axes[2].expand(shape)], -1
+    )
+    angles = torch.cat([torch.zeros(text, 8), angles.reshape(-1, 8)])[first:, None].repeat_interleave(2, -1)
+    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+    qk = tuple(draws.normal((text + 60 - first, 2, 16), 0, name).bfloat16() for name in "qk")
+    for x, rotated in zip(qk, rotate_in_own_dtype(qk, layout, first, config), strict=True):
+        half = torch.stack((-x[..., 1::2], x[..., 0::2]), -1).flatten(-2)
+        assert torch.equal(rotated, x * cos + half * sin) and torch.equal(rotated[0], x[0])
