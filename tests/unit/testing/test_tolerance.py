@@ -88,3 +88,10 @@ def test_a_negligible_tensor_that_is_not_finite_fails():
     expected = {"weight": REFERENCE, "zero": torch.tensor([0.0])}
     with pytest.raises(AssertionError, match="zero"):
         assert_all_close({"weight": REFERENCE, "zero": torch.tensor([math.nan])}, expected, bound=1e-5)
+
+
+def test_errors_are_computed_in_fp64_and_nothing_is_fetched_to_the_host(monkeypatch):
+    """Of tensors on one device: a pack's outputs on a GPU are billions of values."""
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: pytest.fail("copied to the host"))
+    expected = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    assert relative_error(expected + 1e-10, expected) == pytest.approx(2**0.5 * 1e-10 / 5, rel=1e-4)
