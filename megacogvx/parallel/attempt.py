@@ -19,6 +19,7 @@ from megacogvx.errors import LaunchError
 
 INVITATION = "megacogvx/invitation"
 POLL_SECONDS = 0.05
+POLLS_PER_SECOND = 2000  # of all ranks together: a store that serves tens of thousands of requests isn't kept busy
 
 
 def meet(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
@@ -33,7 +34,8 @@ def meet(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> s
         LaunchError: not all came in that time; the first rank names those that are missing.
     """
     deadline = time.monotonic() + timeout.total_seconds()
-    return _invite(store, world_size, deadline) if rank == 0 else _answer(store, rank, deadline)
+    pause = max(POLL_SECONDS, world_size / POLLS_PER_SECOND)
+    return _invite(store, world_size, deadline) if rank == 0 else _answer(store, rank, deadline, pause)
 
 
 def _invite(store: dist.Store, world_size: int, deadline: float) -> str:
@@ -54,7 +56,7 @@ def _invite(store: dist.Store, world_size: int, deadline: float) -> str:
     return name
 
 
-def _answer(store: dist.Store, rank: int, deadline: float) -> str:
+def _answer(store: dist.Store, rank: int, deadline: float, pause: float) -> str:
     own, answered = uuid4().hex, None
     while time.monotonic() < deadline:
         if store.check([INVITATION]):
@@ -65,7 +67,7 @@ def _answer(store: dist.Store, rank: int, deadline: float) -> str:
             # An invitation of an earlier attempt has been accepted by the rank that was this one then.
             if store.check([_key(name)]) and json.loads(store.get(_key(name))).get(str(rank)) == own:
                 return name
-        time.sleep(POLL_SECONDS)
+        time.sleep(pause)
     raise LaunchError(f"rank {rank} was not counted in by rank 0 in time; look what rank 0 says")
 
 
