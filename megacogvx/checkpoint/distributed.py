@@ -23,7 +23,7 @@ from torch import nn
 from megacogvx.checkpoint import manifest
 from megacogvx.checkpoint.directory import CheckpointDirectory
 from megacogvx.checkpoint.manifest import FileEntry
-from megacogvx.checkpoint.reading import SafeCommonStrategy, use_safe_reader
+from megacogvx.checkpoint.reading import KnownCommon, read_common, use_known_metadata
 from megacogvx.checkpoint.run_state import MODEL, Kept, check_tensors, run_state, take_state
 from megacogvx.checkpoint.together import share, together, verify_together
 from megacogvx.checkpoint.writing import BACKEND, VERSION, SavePlans, TensorWrite, plan_write
@@ -270,8 +270,9 @@ def _load_tensors(
     weights: str,
 ) -> None:  # fmt: skip
     state = run_state(model, optimizer, beside, groups, weights)
-    check_tensors(path, state, groups, weights)
+    # What a rank reads by itself is read before core's exchanges: one whose disk fails would leave the others in them.
+    use_known_metadata(check_tensors(path, state, groups, weights))
+    common = together(groups, lambda: read_common(path))
     reader = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), groups.data_context_group)
-    use_safe_reader()
-    loaded = dist_checkpointing.load(state, str(path), reader, SafeCommonStrategy())
+    loaded = dist_checkpointing.load(state, str(path), reader, KnownCommon(common))
     take_state(loaded, model, optimizer, beside, groups, weights)

@@ -126,26 +126,58 @@ class SafeReader(FileSystemReader):
         return result
 
 
-class SafeCommonStrategy(TorchCommonLoadStrategy):
-    """megatron-core's reader of `common.pt`, weights-only whatever the environment says."""
+class KnownReader(SafeReader):
+    """A reader whose checkpoint's metadata has been read and checked already; it reads tensors alone.
+
+    Args:
+        path: of the checkpoint.
+        content: from `read_metadata`.
+    """
+
+    def __init__(self, path: str | Path, content: Metadata) -> None:
+        super().__init__(path)
+        self._content = content
+
+    def read_metadata(self, *arguments: Any, **options: Any) -> Metadata:
+        """Return the metadata, without touching the disk."""
+        self._content.storage_meta = self._content.storage_meta or metadata.StorageMeta()
+        self._content.storage_meta.load_id = self.load_id
+        return self._content
+
+
+class KnownCommon(TorchCommonLoadStrategy):
+    """Hands megatron-core the plain values that `read_common` has read.
+
+    Args:
+        values: the checkpoint's.
+    """
+
+    def __init__(self, values: Any) -> None:
+        super().__init__()
+        self._values = values
 
     def load_common(self, checkpoint_dir: str | Path) -> Any:
-        """Return the plain values of the checkpoint.
-
-        Raises:
-            CheckpointError: the file is missing, damaged, or holds more than tensors and plain values.
-        """
-        file = Path(checkpoint_dir) / COMMON_STATE_FNAME
-        try:
-            return torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise CheckpointError(f"{file} can't be read as plain values: {error}") from None
+        """Return the plain values."""
+        return self._values
 
 
-def use_safe_reader() -> None:
-    """Let megatron-core read `.metadata` through `SafeReader`; its loading has no other place to say so."""
+def read_common(path: Path) -> Any:
+    """Return the plain values of the checkpoint `path` (`common.pt`), read weights-only whatever the environment says.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or holds more than tensors and plain values.
+    """
+    file = Path(path) / COMMON_STATE_FNAME
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{file} can't be read as plain values: {error}") from None
+
+
+def use_known_metadata(content: Metadata) -> None:
+    """Let megatron-core's next load take `.metadata` as `read_metadata` gave it; it has no other place to say so."""
     assert hasattr(core_strategies, "_get_filesystem_reader"), "megatron-core opens checkpoints in another way"
-    core_strategies._get_filesystem_reader = lambda path, cache_metadata=False: SafeReader(path)
+    core_strategies._get_filesystem_reader = lambda path, cache_metadata=False: KnownReader(path, content)
 
 
 def _check(result: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from megatron.core.dist_checkpointing import ShardedTensor
 from torch import nn
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megacogvx.checkpoint.reading import read_metadata
 from megacogvx.checkpoint.together import together
@@ -62,8 +62,11 @@ def take_state(
         kept.load_state_dict(loaded[name])
 
 
-def check_tensors(path: Path, state: dict[str, Any], groups: ParallelGroups, weights: str = MODEL) -> None:
+def check_tensors(path: Path, state: dict[str, Any], groups: ParallelGroups, weights: str = MODEL) -> Metadata:
     """Check that the checkpoint holds every tensor that `state` asks for, in the same global shape.
+
+    Returns:
+        what its `.metadata` says.
 
     Raises:
         CheckpointError: it doesn't, or has weights that the model hasn't, or a rank can't read it; on all ranks.
@@ -91,6 +94,7 @@ def check_tensors(path: Path, state: dict[str, Any], groups: ParallelGroups, wei
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise CheckpointError(f"{path} is of another model: {'; '.join(problems[:3])}{more}")
+    return metadata
 
 
 def tensors_of(state: Any) -> list[ShardedTensor]:

@@ -7,11 +7,13 @@ every 1 / image_share steps, for all ranks at once (joint image-video training, 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
@@ -91,7 +93,7 @@ class ClipLoader:
         config: section `clips`.
         seed: the run's seed.
         data_rank, data_size: this rank's place among the data-parallel ranks; it takes places rank, rank + size, ...
-        start_step: the first step that iteration yields; the only state there is to resume.
+        start_step: the first step that iteration yields; all that a resumed run sets, once `check_state` has passed.
         videos, images: training clips that are large and long enough.
         held_out: clips that training never sees, for PSNR.
 
@@ -152,6 +154,33 @@ class ClipLoader:
         turn = image_steps if is_image else step - image_steps
         items = [self._item(is_image, turn, place) for place in places]
         return ClipBatch(step, torch.stack(items))
+
+    def state(self) -> dict[str, Any]:
+        """Return what decides, beside the step, which clips a step has; ready for JSON."""
+        clips = [[clip.path.name, clip.frames, clip.height, clip.width] for clip in (*self.videos, *self.images)]
+        return {
+            "seed": self.seed,
+            "clips": xxhash.xxh3_64_hexdigest(json.dumps([len(self.videos), clips]).encode()),
+            "clips_per_step": self.config.clips_per_step,
+            "image_share": self.config.image_share,
+        }
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Check that a run that kept `state` goes on with the same clips.
+
+        Args:
+            state: of an earlier start; empty in checkpoints from before there was one.
+
+        Raises:
+            DataError: it doesn't.
+        """
+        for name, value in self.state().items():
+            if state.get(name, value) != value:
+                raise DataError(
+                    f"the run was at {name}={state[name]}, this start has {value}: clips would repeat or be left out; "
+                    "use the same clips.paths, files, sizes, clips_per_step, image_share and training.seed, or begin "
+                    "another run with the weights of this one (training.start_from)"
+                )
 
     def held_out_videos(self) -> Iterator[tuple[Clip, torch.Tensor]]:
         """Yield each held-out clip with its pixels, fp32 [1, 3, T, H, W].

@@ -20,6 +20,7 @@ from torch.distributed import distributed_c10d
 
 from megacogvx import log
 from megacogvx.errors import AgreedError, LaunchError
+from megacogvx.parallel.attempt import meet
 from megacogvx.parallel.config import ParallelConfig
 from megacogvx.parallel.launch import LaunchEnvironment, check_world_size, choose_device, launch_environment
 from megacogvx.parallel.software import check_software
@@ -243,9 +244,8 @@ def _start(environment: LaunchEnvironment, device: torch.device, timeout: timede
     try:
         store, _, _ = next(dist.rendezvous("env://", environment.rank, environment.world_size, timeout=timeout))
         store.set_timeout(timeout)
-        # torchrun (2.13) gives the ranks that it starts again the store of those that died, addresses included.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        dist.init_process_group(backend, store=dist.PrefixStore(f"attempt {attempt}", store), **place)
+        attempt = meet(store, environment.rank, environment.world_size, timeout)
+        dist.init_process_group(backend, store=dist.PrefixStore(attempt, store), **place)
     except dist.DistError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise LaunchError(f"rank {environment.rank} can't join the others at {where}: {error}") from error

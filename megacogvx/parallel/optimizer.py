@@ -50,7 +50,7 @@ def build_optimizer(
         groups: process groups.
         lr: learning rate at the end of the warmup.
         total_steps: optimizer steps of the whole run, where the decay ends.
-        min_lr: learning rate at the end of the decay; "constant" doesn't read it.
+        min_lr: learning rate at the end of the decay, that of step `total_steps`; "constant" doesn't read it.
         warmup_steps: steps over which the rate rises linearly; step 0 has lr / warmup_steps.
         decay: shape of the way from `lr` to `min_lr`.
         betas: decay of the first and second moment per step.
@@ -160,8 +160,9 @@ class Optimizer:
         Returns:
             the learning rate.
         """
-        # The scheduler counts steps done, and its first rate is 0: ask it for the end of this step.
-        self.scheduler.num_steps = step + 1
+        # The scheduler counts steps done; its warmup begins at 0 and its decay ends at `min_lr`, often 0 too. No step
+        # is spent on either: the warmup is asked for the end of a step, the decay for its beginning.
+        self.scheduler.num_steps = step + 1 if step < self.scheduler.lr_warmup_steps else step
         self.scheduler.step(0)
         return self.lr
 

@@ -61,9 +61,9 @@ class OptimizerConfig(Section):
     """
 
     learning_rate: float = Field(1e-4, gt=0)
-    min_learning_rate: float = Field(0.0, ge=0, description="what the decay ends at")
+    min_learning_rate: float = Field(0.0, ge=0, description="what the decay ends at, after the last step")
     decay: Literal["cosine", "constant"] = "cosine"
-    warmup_steps: int = Field(100, ge=0, description="steps of linear growth from 0")
+    warmup_steps: int = Field(100, ge=0, description="steps of linear growth; the first has a 1/warmup_steps")
     decay_steps: int | None = Field(None, ge=1, description="steps until the decay ends; None: training.steps")
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
@@ -82,6 +82,15 @@ class OptimizerConfig(Section):
                 "the rate falls to it; lower it"
             )
         return self
+
+    def problems(self, section: str, steps: int) -> Iterator[str]:
+        """Yield what is wrong with this section, called `section`, in a run that takes `steps` optimizer steps."""
+        end = self.decay_steps
+        if end is not None and end < steps and self.decay != "constant" and self.min_learning_rate == 0:
+            yield (
+                f"{section}.decay_steps={end} with {section}.min_learning_rate=0.0: steps {end} to {steps} would train "
+                f"with learning rate 0; set decay_steps to {steps} or more (or null), or a min_learning_rate above 0"
+            )
 
 
 class TrainConfig(Section):
@@ -123,6 +132,7 @@ class TrainConfig(Section):
             self._fp8_rules(),
             self._condition_rules(),
             self._validation_rules(),
+            self.optimizer.problems("optimizer", self.training.steps),
         ]
         raise_broken([*software_problems(self.parallel), *(problem for rule in rules for problem in rule)])
 

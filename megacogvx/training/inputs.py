@@ -84,6 +84,7 @@ def step_facts(config: TrainConfig, layouts: list[PackLayout]) -> dict[str, floa
 
 def clip_inputs(loader: ClipLoader, config: VAETrainConfig, groups: ParallelGroups) -> Iterator[StepInput]:
     """Yield the clips of this rank, step after step."""
+    state = loader.state()
     for batch, seconds in read_together(loader, groups):
         facts = {"samples": config.clips.clips_per_step, "frames": batch.video_BCTHW.shape[2]}
-        yield StepInput([batch], facts, {}, data_seconds=seconds)
+        yield StepInput([batch], facts, state, data_seconds=seconds)

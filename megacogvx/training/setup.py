@@ -136,6 +136,8 @@ def build_vae_run(config: VAETrainConfig) -> Run:
         beside["ema"] = average
     state = load_newest_or_start(config, ddp, optimizer, checkpoints, groups, beside)
 
+    with agreed(groups, "going on with the clips"):  # each node reads lists of its own
+        loader.check_state(state.data)
     (loader.data_rank, loader.data_size), loader.start_step = groups.data, state.step
     held_out = HeldOutClips(loader, model, config.training.run_folder, groups, average)
     step = vae_step.VAEStep(config.vae, loss.to(groups.device), config.training.seed, groups, dtype, adversary)
@@ -217,6 +219,8 @@ def _make_optimizer(
     ddp: DistributedDataParallel, settings: OptimizerConfig, total_steps: int, groups: ParallelGroups
 ) -> Optimizer:
     steps = settings.decay_steps or total_steps
+    if settings.warmup_steps >= steps:
+        logger.warning("warmup_steps=%d is cut to %d: the rate has %d steps", settings.warmup_steps, steps - 1, steps)
     return build_optimizer(
         ddp, groups,
         lr=settings.learning_rate, min_lr=settings.min_learning_rate, total_steps=steps,

@@ -58,8 +58,9 @@ class TrackingConfig(Section):
 class Tracking:
     """Sends rows on, from rank 0.
 
-    Of steps that a resumed run does again TensorBoard shows the new rows; Weights & Biases, whose steps only rise,
-    keeps the first ones.
+    Of steps that a resumed run does again TensorBoard shows the new rows; Weights & Biases shows the first ones and
+    the new ones, at the same place of the axis `step`. Its own count of rows only rises, and rows that went back in it
+    would be dropped.
 
     Args:
         config: section `tracking`.
@@ -85,6 +86,7 @@ class Tracking:
                 dir=str(folder),
                 config=resolved,
             )
+            self._wandb.define_metric("*", step_metric="step")
 
     def __enter__(self) -> Tracking:
         return self
@@ -104,7 +106,7 @@ class Tracking:
             for name, value in numbers.items():
                 self._writer.add_scalar(name, value, row["step"])
         if self._wandb is not None:
-            self._wandb.log(numbers, step=row["step"])
+            self._wandb.log({**numbers, "step": row["step"]})
 
     def add_video(self, name: str, frames_THWC: torch.Tensor, step: int, fps: float = 8.0) -> None:
         """Show a video, uint8 `[T, H, W, 3]`, as the animated GIF that TensorBoard plays among its images."""
@@ -117,7 +119,8 @@ class Tracking:
         if self._wandb is not None:
             import wandb
 
-            self._wandb.log({name: wandb.Video(frames_THWC.permute(0, 3, 1, 2).numpy(), fps=int(fps))}, step=step)
+            video = wandb.Video(frames_THWC.permute(0, 3, 1, 2).numpy(), fps=int(fps))
+            self._wandb.log({name: video, "step": step})
 
 
 def gif(frames_THWC: torch.Tensor, fps: float) -> bytes:

@@ -45,7 +45,8 @@ class VAETrainConfig(Section):
             ConfigError: naming every broken rule, the values and the sizes that would work.
         """
         check_world_size(self.parallel, world_size)
-        raise_broken([*self._split_rules(world_size), *self._gan_rules()])
+        rates = self.optimizer.problems("optimizer", self.training.steps)
+        raise_broken([*self._split_rules(world_size), *self._gan_rules(), *rates])
 
     @property
     def has_gan(self) -> bool:
@@ -65,6 +66,7 @@ class VAETrainConfig(Section):
                 f"loss.gan_start_step={start} is never reached in training.steps={steps}; lower it, or set "
                 "loss.gan_weight=0"
             )
+        yield from self.discriminator_optimizer.problems("discriminator_optimizer", steps - start)
         with torch.device("meta"):
             side = self.make_discriminator().smallest_side()
         if min(self.clips.height, self.clips.width) < side:

@@ -264,6 +264,26 @@ def test_weights_alone_and_settings_of_the_new_run(groups, folder):
     assert {group["max_lr"] for group in slower.inner.param_groups} == {1e-4}
 
 
+def _let_one_rank_fail(groups, path, wrapped, optimizer):
+    """Let each file that a rank reads by itself fail on rank 1, after the checksums; no rank may wait for another."""
+    from megacogvx.checkpoint import reading, run_state
+    from megacogvx.checkpoint.distributed import load
+    from megacogvx.errors import CheckpointError
+
+    def fail(*_, **__):
+        raise OSError(5, "Input/output error")
+
+    for module, name in ((torch, "load"), (run_state, "read_metadata"), (reading.KnownReader, "read_data")):
+        with pytest.MonkeyPatch.context() as patch:
+            if groups.rank == 1:
+                patch.setattr(module, name, fail)
+            with pytest.raises(CheckpointError, match="Input/output error"):
+                load(path, wrapped, optimizer, groups)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reading, "read_metadata", fail)  # what each load has read once it doesn't read again
+        load(path, wrapped, optimizer, groups)
+
+
 @on_ranks(2, {})
 def test_every_rank_names_what_is_wrong(groups, folder):
     from megacogvx.checkpoint.distributed import load, save
@@ -304,6 +324,7 @@ def test_every_rank_names_what_is_wrong(groups, folder):
     assert "another" in broken("foreign", hide)
     with pytest.raises(CheckpointError, match="does not exist"):
         load(folder / "nowhere", wrapped, optimizer, groups)
+    _let_one_rank_fail(groups, path, wrapped, optimizer)
     assert_same(full_weights(wrapped, groups), before, 0.0)
 
 

@@ -19,7 +19,7 @@ BETAS, EPS = (0.9, 0.95), 1e-8
 
 def reference_rate(step):
     """Warmup to the end of step 0, then half a cosine to the end of the last step."""
-    done = (step + 1 - SETTINGS["warmup_steps"]) / (SETTINGS["total_steps"] - SETTINGS["warmup_steps"])
+    done = max(0, step - SETTINGS["warmup_steps"]) / (SETTINGS["total_steps"] - SETTINGS["warmup_steps"])
     return SETTINGS["min_lr"] + (SETTINGS["lr"] - SETTINGS["min_lr"]) * 0.5 * (1 + math.cos(math.pi * done))
 
 

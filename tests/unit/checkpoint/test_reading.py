@@ -13,7 +13,7 @@ from torch.distributed.checkpoint import FileSystemWriter, filesystem, metadata,
 
 from megacogvx.checkpoint.directory import CheckpointDirectory
 from megacogvx.checkpoint.manifest import files_of, seal
-from megacogvx.checkpoint.reading import METADATA, SafeCommonStrategy, SafeReader, read_metadata
+from megacogvx.checkpoint.reading import METADATA, SafeReader, read_common, read_metadata
 from megacogvx.checkpoint.whole import load_whole
 from megacogvx.errors import CheckpointError
 
@@ -122,10 +122,10 @@ def test_a_hostile_shard_is_refused(checkpoint, marker):
 def test_a_hostile_common_file_is_refused(tmp_path, marker, monkeypatch):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # what a user may have set for other programs
     torch.save({"optimizer": {"lr": 0.1}}, tmp_path / "common.pt")
-    assert SafeCommonStrategy().load_common(tmp_path) == {"optimizer": {"lr": 0.1}}
+    assert read_common(tmp_path) == {"optimizer": {"lr": 0.1}}
     torch.save({"optimizer": Hostile(marker)}, tmp_path / "common.pt")
     with pytest.raises(CheckpointError, match=r"common\.pt"):
-        SafeCommonStrategy().load_common(tmp_path)
+        read_common(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../other/__0_0.distcp", "/etc/hostname", "sub/__0_0.distcp"])

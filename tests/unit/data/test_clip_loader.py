@@ -1,4 +1,5 @@
 import itertools
+import json
 from pathlib import Path
 
 import pytest
@@ -195,3 +196,19 @@ def test_a_broken_clip_reaches_the_consumer(folder: Path, tmp_path: Path) -> Non
     clip.path.write_bytes(clip.path.read_bytes()[:200])
     with pytest.raises(DataError, match=r"0\.mp4"):
         next(iter(ClipLoader(config(tmp_path, held_out_fraction=0), seed=0)))
+
+
+def test_a_run_goes_on_with_the_same_clips_alone(folder: Path) -> None:
+    kept = json.loads(json.dumps(ClipLoader(config(folder), seed=1).state()))
+    ClipLoader(config(folder), seed=1, data_rank=1, data_size=2).check_state(kept)
+    ClipLoader(config(folder), seed=1).check_state({})  # of a version that kept nothing
+    write_clips(folder / "fewer.jsonl", read_clips(folder)[1:])
+    others = {
+        "seed=1, this start has 2": ClipLoader(config(folder), seed=2),
+        "clips=": ClipLoader(config(folder, paths=[str(folder / "fewer.jsonl")]), seed=1),
+        "clips_per_step=": ClipLoader(config(folder, clips_per_step=8), seed=1),
+        "image_share=": ClipLoader(config(folder, image_share=0.5), seed=1),
+    }
+    for message, loader in others.items():
+        with pytest.raises(DataError, match=rf"the run was at {message}.*start_from"):
+            loader.check_state(kept)

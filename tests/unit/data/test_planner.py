@@ -95,6 +95,14 @@ def test_resuming_goes_on_exactly_and_does_not_replay(monkeypatch):
     assert resumed.step(2) == expected[2]  # an older one still comes out right, from the beginning
 
 
+def test_a_changed_corpus_is_refused_with_both_checksums_and_the_ways_out():
+    before = plan_of(mixed(100), 256, 4)
+    before.step(3)
+    after = PackPlan(columns_of(mixed(100), checksum=6), before.config, 0, PATCH, (1.0, 0.01))
+    with pytest.raises(DataError, match=r"corpus=0{15}5, this run has 0{15}6: samples would repeat.*start_from"):
+        after.restore(before.state())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

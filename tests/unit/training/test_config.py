@@ -171,3 +171,18 @@ def test_packs_are_asked_to_divide_once_they_are_known():
 def test_a_rate_that_would_rise_is_refused_with_the_config():
     with pytest.raises(ConfigError, match=r"min_learning_rate=0\.01 is above learning_rate=0\.0001"):
         build_config(OptimizerConfig, {"min_learning_rate": 0.01})
+
+
+def test_steps_after_the_decay_need_a_rate():
+    def broken(**optimizer):
+        return config(optimizer=optimizer, training={"steps": 1000})
+
+    with pytest.raises(ConfigError, match=r"optimizer\.decay_steps=100 .*steps 100 to 1000 .*rate 0; .*1000 or more"):
+        broken(decay_steps=100).validate_layout(1)
+    for works in ({"decay_steps": 1000}, {"decay_steps": 100, "min_learning_rate": 1e-6},
+                  {"decay_steps": 100, "decay": "constant"}, {}):  # fmt: skip
+        broken(**works).validate_layout(1)
+    discriminator = {"discriminator_optimizer": {"decay_steps": 100}, "loss": {"gan_weight": 0.5, "gan_start_step": 50}}
+    values = {"clips": {"height": 64, "width": 64}, "training": {"steps": 200}, **discriminator}
+    with pytest.raises(ConfigError, match=r"discriminator_optimizer\.decay_steps=100 .*steps 100 to 150 "):
+        build_config(VAETrainConfig, values).validate_layout(1)

@@ -61,22 +61,31 @@ def test_other_ranks_and_a_run_without_tracking_write_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_weights_and_biases_gets_the_same_numbers(tmp_path, monkeypatch):
-    calls = []
-    fake = SimpleNamespace(log=lambda numbers, step: calls.append((step, numbers)), finish=lambda exit_code: None)
+def test_weights_and_biases_gets_the_same_numbers_and_redone_steps_anew(tmp_path, monkeypatch):
+    """A row at a lower `step=` of its own would be dropped: the steps of the run are an axis among the numbers."""
+    ids, axes, rows = [], [], []
+    fake = SimpleNamespace(
+        define_metric=lambda name, step_metric: axes.append((name, step_metric)),
+        log=rows.append,  # takes no step
+        finish=lambda exit_code: None,
+    )
 
     def init(**settings):
-        calls.append(settings["id"])
+        ids.append(settings["id"])
         return fake
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    video = SimpleNamespace(init=init, Video=lambda frames_TCHW, fps: frames_TCHW.shape)
+    monkeypatch.setitem(sys.modules, "wandb", video)
     config = TrackingConfig.model_construct(**{**TrackingConfig(tensorboard=False).model_dump(), "wandb_project": "p"})
-    for folder in ("one", "one", "other"):
-        with Tracking(config, tmp_path / folder / "run", 0, {"a": 1}, writes=True) as sent:
-            sent.add({"step": 3, "loss": 2.0})
-    first, again, other = calls[::2]
+    for folder, step in (("one", 3), ("one", 2), ("other", 0)):
+        with Tracking(config, tmp_path / folder / "run", step, {"a": 1}, writes=True) as sent:
+            sent.add({"step": step, "loss": 2.0})
+    sent.add_video("video-0", torch.zeros(5, 4, 6, 3, dtype=torch.uint8), 7)
+    first, again, other = ids
     assert first == again != other, "a run goes on as itself; folders of one name are different runs"
-    assert calls[1] == (3, {"loss": 2.0})
+    assert set(axes) == {("*", "step")} and len(axes) == 3
+    assert rows[:3] == [{"loss": 2.0, "step": step} for step in (3, 2, 0)]
+    assert rows[3] == {"video-0": (5, 3, 4, 6), "step": 7}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
