@@ -98,6 +98,8 @@ def test_a_run_stopped_in_the_middle_of_the_gan_phase_resumes_bit_for_bit(groups
         for name in expected
         if name.startswith("model.")
     )
+    with pytest.raises(DataError, match=r"image_share=0\.34, this start has 0\.5: clips would repeat"):
+        train_vae(folder, "stopped", parallel=parallel, clips={"image_share": 0.5})
 
 
 @on_ranks(4, {"context_parallel_size": 4})

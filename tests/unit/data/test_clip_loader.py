@@ -203,9 +203,14 @@ def test_a_run_goes_on_with_the_same_clips_alone(folder: Path) -> None:
     ClipLoader(config(folder), seed=1, data_rank=1, data_size=2).check_state(kept)
     ClipLoader(config(folder), seed=1).check_state({})  # of a version that kept nothing
     write_clips(folder / "fewer.jsonl", read_clips(folder)[1:])
+    renamed = read_clips(folder)
+    renamed[1].path.with_name("other.mp4").write_bytes(renamed[1].path.read_bytes())
+    renamed[1] = renamed[1].model_copy(update={"path": renamed[1].path.with_name("other.mp4")})
+    write_clips(folder / "renamed.jsonl", renamed)
     others = {
         "seed=1, this start has 2": ClipLoader(config(folder), seed=2),
         "clips=": ClipLoader(config(folder, paths=[str(folder / "fewer.jsonl")]), seed=1),
+        "clips=\\w+": ClipLoader(config(folder, paths=[str(folder / "renamed.jsonl")]), seed=1),
         "clips_per_step=": ClipLoader(config(folder, clips_per_step=8), seed=1),
         "image_share=": ClipLoader(config(folder, image_share=0.5), seed=1),
     }
