@@ -25,6 +25,11 @@ class Model(Section):
         return value
 
 
+class Switches(Section):
+    strict: bool = False
+    depth: bool | int = 0
+
+
 class Run(Section):
     folder: Path = Path("runs/default")
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -53,6 +58,15 @@ def test_overrides_win_over_the_file_and_the_file_over_the_defaults(config_file)
     config = load_config(Root, config_file, ["model.num_layers=8", "run.paths=[a, b]", "run.limit=3"])
     assert config.model == Model(num_layers=8, hidden_size=64, dropout=0.5)
     assert config.run == Run(paths=("a", "b"), limit=3)
+
+
+@pytest.mark.parametrize("setting", ["model.num_layers=true", "model.dropout=false", "run.limit=yes"])
+def test_true_is_not_one(setting):
+    section, name = setting.split("=")[0].split(".")
+    with pytest.raises(ConfigError, match=rf"{section}: {name}=(True|False) is true or false, where a number belongs"):
+        load_config(Root, None, [setting])
+    assert load_config(Switches, None, ["strict=true", "depth=true"]).depth is True
+    assert load_config(Root, None, ["run.limit=1.0", "model.dropout=0"]).run.limit == 1
 
 
 def test_the_last_of_two_overrides_wins():
