@@ -122,6 +122,7 @@ def test_vae_metrics_hold_psnr_of_held_out_clips(road: Path) -> None:
 
 
 def test_another_model_in_the_run_folder_is_refused(road: Path, reference: Path) -> None:
-    settings = (f"data.paths=[{road / 'dataset'}]", f"training.run_folder={reference}", "model.num_layers=3")
+    folders = (f"data.paths=[{road / 'dataset'}]", f"training.run_folder={reference}")
+    settings = (*folders, "training.steps=4", "model.num_layers=3")
     message = megacogvx("train", "--config", road / "train.yaml", *settings, status=2)
     assert "model.num_layers" in message and "Traceback" not in message
