@@ -19,7 +19,7 @@ WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); [ $$cores -lt 4 ] && e
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo '  ARGS="..." is handed to the demo, the faults and pytest; WORKERS=0 tests in a single process'
+	@echo '  ARGS="..." is handed to the program behind a target (make demo ARGS=--help); WORKERS=0 tests in a single process'
 	@echo '  PYTHON=... names another interpreter for the set-up'
 
 setup: $(COMPILED)  ## make .venv/ with the pinned packages; the other targets do this themselves
@@ -61,10 +61,10 @@ kernels: $(STAMP)  ## build the CUDA kernels and prove them without a GPU; where
 	MEGACOGVX_KERNELS=cuda $(BIN)/python setup.py -q build_ext --inplace
 	$(BIN)/python kernels/prove.py $(ARGS)
 
-faults: $(STAMP)  ## every fault of the matrix, planted and recovered; at most an hour, goes on where it was stopped
+faults: $(STAMP)  ## every fault of the matrix, planted and recovered; a quarter of an hour, goes on where it was stopped
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python tests/faults/matrix.py $(ARGS)
 
-fuzz: $(STAMP)  ## 2,000 seeded mutations of every parser of the data room, and 200 kills of a writer
+fuzz: $(STAMP)  ## 2,000 seeded mutations of every parser of datasets, 200 kills and 200 full disks of a writer
 	$(BIN)/python tools/fuzz.py $(ARGS)
 
 lint: $(STAMP)  ## ruff, mypy and the import rule

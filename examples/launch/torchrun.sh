@@ -3,15 +3,16 @@
 #
 #   NNODES=8 MASTER_ADDR=node0 examples/launch/torchrun.sh               stage 4 of the 5B model
 #   examples/launch/torchrun.sh CONFIG section.key=value ...             another stage, here on one node
+#   ... CONFIG data.samples_per_step=null data.packs_per_step=P          as many packs as divide over the replicas
 #   VERB=train-vae examples/launch/torchrun.sh CONFIG ...                a VAE
 #
 # MASTER_ADDR is one of the nodes; MASTER_PORT and the port after it have to be free there. GPUS_PER_NODE is 8 unless it
 # is set, RUN_ID has to differ between runs that share MASTER_ADDR.
 #
-# Without arguments: stage 4 of the 5B model (fine-tuning, 700k tokens a pack) on 8 nodes of 8 H100-80. Its 100 samples
+# By itself: stage 4 of the 5B model (fine-tuning, 700k tokens a pack) on 8 nodes of 8 H100-80. Its 100 samples
 # are 12 packs, so there is work for 4 or so replicas, not for more. A pack's activations need 16 GPUs: tensor 2 x
 # context 8. Tensor ranks halve weights and gradients, context ranks only activations, and both together stay under
-# 80 GB; keep_attention, since the quadratic part of 86k-token clips is 80% of the work and not worth repeating.
+# 80 GB; keep_attention, since the quadratic part of 86k-token clips is 71% of the time and not worth repeating.
 # README.md beside this file has the numbers of all stages.
 #
 # `megacogvx doctor` looks at the machines first. SIGTERM and SIGUSR1 end every rank after its step, with a checkpoint;
@@ -32,8 +33,8 @@ stopped=75
 config=${1:-examples/configs/cogvideox_5b_stage4.yaml}
 (($# > 0)) && shift
 overrides=("$@")
-((${#overrides[@]} > 0)) || [[ $config != *cogvideox_5b_stage4.yaml ]] ||
-    overrides=(data.samples_per_step=null data.packs_per_step=12)
+[[ $config != *cogvideox_5b_stage4.yaml || $* == *_per_step=* ]] ||
+    overrides=(data.samples_per_step=null data.packs_per_step=12 "$@")
 
 ranks() {  # ranks PORT RESTARTS VERB...: run VERB on every GPU of all nodes
     exec "$python" -m torch.distributed.run --nnodes "$nodes" --nproc-per-node "$gpus" --rdzv-backend c10d \

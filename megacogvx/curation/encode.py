@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--captions", type=Path, help="JSONL, CSV or Parquet file of videos' and images' captions")
     source.add_argument("--clips", type=Path, help="clips.jsonl of `megacogvx clips`, or the folder that holds it")
     add_rule_arguments(parser.add_argument_group("which clips the rows of --captions give"))
-    add("--vae", type=Path, required=True, help="run folder or checkpoint of the VAE")
+    add("--vae", type=Path, required=True, help="run folder, checkpoint, diffusers folder or SAT release")
     add("--text-encoder", type=Path, required=True, help="folder with tokenizer/ and text_encoder/ (T5)")
     add("--output", type=Path, required=True, help="folder of the dataset")
     add("--text-length", type=int, default=226, help="tokens per caption (default 226)")

@@ -201,9 +201,10 @@ def test_slurm_gives_each_task_the_cores_of_the_job(tmp_path):
         "STAND_IN_FOLDER": tmp_path, "PATH": path, "SLURM_JOB_NODELIST": "here", "SLURM_JOB_ID": 1,
         "SLURM_CPUS_PER_TASK": 12,
     }  # fmt: skip
-    script = ["bash", LAUNCH / "slurm.sbatch", "some.yaml"]
+    script = ["bash", LAUNCH / "slurm.sbatch", "cogvideox_5b_stage2.yaml", "data.paths=[a]"]
     subprocess.run(script, cwd=PROJECT, env=environment(tmp_path, **values), check=True, timeout=30)
     calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls[1].endswith("stage2.yaml data.samples_per_step=null data.packs_per_step=224 data.paths=[a]")
     assert len(calls) == 2 and all(" --cpus-per-task=12 " in call for call in calls)
 
 
@@ -215,6 +216,23 @@ def test_without_arguments_a_node_runs_the_stage_that_its_comment_names(tmp_path
     train = (tmp_path / "calls").read_text().splitlines()[-1]
     overrides = "data.samples_per_step=null data.packs_per_step=12"
     assert train.endswith(f"--config examples/configs/cogvideox_5b_stage4.yaml {overrides}")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["data.paths=[a]"], "data.samples_per_step=null data.packs_per_step=12 data.paths=[a]"),
+        (["data.packs_per_step=8"], "data.packs_per_step=8"),
+        (["data.samples_per_step=100", "a.b=1"], "data.samples_per_step=100 a.b=1"),
+    ],
+)
+def test_another_override_leaves_the_stage_its_packs(tmp_path, given, expected):
+    """What 100 samples are in packs divides over no number of replicas that one would start."""
+    node = _stand_in(tmp_path, "examples/configs/cogvideox_5b_stage4.yaml", *given)
+    _wait_for(tmp_path / "training")
+    node.send_signal(signal.SIGUSR1)
+    node.communicate(timeout=30)
+    assert (tmp_path / "calls").read_text().endswith(f"cogvideox_5b_stage4.yaml {expected}\n")
 
 
 # ------------------------------------------------------------------------------------------------ executed
