@@ -28,7 +28,8 @@ from megacogvx.log import get_logger, progress
 
 EXAMPLE = """\
 Captions are rows of video (file name), caption, and start and end, or image_at, in seconds; or of image and caption.
-Writes OUTPUT/*.mp4, OUTPUT/*.png and OUTPUT/clips.jsonl. Finished clips are kept when the same command is started again.
+Writes OUTPUT/*.mp4, OUTPUT/*.png and OUTPUT/clips.jsonl. Finished clips are kept when the same command is started
+again.
 
 example: clips of 17 and 9 frames and single images, 64 and 48 pixels high or wide, 16 frames a second
   megacogvx clips --captions examples/data/captions.jsonl --videos videos --output clips \\
